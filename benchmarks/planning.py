@@ -3,10 +3,13 @@
 This process is rank 0 of a job of any size; the other ranks are simulated. Their messages are made
 while the clock is paused, then pickled, counted and unpickled like real ones. The state is 2,000
 float32 tensors, each sharded evenly over all ranks (FSDP), a value that all ranks share, and a
-value of each rank. Times are those of rank 0, including its own local work; nothing is written.
+value of each rank. Times are CPU seconds of rank 0, including its own local work; nothing is
+written.
 
 For comparison, stock `torch.distributed.checkpoint` plans the same tensors, with its cache of
 plans. The times of Holdfast include pickling, those of stock DCP exclude it.
+
+With `--load` it plans loads: see `planned_loads`.
 """
 
 from __future__ import annotations
@@ -60,21 +63,21 @@ LATER_SAVES = 3
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds that rank 0 works."""
+    """CPU seconds that rank 0 works."""
 
     seconds: float = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        started = time.perf_counter()
+        started = time.process_time()
         yield
-        self.seconds += time.perf_counter() - started
+        self.seconds += time.process_time() - started
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        started = time.perf_counter()
+        started = time.process_time()
         yield
-        self.seconds -= time.perf_counter() - started
+        self.seconds -= time.process_time() - started
 
 
 class SimulatedRanks(Solo):
@@ -109,8 +112,8 @@ class SimulatedRanks(Solo):
 
     def _message(self, rank: int, item: Any) -> Any:
         """Return what `rank` sends where rank 0 sends `item`."""
-        if isinstance(item, RankResult):
-            return dataclasses.replace(item, file=data_file(rank))
+        if isinstance(item, tuple) and isinstance(item[0], RankResult):
+            return dataclasses.replace(item[0], file=data_file(rank)), *item[1:]
         if self._requested is not None:
             return {name: self._plan(rank, name) for name in self._requested[rank]}
         if isinstance(item, dict):
@@ -165,13 +168,13 @@ class PlanningCosts:
     """Costs of one system at one number of ranks."""
 
     planned_s: float
-    """Seconds of a first save before its first byte, for which training waits in any mode."""
+    """CPU seconds of a first save before its first byte, for which training waits in any mode."""
 
     first_s: float
-    """Seconds of a whole first save."""
+    """CPU seconds of a whole first save."""
 
     later_s: float
-    """Seconds of a later save, which reuses the plan."""
+    """CPU seconds of a later save, which reuses the plan."""
 
     first_wire: int
     """Bytes that the ranks exchange in a first save."""
@@ -183,7 +186,7 @@ class PlanningCosts:
     """Bytes of `.metadata`."""
 
     manifest: int = 0
-    """Bytes of `manifest.json`."""
+    """Bytes of `manifest.json` and `index.bin`."""
 
 
 def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> PlanningCosts:
@@ -218,7 +221,7 @@ def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> Plannin
         first_wire=wire[0],
         later_wire=wire[-1],
         metadata=store.sizes[METADATA],
-        manifest=store.sizes["manifest.json"],
+        manifest=store.sizes["manifest.json"] + store.sizes.get("index.bin", 0),
     )
 
 
@@ -282,9 +285,9 @@ def local_plan_of(rank: int, local: SavePlan, size: int) -> SavePlan:
     return dataclasses.replace(local, items=items)
 
 
-def state_of(size: int) -> dict[str, Any]:
-    """Return the state of rank 0 of `size` ranks, in a fake process group."""
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+def state_of(size: int, rank: int = 0) -> dict[str, Any]:
+    """Return the state of one of `size` ranks, in a fake process group."""
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     mesh = init_device_mesh("cpu", (size,))
     rows = torch.zeros(SHAPE[0] // size, SHAPE[1])
     layers = {
@@ -298,32 +301,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--stock-size-max", type=int, default=STOCK_SIZE_MAX)
+    parser.add_argument("--load", action="store_true", help="plan loads instead of saves")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     options = parser.parse_args()
     console = Console()
+    verb, plan = ("loads", loads) if options.load else ("saves", saves)
+    lines = plan(
+        options.sizes,
+        options.stock_size_max,
+        lambda size: console.print(f"{size} ranks: done", highlight=False),
+    )
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    if options.out:
+        head = (
+            f"`python -m benchmarks.planning` plans {verb} of {NUM_TENSORS:,} tensors. Machine: "
+            f"{machine()}.\n\n"
+        )
+        options.out.write_text(head + "\n".join(lines) + "\n")
+
+
+def loads(sizes: Sequence[int], stock_size_max: int, done: Callable[[int], None]) -> list[str]:
+    """Lines of the table of loads."""
+    # Imported here, since it imports this module.
+    from benchmarks.planned_loads import table
+
+    return table(sizes, stock_size_max, done)
+
+
+def saves(sizes: Sequence[int], stock_size_max: int, done: Callable[[int], None]) -> list[str]:
+    """Lines of the table of saves."""
     lines = [
-        "| ranks | system | first save, s | first save until its first byte, s | later save, s "
-        "| sent in first save | sent in later save | size of `.metadata` | size of manifest |",
+        "| ranks | system | first save, CPU s | first save until its first byte, CPU s "
+        "| later save, CPU s "
+        "| sent in first save | sent in later save | size of `.metadata` "
+        "| size of `manifest.json` and `index.bin` |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for size in options.sizes:
+    for size in sizes:
         state = state_of(size)
         best = measure_holdfast(size, StateTree(state).flatten(), {"rng"})
         lines.append(row(size, "holdfast", best))
         worst = measure_holdfast(size, StateTree(state).flatten(), {"rng", "items"})
         lines.append(row(size, "holdfast, all file layouts differ", worst))
-        if size <= options.stock_size_max:
+        if size <= stock_size_max:
             with TemporaryDirectory() as folder:
                 lines.append(row(size, "stock DCP", measure_dcp(size, state, Path(folder))))
         dist.destroy_process_group()
-        console.print(f"{size} ranks: done", highlight=False)
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    if options.out:
-        head = (
-            f"`python -m benchmarks.planning` plans saves of {NUM_TENSORS:,} tensors. Machine: "
-            f"{machine()}.\n\n"
-        )
-        options.out.write_text(head + "\n".join(lines) + "\n")
+        done(size)
+    return lines
 
 
 def row(size: int, name: str, costs: PlanningCosts) -> str:

@@ -125,10 +125,7 @@ class SimulatedDisk:
         elif verb == "rename":
             self._rename(path, operation.target)
         elif verb == "link":
-            source_folder, source = self._above(path)
-            folder, name = self._above(operation.target)
-            folder.entries[name] = source_folder.entries[source]
-            folder.pending.append(("", name, folder.entries[name]))
+            self._link(path, operation.target)
         else:
             folder, name = self._above(path)
             if verb == "unlink":
@@ -167,6 +164,12 @@ class SimulatedDisk:
         else:
             source_folder.pending.append((source, "", None))
             target_folder.pending.append(("", name, node))
+
+    def _link(self, path: str, target: str) -> None:
+        source_folder, source = self._above(path)
+        folder, name = self._above(target)
+        node = folder.entries[name] = source_folder.entries[source]
+        folder.pending.append(("", name, node))
 
     def _folder(self, path: str) -> _Folder:
         node: _File | _Folder = self._root

@@ -52,7 +52,9 @@ depend on the machine and its load.
   them, or read them into the same memory.
 * **Method.** The module of each part in `benchmarks/` describes its method.
 
-[Conversions](convert.md) and [planning](planning.md) have pages of their own.
+[Conversions](convert.md), [planning of saves](planning.md), [planning of
+loads](planning_loads.md) and [thousands of checkpoints](many_checkpoints.md) have pages of their
+own.
 """
 
 

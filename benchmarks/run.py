@@ -21,15 +21,21 @@ MODULES = {
     **dict.fromkeys(sharded.PARTS, "benchmarks.sharded"),
     "listing": "benchmarks.listing",
     "planning": "benchmarks.planning",
+    "planning_loads": "benchmarks.planning",
+    "many_checkpoints": "benchmarks.many_checkpoints",
 }
 
 
 def command(part: str, options: BenchmarkOptions) -> list[str]:
     """Return the command that measures one part."""
     start = [sys.executable, "-m", MODULES[part]]
-    if part == "planning":
+    out = ["--out", str(options.out / f"{part}.md")]
+    if part in ("planning", "planning_loads"):
         sizes = ["8", "64"] if options.quick else ["8", "64", "512", "2048"]
-        return [*start, "--sizes", *sizes, "--out", str(options.out / "planning.md")]
+        load = ["--load"] if part == "planning_loads" else []
+        return [*start, *load, "--sizes", *sizes, *out]
+    if part == "many_checkpoints":
+        return [*start, *(["--count", "200"] if options.quick else []), *out]
     return [*start, part, *options.arguments()]
 
 

@@ -92,16 +92,14 @@ def _server(modules: tuple[str, ...]) -> subprocess.Popen[str]:
 
 
 def kill_at(name: str, *, times: int = 1) -> None:
-    """Kill this process when a file of that name, a pattern as in a shell, is opened for the
-    `times`-th time."""
-    seen = 0
+    """Kill this process when the `times`-th file of that name, a pattern as in a shell, is opened
+    or renamed. To open a file again does not count: a thread does that to sync it."""
+    seen = set()
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        opens = event in ("open", "os.rename")
-        if opens and fnmatchcase(Path(str(arguments[0])).name, name):
-            seen += 1
-            if seen == times:
+        if event in ("open", "os.rename") and fnmatchcase(Path(str(arguments[0])).name, name):
+            seen.add((event, str(arguments[0])))
+            if len(seen) == times:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -380,6 +378,8 @@ def _work(work: Callable[..., None], arguments: dict[str, Any]) -> None:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+    # As at the end of a process: the last checkpoints may not be durable yet.
+    atexit._run_exitfuncs()
     sys.stderr.flush()
     os._exit(0)
 

@@ -6,6 +6,8 @@
     for ran in interleavings(before, save, start, switches_max=2):
         assert ...ran.outcomes..., ran
 
+`orders` does the same on a store of another kind.
+
 Each actor is a thread that waits for its turn before each operation, so that operations happen one
 at a time in a chosen order. There are too many orders to try all, but few switches between the
 actors are enough to break most wrong protocols: M. Musuvathi, S. Qadeer, Iterative context bounding
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from crashes import store_of, tree_of
 from extent import every
@@ -28,18 +30,23 @@ from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import FolderStore
 from holdfast.testing.failing import FailingStore
 
-Actor = Callable[[FolderStore], Any]
+Actor = Callable[[Any], Any]
 """Function that works on a store at the same time as another one."""
+
+S = TypeVar("S")
+
+Wait = Callable[[str, str], None]
+"""`wait(verb, key)` returns when the actor may begin its next operation."""
 
 STUCK_S = 60.0
 """Longest wait for a turn; an actor that waits longer is in a deadlock with the other."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class Ran(Generic[S]):
     """Result of one order."""
 
-    store: MemoryStore
+    store: S
     outcomes: tuple[Any, Any]
     """Result of each actor, or the HoldfastError that it raised."""
 
@@ -52,7 +59,7 @@ class Ran:
 
 def interleavings(
     before: Callable[[FolderStore], object], one: Actor, other: Actor, *, switches_max: int
-) -> Iterator[Ran]:
+) -> Iterator[Ran[MemoryStore]]:
     """Run two actors in every order with at most `switches_max` switches before one of them ends.
 
     By default, the last switch is made at every third place, another third after each other first
@@ -63,13 +70,25 @@ def interleavings(
     first = MemoryStore()
     before(first)
     tree = tree_of(first)
+    yield from orders(lambda: store_of(tree), FailingStore, one, other, switches_max=switches_max)
+
+
+def orders(
+    new: Callable[[], S],
+    view: Callable[[S, Wait], object],
+    one: Actor,
+    other: Actor,
+    *,
+    switches_max: int,
+) -> Iterator[Ran[S]]:
+    """Like `interleavings`, on what `new` makes. `view` gives each actor its own store there."""
     waiting: list[tuple[int, list[int]]] = [(0, []), (1, [])]
     with ThreadPoolExecutor(2, thread_name_prefix="actor") as pool:
         while waiting:
             begins, lengths = waiting.pop()
-            turns, store = _Turns(begins, lengths), store_of(tree)
+            turns, store = _Turns(begins, lengths), new()
             futures = [
-                pool.submit(partial(_act, actor, store, turns, number))
+                pool.submit(partial(_act, actor, partial(view, store), turns, number))
                 for number, actor in enumerate((one, other))
             ]
             outcomes = futures[0].result(), futures[1].result()
@@ -81,9 +100,9 @@ def interleavings(
                 waiting += [(begins, [*lengths, length]) for length in longer]
 
 
-def _act(actor: Actor, store: MemoryStore, turns: _Turns, number: int) -> Any:
+def _act(actor: Actor, view: Callable[[Wait], object], turns: _Turns, number: int) -> Any:
     try:
-        return actor(FailingStore(store, partial(turns.wait, number)))
+        return actor(view(partial(turns.wait, number)))
     except HoldfastError as error:
         return error
     except BaseException as error:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from holdfast.format.manifest import Manifest, TensorEntry, encode_around
-from holdfast.format.tables import StockIndex, TensorTable, encode_tensors
+from holdfast.format.manifest import Chunk, Manifest, TensorEntry, encode_around
+from holdfast.format.tables import StockIndex, TensorTable, encode_rows, encode_tensors
 
 
 def encode(manifest: Manifest) -> bytes:
     """Return the bytes of `manifest.json`."""
     tensors = encode_tensors(_tables(manifest, list(manifest.files)))
     return b"".join(encode_around(manifest, tensors))
+
+
+def encode_with_rows(manifest: Manifest) -> tuple[bytes, bytes]:
+    """Return the bytes of `manifest.json` and `index.bin`, with all chunks there."""
+    rows = encode_rows(_tables(manifest, list(manifest.files)))
+    head = encode_around(replace(manifest, rows=rows.file), rows.tensors)
+    return b"".join(head), b"".join(rows.parts)
 
 
 def encode_metadata(manifest: Manifest) -> bytes:
@@ -28,7 +36,15 @@ def encode_metadata(manifest: Manifest) -> bytes:
 
 def _tables(manifest: Manifest, files: list[str]) -> list[TensorTable]:
     number = {file: index for index, file in enumerate(files)}
-    return [_table(name, entry, number) for name, entry in manifest.tensors.items()]
+    tables: list[TensorTable] = []
+    chunks: Sequence[Chunk] = ()
+    for name, entry in manifest.tensors.items():
+        table = _table(name, entry, number)
+        if tables and len(entry.chunks) and entry.chunks == chunks:
+            table = replace(table, places=tables[-1].places)  # Tied tensors share their rows.
+        tables.append(table)
+        chunks = entry.chunks
+    return tables
 
 
 def _table(name: str, entry: TensorEntry, number: Mapping[str, int]) -> TensorTable:

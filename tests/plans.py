@@ -26,7 +26,12 @@ from holdfast.testing.ranks import run_ranks
 
 
 def save_by_plan(
-    store: Store, name: str, plan: GlobalPlan, tensors: Mapping[str, torch.Tensor], size: int
+    store: Store,
+    name: str,
+    plan: GlobalPlan,
+    tensors: Mapping[str, torch.Tensor],
+    size: int,
+    step: int = 1,
 ) -> None:
     """Save by `size` ranks, each of which writes its part of `plan`.
 
@@ -50,7 +55,7 @@ def save_by_plan(
             *(store, str(attempt), layout),
             lambda item: host_windows(box_of(tensors[item.name], item.region), item.dtype),
         )
-        facts = Manifest({}, {}, step=1, kind="full")
+        facts = Manifest({}, {}, step=step, kind="full")
         commit(
             attempt,
             result,
@@ -68,11 +73,11 @@ Held = Mapping[str, tuple[torch.Tensor, list[list[Region]]]]
 """Each whole tensor by name, with the regions that each rank holds."""
 
 
-def save_regions(store: Store, name: str, held: Held, size: int) -> None:
+def save_regions(store: Store, name: str, held: Held, size: int, step: int = 1) -> None:
     """Save by `size` ranks, each holding its own regions. The last rank that holds a region writes
     it."""
     plan = GlobalPlan([placed(key, *tensor) for key, tensor in held.items()], {}, {})
-    save_by_plan(store, name, plan, {key: whole for key, (whole, _) in held.items()}, size)
+    save_by_plan(store, name, plan, {key: whole for key, (whole, _) in held.items()}, size, step)
 
 
 def placed(key: str, whole: torch.Tensor, held: list[list[Region]]) -> TensorChunks:

@@ -50,6 +50,10 @@ _STAGES = {
 }
 """Description of the collectives in each module, for messages."""
 
+_FEW_RANKS = 64
+"""Most ranks that send the first bytes of their messages to each other. To each of 2,048 ranks that
+would be half a MiB per gather."""
+
 Sending = Callable[[], object]
 """Waits until the data has been sent; only then may its memory change."""
 
@@ -144,6 +148,8 @@ class GroupRanks:
 
     def gather(self, item: T) -> list[T]:
         message = _message(item)
+        if self.size > _FEW_RANKS:
+            return self._gather_at_once(message)
         firsts = [_empty(_FIRST_BYTES) for _ in range(self.size)]
         first = _part(message, 0, _FIRST_BYTES)
         self._checked(lambda: dist.all_gather(firsts, first, self._group))
@@ -154,6 +160,14 @@ class GroupRanks:
             rests = [torch.empty_like(rest) for _ in rests] if self.rank == 0 else []
             self._checked(lambda: dist.gather(rest, rests or None, self._root, self._group))
         return list(map(_item, firsts, rests)) if self.rank == 0 else []
+
+    def _gather_at_once(self, message: bytes) -> list[Any]:
+        """Gather without sending any part of a message to other ranks than rank 0."""
+        longest = int(self.all_reduce_max([len(message)])[0])
+        whole = _part(message, 0, longest)
+        parts = [torch.empty_like(whole) for _ in range(self.size)] if self.rank == 0 else []
+        self._checked(lambda: dist.gather(whole, parts or None, self._root, self._group))
+        return [_item(part, _empty(0)) for part in parts]
 
     def scatter(self, items: list[T]) -> T:
         pickles = [pickle.dumps(item) for item in items]

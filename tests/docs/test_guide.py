@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 from pages import GUIDE, INTERPRETER, blocks, environment, follow, furnish, run_line
 from runs import ROOT, kill_all, wait_for_step
+from s3_server import s3_server
 
 AFTER_A_RUN = {*("keeping", "practices", "resuming", "single-file", "structure", "torchtune")}
 """Pages that start with the checkpoints of a run of 20 steps."""
@@ -34,13 +35,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", sorted(GUIDE.keys() - {"first-hour"}))
 def test_a_page_of_the_guide_can_be_followed(
-    name: str, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Method: run every block in order. A page in `AFTER_A_RUN` starts with the checkpoints of a
     run."""
     furnish(tmp_path, page=GUIDE[name].read_text())
     if name in AFTER_A_RUN:
         shutil.copytree(request.getfixturevalue("trained"), tmp_path / "outputs")
+    if name == "object-stores":
+        server = s3_server()
+        server.new_bucket("my-bucket")
+        for variable, value in server.environment.items():
+            monkeypatch.setenv(variable, value)
     if name == "torchtitan":
         steps = request.getfixturevalue("trained") / "checkpoint"
         as_torchtitan_saves(steps / "step-20", tmp_path / "outputs/checkpoint/step-20")

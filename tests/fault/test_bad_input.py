@@ -66,10 +66,10 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["job.dump_folder", "checkpoint.folder"])
 def test_a_url_where_a_folder_belongs(key: str, tmp_path: Path) -> None:
-    """G16. Method: `s3://...` in either setting; no folder `s3:` is made, not even for data."""
-    said = refused(tmp_path, f"--{key}", "s3://bucket/run", status=2)
+    """G16. Method: `ftp://...` in either setting; no folder `ftp:` is made, not even for data."""
+    said = refused(tmp_path, f"--{key}", "ftp://host/run", status=2)
     assert "is a URL" in said
-    assert not [*tmp_path.rglob("s3:*")]
+    assert not [*tmp_path.rglob("ftp:*")]
 
 
 @pytest.mark.parametrize("key", ["job.dump_folder", "checkpoint.folder"])

@@ -95,7 +95,7 @@ def ran_in(
     other: Actor,
     switches: int,
     before: Callable[[FolderStore], object] = lambda _: None,
-) -> Iterator[Ran]:
+) -> Iterator[Ran[MemoryStore]]:
     """Run two actors in every order; in some of them the two meet."""
     count = 0
     for ran in interleavings(before, one, other, switches_max=switches):
@@ -104,7 +104,7 @@ def ran_in(
     assert count > 20
 
 
-def check(ran: Ran, condition: object) -> None:
+def check(ran: Ran[Any], condition: object) -> None:
     """Assert, with the order in the message."""
     assert condition, str(ran)
 

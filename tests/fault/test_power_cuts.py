@@ -20,6 +20,7 @@ from holdfast.loading.checkpoint import Checkpoint
 from holdfast.manager.context import RunContext
 from holdfast.manager.resume import newest_resumable
 from holdfast.manager.saver import Saver
+from holdfast.planning import index
 from holdfast.state.objects import StateTree
 from holdfast.storage.memory import MemoryStore
 from holdfast.storage.store import FolderStore
@@ -121,6 +122,27 @@ SIZES = pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_first_save_is_complete_or_absent(size: int) -> None:
     """G1, G2. Method: every cut of a save into an empty folder."""
     check([{}, {1: 1}], lambda store: save(store, 1, 1, size))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_first_save_with_rows_is_complete_or_absent(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G1, G2. Method: every cut of a save that writes `index.bin`, into an empty folder."""
+    monkeypatch.setattr(index, "LISTED_CHUNKS_MAX", 0)
+    check([{}, {1: 1}], lambda store: save(store, 1, 1, size))
+
+
+def test_a_step_with_rows_saved_again_is_the_old_or_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G1, G2. Method: every cut of a save that writes `index.bin` and replaces an earlier one."""
+    monkeypatch.setattr(index, "LISTED_CHUNKS_MAX", 0)
+    check(
+        [{1: 1}, {1: 2}],
+        lambda store: save(store, 1, 2, 2),
+        before=lambda store: save(store, 1, 1),
+    )
 
 
 @SIZES

@@ -132,7 +132,7 @@ def test_one_signal_ends_a_job_of_two_launchers_that_restart_workers(
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     command += ["--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
     command += ["--rdzv-id=job", "--local-addr=127.0.0.1", "steps.py"]
-    launchers = [subprocess.Popen(command, cwd=tmp_path) for _ in range(2)]
+    launchers = [subprocess.Popen(command, cwd=tmp_path, text=True) for _ in range(2)]
     try:
         deadline = time.monotonic() + 120
         while len([*tmp_path.glob("started-*")]) < 2 and time.monotonic() < deadline:

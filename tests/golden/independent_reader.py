@@ -34,7 +34,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     text = data[: -len(seal)] + b"}"
     assert data[-len(seal) :] == seal.replace(b"?" * DIGITS, digest(text).encode())
     manifest: dict[str, Any] = json.loads(data)
-    assert manifest["holdfast"] == 2
+    assert manifest["holdfast"] in (2, 3)
     known = [{"algorithm": "xxh3-64", "block_bytes": size} for size in (1 << 18, 1 << 20)]
     assert manifest["checksums"] in known
     values = [name for container in manifest["values"] for name in container["entries"]]
@@ -52,7 +52,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         nbytes, expected = manifest["metadata"]
         metadata = (folder / ".metadata").read_bytes()
         assert (len(metadata), digest(metadata)) == (nbytes, f"{expected:016x}")
+    if manifest["holdfast"] == 3:
+        add_chunks(manifest["tensors"], manifest["index"], (folder / "index.bin").read_bytes())
     return manifest
+
+
+def add_chunks(tensors: dict[str, Any], index: list[Any], data: bytes) -> None:
+    """Check `index.bin`, and give each tensor its chunks, as version 2 lists them."""
+    nbytes, table, expected = index
+    assert (len(data), digest(data[table:])) == (nbytes, expected)
+    blocks = [data[at : min(at + 4096, table)] for at in range(0, table, 4096)]
+    found = [xxhash.xxh3_64_intdigest(block) for block in blocks]
+    assert found == np.frombuffer(data[table:], "<u8").tolist()
+    for tensor in tensors.values():
+        dims = len(tensor["shape"])
+        at, count, *longest = tensor["rows"]
+        numbers = np.frombuffer(data, "<u8", count * (5 + 2 * dims), at)
+        chunks = numbers.reshape(count, 5 + 2 * dims).tolist()
+        assert chunks == sorted(chunks, key=lambda chunk: chunk[5 : 5 + dims])
+        for dim, most in enumerate(longest):
+            assert most == max(chunk[5 + dims + dim] - chunk[5 + dim] for chunk in chunks)
+        tensor["chunks"] = chunks
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -4,8 +4,8 @@ They were written by the versions in their manifests, and are never written agai
 new ones. Each has something that the others lack: `solo`; `ranks` (two processes, some tensors
 sharded); `timed` (metrics, timings and a model); `blocks` (blocks of 256 KiB; those of earlier ones
 have 1 MiB); `components` (names that are not the model's); `structure` (state whose containers and
-keys cannot be inferred from its entries); `optimizers` (their classes); `stock` (stock `save` of
-torch 2.13).
+keys cannot be inferred from its entries); `optimizers` (their classes); `rows` (version 3: three
+processes, with the chunks in `index.bin`); `stock` (stock `save` of torch 2.13).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from holdfast.errors import DamagedError
 from holdfast.format.manifest import decode
 from holdfast.state.objects import StateTree
 from holdfast.state.same import differences, same
-from manifest_bytes import encode
+from manifest_bytes import encode, encode_with_rows
 
 HERE = Path(__file__).parent
-OURS = ["solo", "ranks", "timed", "blocks", "components"]
+OURS = ["solo", "ranks", "timed", "blocks", "components", "rows"]
 ALL = [*OURS, "stock"]
 
 
@@ -103,14 +103,20 @@ def test_this_version_would_write_the_same_manifest(name: str) -> None:
     """G10. Method: decoded and encoded again, byte for byte. If this fails, the format has changed:
     it needs a new version, not another golden file."""
     data = (HERE / name / "manifest.json").read_bytes()
-    assert encode(decode(data, where=name)) == data
+    if name == "rows":
+        manifest = holdfast.open(HERE / name).manifest
+        assert encode_with_rows(manifest) == (data, (HERE / name / "index.bin").read_bytes())
+    else:
+        assert encode(decode(data, where=name)) == data
 
 
 def test_the_golden_checkpoints_cover_their_special_cases() -> None:
     """Method: two files, sharded tensors, several blocks, tied tensors, an empty one, paths."""
-    solo, ranks, timed, blocks, components = (read_manifest(HERE / name) for name in OURS)
-    sizes = [m["checksums"]["block_bytes"] >> 10 for m in (solo, ranks, timed, blocks, components)]
-    assert sizes == [1024, 1024, 1024, 256, 256]
+    solo, ranks, timed, blocks, components, rows = (read_manifest(HERE / name) for name in OURS)
+    everyone = (solo, ranks, timed, blocks, components, rows)
+    assert [m["checksums"]["block_bytes"] >> 10 for m in everyone] == [1024] * 3 + [256] * 3
+    assert [m["holdfast"] for m in everyone] == [2] * 5 + [3]
+    assert [len(rows["tensors"][f"model.{n}"]["chunks"]) for n in ("rows", "columns")] == [3, 3]
     assert components["components"] == ["large", "list", "values"]
     assert not any("components" in one for one in (solo, ranks, timed, blocks))
     assert [*timed["timings"]] == ["plan", "write", "sync"]

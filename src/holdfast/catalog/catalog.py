@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 
 from holdfast.catalog.cleanup import delete_hidden
 from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
-from holdfast.catalog.steady import LOOKS_MAX
+from holdfast.catalog.steady import LOOKS_MAX, is_deleted
 from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure, items_of
 from holdfast.errors import (
     DamagedError,
@@ -26,11 +26,13 @@ from holdfast.errors import (
 )
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum, unpack
+from holdfast.format.chunks import BLOCK_BYTES
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import (
     LOCK,
     MANIFEST,
     METADATA,
+    ROWS,
     HiddenFolder,
     folder_among,
     hidden_folder_of,
@@ -40,12 +42,18 @@ from holdfast.format.names import (
     step_of,
     steps_among,
 )
+from holdfast.format.pointer import id_in
 from holdfast.format.seal import SEAL
+from holdfast.storage.opening import is_url
 from holdfast.storage.store import Check, ReadStore, Store
 
 _LARGE_BYTES = 1 << 20
 """Size from which the first byte of an index is checked before memory is allocated for all of it.
 """
+
+_REMOTE_ROWS_BYTES = 4 << 20
+"""Bytes of `index.bin` that are read at once behind a URL, where each read is a request: thousands
+of small ones take longer than to fetch the file."""
 
 _STARTS = (b"{", b"\x80")
 """First bytes of a manifest, and of a stock index."""
@@ -272,12 +280,20 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
     """Read the manifest of a checkpoint without checking its files: see `open_manifest`."""
     where = location(store, name)
     files = set(store.list(name))
-    for index in {MANIFEST, METADATA} & files:
+    for index in {MANIFEST, ROWS, METADATA} & files:
         if store.leads_out(name, index):
             raise FormatError(f"`{where}/{index}` is a link to a place outside of its folder")
     if MANIFEST in files:
         data = read_index(store, f"{name}/{MANIFEST}")
-        return manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries)
+        if (folder := id_in(data)) is not None:
+            raise FormatError(
+                f"`{where}` is a copy of a checkpoint of an object store, with its files in "
+                f"`{folder}`",
+                hint=f"open `{where}/{folder}`",
+            )
+        manifest = manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries)
+        connect_rows(store, name, manifest)
+        return manifest
     if METADATA in files:
         # Imported here, since a listing of Holdfast's own checkpoints does not need it.
         from holdfast.format.dcp import decode_metadata, is_ours
@@ -295,6 +311,26 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
         f"`{where}` holds no checkpoint: neither `{MANIFEST}` nor `{METADATA}` is there",
         hint=f"found: {', '.join(sorted(files)[:10]) or 'nothing'}",
     )
+
+
+def connect_rows(store: ReadStore, name: str, manifest: Manifest) -> None:
+    """Let a manifest read the rows of its chunks from the store, if `index.bin` has them."""
+    if manifest.rows is None:
+        return
+    key = f"{name}/{ROWS}"
+    where = location(store, key)
+
+    def fetch(start: int, stop: int) -> bytes:
+        try:
+            return store.read(key, start, stop)
+        except NotFoundError as error:
+            if is_deleted(store, name):
+                raise
+            hint = verify_hint(location(store, name))
+            raise DamagedError(f"`{where}` is missing", hint=hint, file=where) from error
+
+    unit_bytes = _REMOTE_ROWS_BYTES if is_url(store.url) else BLOCK_BYTES
+    manifest.rows.connect(fetch, where, unit_bytes)
 
 
 def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from holdfast.format.names import (
     steps_among,
 )
 from holdfast.format.timings import Stage
+from holdfast.storage.listed import ListedStore
 from holdfast.storage.store import Linking, ReadStore
 
 
@@ -76,14 +77,18 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
     sealed = is_sealed(store, key)
     step = number_of(name) if sealed else step_of_folder(name)
 
-    def read(key: str, _: object) -> tuple[Manifest, bool]:
+    def read(key: str, _: object = None) -> tuple[Manifest, bool]:
         if sealed:
             return open_sealed(store, key), False
         opened = open_any(store, key, check_files=True, entries=False)
         return opened.manifest, opened.hf is not None
 
     try:
-        manifest, is_hf = read_steadily(store, key, read)
+        try:
+            manifest, is_hf = read(key)
+        except HoldfastError:
+            # Another process may be replacing it. The fingerprint takes as long as the first read.
+            manifest, is_hf = read_steadily(store, key, read)
     except HoldfastError as error:
         return CheckpointRow(name, step, "damaged", problem=error.what, why_not=error.what)
     return CheckpointRow(
@@ -106,6 +111,7 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
 def _links(store: ReadStore, key: str, manifest: Manifest) -> dict[str, str]:
     """The data files with several names. Only those of a run that deduplicates are looked at."""
     found: dict[str, str] = {}
+    store = store.beneath if isinstance(store, ListedStore) else store
     if manifest.shared is not None and isinstance(store, Linking):
         for file in manifest.files:
             with suppress(HoldfastError):
@@ -139,21 +145,24 @@ def survey(
         NotFoundError: there is no such folder, or it holds no checkpoint.
     """
     keys, names = steps_in(store, name), store.list(name)
-    listed = {key.rpartition("/")[2] for key in keys}
+    published = {key.rpartition("/")[2] for key in keys}
     folders = [folder.rstrip("/") for folder in names]
-    unfinished = [f for f in folders if hidden_folder_of(f) is not None and f not in listed]
+    unfinished = [f for f in folders if hidden_folder_of(f) is not None and f not in published]
     local = local_rows(store, name) if TIER in names else []
     if not keys and not unfinished and not local:
         raise NotFoundError(
             f"`{location(store, name)}` holds no step", hint=hint_without_steps(store, name, names)
         )
     damaged, pinned = damaged_steps(store, name), pinned_steps(store, name)
-    rows = []
+    rows, listed = [], ListedStore(store)
     for key in keys:
-        row = look_at(store, key)
-        # Retention may have deleted it since it was listed.
-        if row.state != "damaged" or not is_deleted(store, key):
-            rows.append(_marked(row, damaged, pinned))
+        row = look_at(listed, key)
+        if row.state == "damaged":
+            # Another process may have replaced or deleted it since it was listed.
+            if is_deleted(store, key):
+                continue
+            row = look_at(store, key)
+        rows.append(_marked(row, damaged, pinned))
     durable = {row.step for row in rows if row.state == "good"}
     rows += [row for row in local if row.step not in durable]
     return rows + [CheckpointRow(folder, None, "attempt") for folder in unfinished]

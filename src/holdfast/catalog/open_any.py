@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from holdfast.catalog.catalog import location, open_manifest, read_manifest, steps_in
+from holdfast.catalog.catalog import connect_rows, location, open_manifest, read_manifest, steps_in
 from holdfast.catalog.findings import Format
 from holdfast.catalog.hf_folder import HFFolder, fetcher, open_hf_folder
 from holdfast.catalog.nested import checkpoint_in
@@ -73,7 +73,9 @@ class Opened:
         return step_of_folder(self.folder.rpartition("/")[2])
 
     def source(self, store: ReadStore) -> Source:
-        """The checkpoint, to read its data. `store` is the one that it was opened in."""
+        """The checkpoint, to read its data. `store` is the one that it was opened in, on this
+        rank."""
+        connect_rows(store, self.folder, self.manifest)
         return Source(store, self.folder, self.manifest)
 
     def was_replaced(self, store: ReadStore) -> bool:

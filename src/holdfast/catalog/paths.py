@@ -9,7 +9,7 @@ from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.steady import folder_of
 from holdfast.errors import UsageError
 from holdfast.format.names import check_name
-from holdfast.storage.opening import folder_store, is_url, local_path, open_store, without_scheme
+from holdfast.storage.opening import is_url, local_path, open_store, store_to_save, without_scheme
 from holdfast.storage.store import ReadStore
 
 
@@ -17,14 +17,15 @@ def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     """Return the catalog in which to save the checkpoint at `path`, and its name there.
 
     Raises:
-        UsageError: `path` is a URL, has no name, has a name that no checkpoint may have, or is a
-            folder that cannot be replaced.
+        UsageError: `path` is a URL that Holdfast cannot write to, has no name, has a name that no
+            checkpoint may have, or is a folder that cannot be replaced.
     """
-    full = local_path(checked_path(path, "path"))
+    full = _full(path)
     folder, name = _split(full)
     check_name(name, full)
-    _check_replaceable(full)
-    return Catalog(folder_store(folder)), name
+    if not is_url(full):
+        _check_replaceable(full)
+    return Catalog(store_to_save(folder)), name
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
@@ -36,9 +37,14 @@ def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
 
 def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """Return the store of the folder or URL above `path`, and the last part of `path`."""
-    text = without_scheme(checked_path(path, "path"))
-    folder, name = _split(text.rstrip("/") if is_url(text) else local_path(text))
+    folder, name = _split(_full(path))
     return open_store(folder), name
+
+
+def _full(path: str | os.PathLike[str]) -> str:
+    """The absolute form of a path; a URL without the slash at its end."""
+    text = without_scheme(checked_path(path, "path"))
+    return text.rstrip("/") if is_url(text) else local_path(text)
 
 
 def _check_replaceable(path: str) -> None:
@@ -63,4 +69,8 @@ def _split(path: str) -> tuple[str, str]:
     folder, _, name = path.rpartition("/")
     if not name:
         raise UsageError(f"`{path}` has no name after its last slash, so it names no checkpoint")
+    if folder.endswith(":/"):
+        raise UsageError(
+            f"`{path}` is a whole bucket", hint=f"name a folder in it, such as {path}/run"
+        )
     return folder or "/", name

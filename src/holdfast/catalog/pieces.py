@@ -9,7 +9,7 @@ from holdfast.catalog.catalog import location
 from holdfast.catalog.findings import Format
 from holdfast.catalog.hf_folder import has_safetensors, has_weights
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
-from holdfast.format.names import LOCK, MANIFEST, METADATA
+from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS
 from holdfast.format.safetensors import SUFFIX
 from holdfast.format.zero import ZERO_OPTIMIZER
 from holdfast.storage.store import ReadStore
@@ -112,11 +112,17 @@ def _part(last: str, *, in_checkpoint: bool) -> str | None:
     data = _DATA.fullmatch(last)
     if data is not None:
         return f"the data that rank {data[1]} wrote"
-    named = {MANIFEST: "the index", METADATA: "the index for stock torch", LOCK: "the lock"}
+    named = {
+        MANIFEST: "the index",
+        METADATA: "the index for stock torch",
+        LOCK: "the lock",
+    }
     if last in named:
         return named[last]
     if last.endswith((INDEX_SUFFIX, ".bin.index.json")):
         return "the index of the weights"
+    if in_checkpoint and last == ROWS:
+        return "the list of chunks"
     return "a file beside the weights" if in_checkpoint and last in _BESIDE_WEIGHTS else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from holdfast.catalog.findings import named
 from holdfast.errors import HoldfastError, NotFoundError
-from holdfast.format.names import LOCK, MANIFEST, METADATA, hidden_folder_of, step_of
+from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS, hidden_folder_of, step_of
 from holdfast.format.safetensors import INDEX, SUFFIX
 from holdfast.format.seal import SEAL, decode
 from holdfast.storage.store import ReadStore
@@ -15,7 +15,7 @@ from holdfast.storage.store import ReadStore
 _DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp", re.ASCII)
 
 _NATIVE = re.compile(
-    "|".join([_DATA.pattern, re.escape(MANIFEST), re.escape(METADATA), r"meta\.pt"]), re.ASCII
+    "|".join([_DATA.pattern, *map(re.escape, (MANIFEST, ROWS, METADATA, "meta.pt"))]), re.ASCII
 )
 """Names of all files of Holdfast's and stock DCP's checkpoints. Lightning adds `meta.pt`."""
 

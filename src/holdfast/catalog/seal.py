@@ -7,12 +7,13 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from holdfast.arguments import checked_flag, checked_path
@@ -23,17 +24,24 @@ from holdfast.catalog.findings import Finding, summary_of
 from holdfast.catalog.paths import open_for_saving
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import seal as seals
-from holdfast.format.checksum import block_checksums
+from holdfast.format.checksum import block_checksums, checksum_of_parts
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import HiddenFolder, hidden_folder_of, number_of
+from holdfast.format.names import HiddenFolder, folder_among, hidden_folder_of, number_of
 from holdfast.format.seal import SEAL, Seal, SealedFile
 from holdfast.release import installed_version
 from holdfast.storage import links
 from holdfast.storage.store import ReadStore
+from holdfast.storage.unsynced import UnsyncedStore
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
 _THREADS_MAX = 8
+
+_PIECE_BYTES = 32 << 20
+"""Bytes of a file that one thread hashes at a time: whole blocks."""
+
+_WINDOW_BYTES = 256 << 10
+"""Bytes that are read and hashed at a time: few, so that they are in the cache when hashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +50,30 @@ class Unsealed:
 
     catalog: Catalog
     attempt: HiddenFolder
+    is_durable: bool
+    """Whether `publish` makes it durable."""
 
     @property
     def folder(self) -> Path:
         return Path(self.catalog.store.url) / str(self.attempt)
 
-    def publish(self) -> None:
-        """Make all files durable, write the seal, and give the folder its name.
+    def seal(self) -> None:
+        """Write the seal, and make all files durable if wanted.
 
         Raises:
             UsageError: the folder holds no file, or something that is neither file nor folder.
-            ExistsError: another checkpoint has taken the name meanwhile.
             StorageError: a file cannot be read or synced.
         """
         write_seal(self.folder)
+        if self.is_durable:
+            sync_files(self.folder)
+
+    def publish(self) -> None:
+        """Give the sealed folder its name.
+
+        Raises:
+            ExistsError: another checkpoint has taken the name meanwhile.
+        """
         self.catalog.publish(self.attempt)
         leftovers = plan_cleanup(self.catalog.store.list(), only=self.attempt.name)
         for problem in execute(self.catalog.store, leftovers):
@@ -72,12 +90,15 @@ def begin(
     *,
     overwrite: bool,
     chosen_id: str = "",
-    may_hold_others: bool = False,
+    checks_name: bool = True,
+    durable: bool = True,
 ) -> Unsealed:
     """Make the folder to fill, beside `path`, and clean up after killed processes.
 
     `chosen_id`: eight hexadecimal digits for the folder's name; random ones by default.
-    `may_hold_others`: also replace a checkpoint to which files were added.
+    `checks_name`: refuse to replace a checkpoint to which files were added, or a file. `durable`:
+    whether `publish` returns only once the checkpoint is durable. If it replaces another one, it
+    does so in any case: that one may be all there is to resume from.
 
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is no checkpoint.
@@ -87,9 +108,13 @@ def begin(
     store.make_folder("")
     execute(store, plan_cleanup(store.list()))
     hint = "choose another path, or pass `overwrite=True` to replace it"
-    if not may_hold_others:
+    if checks_name:
         catalog.check_free(name, replace=overwrite, hint=hint)
-    return Unsealed(catalog, catalog.begin(name, replace=overwrite, chosen_id=chosen_id))
+    durable = durable or folder_among(store.list(), name) is not None
+    if not durable:
+        catalog = Catalog(UnsyncedStore(store.url))
+    attempt = catalog.begin(name, replace=overwrite, chosen_id=chosen_id)
+    return Unsealed(catalog, attempt, durable)
 
 
 @contextmanager
@@ -112,6 +137,7 @@ def sealed(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator
     unsealed = begin(checked_path(path, "path"), overwrite=checked_flag(overwrite, "overwrite"))
     try:
         yield unsealed.folder
+        unsealed.seal()
         unsealed.publish()
     except BaseException:
         unsealed.abort()
@@ -119,43 +145,64 @@ def sealed(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator
 
 
 def write_seal(folder: Path) -> Seal:
-    """Sync every file below `folder`, and add the seal."""
+    """Hash every file below `folder`, and add the seal. Syncs nothing."""
     with suppress(FileNotFoundError):
         (folder / SEAL).unlink()
-    files, folders = _walk(folder)
+    files = _files_to_seal(folder)
     if not files:
         raise UsageError(
             f"nothing was written to `{folder}`",
             hint="write the files of the checkpoint into the folder that `sealed` gives",
         )
-    threads = min(_THREADS_MAX, 2 * (os.cpu_count() or 1))
-    with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-seal") as pool:
-        hashed = [pool.submit(_sync_and_hash, folder / file) for file in files]
-        contents = {file: one.result() for file, one in zip(files, hashed, strict=True)}
     seal = Seal(
-        files=contents,
+        files=_hash_files(folder, files),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions={"holdfast": installed_version()},
     )
-    data = seals.encode(seal)
     with _storage_errors(folder / SEAL), (folder / SEAL).open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    for inner in folders:
-        with _storage_errors(inner):
-            _sync(inner)
+        file.write(seals.encode(seal))
     return seal
 
 
-def _walk(folder: Path) -> tuple[list[str], list[Path]]:
-    """All files below a folder, by relative path, and all folders, innermost first."""
+def sync_files(folder: Path) -> None:
+    """Make everything below `folder` durable: first the files, then the names in each folder.
+
+    What has been deleted meanwhile is left out.
+    """
     files, folders = [], []
 
     def fail(error: OSError) -> None:
-        raise StorageError(f"cannot seal `{folder}`: {error}")
+        if not isinstance(error, FileNotFoundError):
+            _fail_to_seal(folder, error)
 
-    for parent, inner, names in os.walk(folder, onerror=fail):
+    for parent, _, names in os.walk(folder, onerror=fail):
+        files += [Path(parent, name) for name in names]
+        folders.append(Path(parent))
+    with ThreadPoolExecutor(_THREADS_MAX, thread_name_prefix="holdfast-seal") as pool:
+        for _ in pool.map(sync_path, files):
+            pass
+    for inner in reversed(folders):
+        sync_path(inner)
+
+
+def _fail_to_seal(folder: Path, error: OSError) -> None:
+    raise StorageError(f"cannot seal `{folder}`: {error}") from error
+
+
+def sync_path(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, durable, unless it has been deleted."""
+    with _storage_errors(path), suppress(FileNotFoundError):
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _files_to_seal(folder: Path) -> list[str]:
+    """All files below a folder, by relative path."""
+    files = []
+    for parent, inner, names in os.walk(folder, onerror=partial(_fail_to_seal, folder)):
         for name in (*inner, *names):
             path = Path(parent, name)
             mode = path.stat().st_mode if path.exists() else 0
@@ -171,40 +218,42 @@ def _walk(folder: Path) -> tuple[list[str], list[Path]]:
                 )
             if stat.S_ISREG(mode):
                 files.append(path.relative_to(folder).as_posix())
-        folders.append(Path(parent))
-    return sorted(files), folders[::-1]
+    return sorted(files)
 
 
-def _sync_and_hash(path: Path) -> SealedFile:
-    checksums: list[int] = []
-    nbytes = 0
-    buffer = memoryview(bytearray(seals.BLOCK_BYTES))
-    with _storage_errors(path):
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while count := _fill(file, buffer):
-                checksums += block_checksums(buffer[:count], seals.BLOCK_BYTES)
-                nbytes += count
-            os.fsync(file)
-        finally:
-            os.close(file)
-    return SealedFile(nbytes, tuple(checksums))
+def _hash_files(folder: Path, files: Sequence[str]) -> dict[str, SealedFile]:
+    """Size and checksums of each file. All cores share the work on a large file."""
+    threads = min(_THREADS_MAX, os.cpu_count() or 1)
+    sizes = {file: (folder / file).stat().st_size for file in files}
+    with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-seal") as pool:
+        pieces = {
+            file: [
+                pool.submit(_hash_piece, folder / file, start, min(start + _PIECE_BYTES, nbytes))
+                for start in range(0, nbytes, _PIECE_BYTES)
+            ]
+            for file, nbytes in sizes.items()
+        }
+        return {
+            file: SealedFile(nbytes, tuple(chain.from_iterable(p.result() for p in pieces[file])))
+            for file, nbytes in sizes.items()
+        }
 
 
-def _fill(file: int, buffer: memoryview) -> int:
-    """Read until the buffer is full or the file ends. Returns the bytes read."""
-    done = 0
-    while done < len(buffer) and (count := os.readv(file, [buffer[done:]])):
-        done += count
-    return done
+def _hash_piece(path: Path, start: int, stop: int) -> list[int]:
+    """Checksum of each block from `start` to `stop`."""
+    window = memoryview(bytearray(_WINDOW_BYTES))
+    with _storage_errors(path), path.open("rb", buffering=0) as file:
+        file.seek(start)
 
+        def windows(nbytes: int) -> Iterator[memoryview]:
+            while nbytes and (count := file.readinto(window[:nbytes])):
+                yield window[:count]
+                nbytes -= count
 
-def _sync(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        return [
+            checksum_of_parts(windows(min(seals.BLOCK_BYTES, stop - block)))
+            for block in range(start, stop, seals.BLOCK_BYTES)
+        ]
 
 
 @contextmanager
@@ -321,6 +370,15 @@ def _check_file(
     return []
 
 
+def visible_name(folder: str) -> str | None:
+    """Name under which readers know a folder: that of the checkpoint if a killed save has renamed
+    it; None if it is hidden from them."""
+    hidden = hidden_folder_of(folder)
+    if hidden is None:
+        return folder
+    return hidden.name if hidden.role == "replaced" else None
+
+
 def matching(store: ReadStore, pattern: str | re.Pattern[str]) -> list[str]:
     """Names of the folders at the root of a store that match, the newest first: by the last number
     in their name, then by name."""
@@ -332,9 +390,7 @@ def matching(store: ReadStore, pattern: str | re.Pattern[str]) -> list[str]:
         return pattern.fullmatch(name) is not None
 
     # A save that was killed between two renames has left the good folder under a hidden name.
-    names = {
-        f: h.name if (h := hidden_folder_of(f)) and h.role == "replaced" else f for f in folders
-    }
+    names = {folder: name for folder in folders if (name := visible_name(folder)) is not None}
     taken = {name for folder, name in names.items() if folder == name}
     found = {
         folder: name

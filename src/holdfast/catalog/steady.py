@@ -89,7 +89,8 @@ def fingerprint(store: ReadStore, name: str) -> object:
 def folder_of(store: ReadStore, name: str) -> str:
     """The folder that holds checkpoint `name`: see `folder_among`.
 
-    Returns `name` for a URL, where nobody saves, and listing may be slow or forbidden.
+    Returns `name` for a URL: object stores have no `.replaced` folders, and listing may be slow or
+    forbidden.
     """
     if is_url(store.url):
         return name

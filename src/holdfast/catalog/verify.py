@@ -49,7 +49,7 @@ from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundEr
 from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import LOCK, MANIFEST, METADATA, number_of, step_of_folder
+from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS, number_of, step_of_folder
 from holdfast.format.seal import SEAL
 from holdfast.format.zero import ZERO_MODEL, ZERO_OPTIMIZER
 from holdfast.storage.store import ReadStore
@@ -121,8 +121,10 @@ def verify(target: VerifyTarget) -> VerifyReport:
 
 
 def failed(target: VerifyTarget, error: HoldfastError) -> VerifyReport:
-    """The report on a checkpoint that cannot be opened."""
+    """The report on a checkpoint whose index cannot be read."""
     index = MANIFEST if isinstance(error, DamagedError) else METADATA
+    if isinstance(error, DamagedError) and error.file:
+        index = error.file.rpartition("/")[2]
     finding = Finding("index", index, error.what)
     step = step_of_folder(target.name.rpartition("/")[2])
     return VerifyReport(
@@ -163,11 +165,13 @@ def _verify_sealed(target: VerifyTarget) -> VerifyReport:
 def _verify_step(target: VerifyTarget) -> VerifyReport:
     try:
         manifest = read_manifest(target.store, target.name)
+        if manifest.rows is not None:
+            manifest.rows.check()
+        coverage = list(check_coverage(manifest))
     except DamagedError as error:
         return failed(target, error)
     names = target.store.list(target.name)
-    findings = check_structure(target.store, target.name, manifest)
-    findings += check_coverage(manifest)
+    findings = [*check_structure(target.store, target.name, manifest), *coverage]
     if not target.quick and MANIFEST in names:
         checksums = {}
         on_files = [f for f in findings if f.concern == "file" and not f.entry]
@@ -182,7 +186,7 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
     elif not target.quick:
         refused = {finding.file for finding in findings if finding.concern == "file"}
         findings += run(check_containers(manifest, refused, target.reader))
-    known = {MANIFEST, METADATA, LOCK, *manifest.files}
+    known = {MANIFEST, METADATA, LOCK, *([ROWS] if manifest.rows else []), *manifest.files}
     notes = [f"`{name}` is not part of the checkpoint" for name in names if name not in known]
     return _report(target, manifest, findings, notes)
 

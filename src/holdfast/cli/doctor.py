@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +32,11 @@ from holdfast.format.names import (
 )
 from holdfast.format.seal import SEAL
 from holdfast.spelling import counted, spelled_bytes
+from holdfast.storage.bucket_leases import NOTE_BYTES_MAX, note_in
 from holdfast.storage.local import LocalStore
 from holdfast.storage.locks import read_note
-from holdfast.storage.store import ReadStore
+from holdfast.storage.objects import ObjectStore
+from holdfast.storage.store import ReadStore, Store
 
 Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use", "unknown"]
 
@@ -108,8 +111,10 @@ def run(arguments: Sequence[str]) -> int:
     options = parsed(DoctorArguments, "doctor", arguments)
     folder = _examined(options.folder, quick=not options.verify)
     troubles, resume = [*examine(folder)], folder.resume
+    advice = lifecycle_rule(folder.where)
     if options.json:
         facts = {"folder": folder.where, "resume": resume, "read": folder.read}
+        facts |= {} if advice is None else {"lifecycle_rule": advice}
         say_json(facts | {"troubles": [asdict(trouble) for trouble in troubles]})
     else:
         checkpoints = counted(len(folder.reports), "checkpoint")
@@ -119,6 +124,11 @@ def run(arguments: Sequence[str]) -> int:
             say(f"    {trouble.mend or WITHOUT_MEND.get(trouble.concern, 'nothing to do')}")
         if not troubles:
             say("  no problems" + ("" if folder.read else " in indexes and file sizes"))
+        if advice is not None:
+            say(
+                "  parts of killed uploads are not shown here. The bucket should have this "
+                f"rule; this command replaces all others:\n    {advice}"
+            )
         if not folder.read:
             say(f"  no data was read: {folder.command('doctor')} --verify reads all of it")
     concerns = {trouble.concern for trouble in troubles}
@@ -149,8 +159,38 @@ def examine(folder: ExaminedFolder) -> Iterator[Trouble]:
     if isinstance(folder.store, LocalStore):
         yield from _space(folder, folder.store)
         yield from _rights(folder)
+    if isinstance(folder.store, LocalStore | ObjectStore):
         yield from _left_over(folder, folder.store)
     yield from _unknown(folder)
+
+
+def lifecycle_rule(url: str) -> str | None:
+    """The command that makes a bucket delete the parts of killed uploads after a day; None if that
+    store does so by itself, or is no bucket.
+
+    A rule must not expire objects: they are the checkpoints.
+    """
+    scheme, _, path = url.partition("://")
+    bucket = path.partition("/")[0]
+    if scheme in ("s3", "s3a"):
+        rule = {
+            "ID": "holdfast-uploads",
+            "Status": "Enabled",
+            "Filter": {"Prefix": ""},
+            "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 1},
+        }
+        return (
+            f"aws s3api put-bucket-lifecycle-configuration --bucket {shlex.quote(bucket)} "
+            f"--lifecycle-configuration {shlex.quote(json.dumps({'Rules': [rule]}))}"
+        )
+    if scheme == "gs":
+        abort = {"type": "AbortIncompleteMultipartUpload"}
+        rules = json.dumps({"rule": [{"action": abort, "condition": {"age": 1}}]})
+        return (
+            f"gcloud storage buckets update {shlex.quote(f'gs://{bucket}')} "
+            f"--lifecycle-file=<(echo {shlex.quote(rules)})"
+        )
+    return None
 
 
 def _damaged(folder: ExaminedFolder) -> Iterator[Trouble]:
@@ -236,7 +276,7 @@ def _rights(folder: ExaminedFolder) -> Iterator[Trouble]:
         yield Trouble("rights", folder.where, f"owned by user {path.stat().st_uid}", mend)
 
 
-def _left_over(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
+def _left_over(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
     """Yields leftovers of killed saves; while a run holds the lock, only the lock."""
     lock = f"{folder.name}/{LOCK}"
     holder = store.holder(lock) if LOCK in folder.names else None
@@ -250,6 +290,10 @@ def _left_over(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
             yield Trouble("in use", action.folder, "another process is at work on it")
         else:
             yield Trouble("left over", action.folder, action.why, folder.command("prune"))
+    if LOCK in folder.names and not isinstance(store, LocalStore):
+        what = f"by {note_in(store.read(lock, 0, NOTE_BYTES_MAX))}, which no longer renews it"
+        yield Trouble("left over", LOCK, f"{what}; the next run takes it over")
+        return
     note = read_note(f"{folder.where}/{LOCK}")
     if note and not note.startswith(f"host {os.uname().nodename},"):
         what = f"held or left by {note}: another machine, whose processes cannot be seen from here"

@@ -22,11 +22,13 @@ from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json
 from holdfast.cli.verify import stored_bytes
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import LOCK, hidden_folder_of, number_of
+from holdfast.manager.complete import CompleteCheckpoints
 from holdfast.manager.policy import STEPS_MIN, Retention, reasons_to_keep
 from holdfast.manager.resume import good_steps
 from holdfast.spelling import counted, spelled_bytes
-from holdfast.storage.opening import folder_store, is_url
-from holdfast.storage.store import Linking, Links, Store
+from holdfast.storage.listed import ListedStore
+from holdfast.storage.opening import store_to_save
+from holdfast.storage.store import Linking, Links, ReadStore, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +98,9 @@ class Decision:
 def run(arguments: Sequence[str]) -> int:
     """Print the plan, and carry it out; returns the exit status."""
     options = parsed(PruneArguments, "prune", arguments)
-    if is_url(options.folder):
-        raise UsageError(f"`{options.folder}` is a URL: use the tool of that store")
     store, name = open_parent(options.folder)
     check_folder(store, name)
-    catalog = Catalog(folder_store(options.folder))
+    catalog = Catalog(store_to_save(options.folder))
     listed = catalog.store.list()
     if not _folders(catalog) and not any(hidden_folder_of(entry.rstrip("/")) for entry in listed):
         raise NotFoundError(
@@ -132,7 +132,10 @@ def _folders(catalog: Catalog) -> dict[int, str]:
 def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
     """Decide which folders stay: checkpoints, oldest first, then leftovers of killed saves."""
     store, folders, retention = catalog.store, _folders(catalog), options.retention
-    good = {candidate.step: candidate for candidate in good_steps(catalog, folders)}
+    # Without this view, each of thousands of checkpoints would list the folder around it again.
+    listed = ListedStore(store)
+    complete = CompleteCheckpoints(listed)
+    good = {candidate.step: candidate for candidate in good_steps(catalog, folders, complete)}
     reasons = {step: ["no rule given"] for step in good}
     if retention is not None:
         reasons = reasons_to_keep(good.values(), retention)
@@ -145,7 +148,7 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
     decisions = []
     for step, folder in folders.items():
         stays, why = not options.damaged, "damaged"
-        if (reason := _why_not_decided_by_rules(catalog, step, folder)) is not None:
+        if (reason := _why_not_decided_by_rules(listed, step, folder)) is not None:
             stays, why = True, reason
         elif step in good:
             stays, why = bool(reasons[step]), ", ".join(reasons[step]) or "no rule keeps it"
@@ -160,13 +163,12 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
     return decisions
 
 
-def _why_not_decided_by_rules(catalog: Catalog, step: int, folder: str) -> str | None:
+def _why_not_decided_by_rules(store: ReadStore, step: int, folder: str) -> str | None:
     """Returns why a folder stays whatever the rules are; None where the rules decide.
 
     It stays if it holds several checkpoints, a checkpoint of another step, or a Hugging Face
     model, and if the disk cannot read it now.
     """
-    store = catalog.store
     try:
         if why := why_not_removable(store, folder):
             return why

@@ -29,7 +29,8 @@ from holdfast.cli.terminal import (
 from holdfast.errors import DamagedError, HoldfastError, UsageError
 from holdfast.format.names import step_of, step_of_folder
 from holdfast.spelling import counted, spelled_bytes
-from holdfast.storage.opening import folder_store, is_url
+from holdfast.storage.listed import ListedStore
+from holdfast.storage.opening import store_to_save
 from holdfast.storage.store import ReadStore
 
 CAUSES_MAX = 50
@@ -59,8 +60,8 @@ class VerifyArguments(JsonOptions):
 def run(arguments: Sequence[str]) -> int:
     """Verify, and print the findings; returns the exit status."""
     options = parsed(VerifyArguments, "verify", arguments)
-    if options.mark and (options.quick or is_url(options.path)):
-        raise UsageError("`--mark` needs a folder of this machine, and all data read: no `--quick`")
+    if options.mark and options.quick:
+        raise UsageError("`--mark` needs all data read: no `--quick`")
     store, name = open_for_reading(options.path)
     holds_many = format_of(store, name) is None and is_folder(store, name)
     checkpoints = steps_in(store, name) if holds_many else []
@@ -108,18 +109,26 @@ def verified(store: ReadStore, names: Sequence[str], quick: bool) -> dict[str, V
     Leaves out, with a note on stderr, checkpoints that another process deletes meanwhile.
     """
     reports = {}
+    listed = ListedStore(store)
     for name in names:
-        with progress(name, stored_bytes(store, name)) as advance:
-            target = VerifyTarget(store, name, quick, advance)
-            try:
-                report = verify(target)
-            except HoldfastError as error:
-                report = failed(target, error)
+        # Reading data takes long enough that the list of files may have changed.
+        report = _verified(listed if quick else store, name, quick)
         if not report.good and is_deleted(store, name):
-            say_error(f"note: `{target.where}` was deleted meanwhile, and is left out")
-        else:
-            reports[name] = report
+            say_error(f"note: `{report.where}` was deleted meanwhile, and is left out")
+            continue
+        if not report.good and quick:
+            report = _verified(store, name, quick)
+        reports[name] = report
     return reports
+
+
+def _verified(store: ReadStore, name: str, quick: bool) -> VerifyReport:
+    with progress(name, 0 if quick else stored_bytes(store, name)) as advance:
+        target = VerifyTarget(store, name, quick, advance)
+        try:
+            return verify(target)
+        except HoldfastError as error:
+            return failed(target, error)
 
 
 def _mark(reports: Sequence[VerifyReport]) -> None:
@@ -132,10 +141,11 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
                 f"`{report.where}` is not a checkpoint of a run",
                 hint="`--mark` needs folders named step-N",
             )
+        store = store_to_save(folder)
         if report.loads:
-            clear_damaged(folder_store(folder), step)
-        elif not is_deleted(folder_store(folder), name):
-            mark_damaged(folder_store(folder), step, str(report.findings[0]))
+            clear_damaged(store, step)
+        elif not is_deleted(store, name):
+            mark_damaged(store, step, str(report.findings[0]))
 
 
 def stored_bytes(store: ReadStore, name: str) -> int:

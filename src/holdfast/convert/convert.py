@@ -80,7 +80,7 @@ def convert_to(
             hint="run the command again",
         ) from error
     seconds = time.perf_counter() - started
-    kept_bytes = target.files.kept_bytes
+    kept_bytes = 0 if target.files is None else target.files.kept_bytes
     return ConvertResult(target.where, nbytes, kept_bytes, seconds, len(planned.outputs))
 
 

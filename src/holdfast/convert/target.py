@@ -28,8 +28,8 @@ from holdfast.saving.publish import publish
 from holdfast.saving.write import write
 from holdfast.spelling import spelled_bytes
 from holdfast.storage.continuing import Continuing
-from holdfast.storage.opening import folder_store, is_url, local_path
-from holdfast.storage.store import Buffer, FileWriter, FolderStore, Store
+from holdfast.storage.opening import is_url, local_path, store_to_save, without_scheme
+from holdfast.storage.store import Buffer, Creating, FileWriter, FolderStore, Store
 
 Values = Mapping[str, tuple[Path, bytes]]
 """Path and bytes of each value, by name, in the form that the target needs."""
@@ -42,7 +42,7 @@ class ConvertTarget:
     catalog: Catalog
     """Checkpoints of the folder that contains the target."""
 
-    store: FolderStore
+    store: Store
     """Store of that folder."""
 
     name: str
@@ -52,12 +52,18 @@ class ConvertTarget:
     file: bool
     """Whether the target is a file, not a folder."""
 
-    files: Continuing
-    """Creator of files in `store`, which continues those that a killed conversion left."""
+    files: Continuing | None
+    """Creator of files in `store`, which continues those that a killed conversion left; None if the
+    files of that store never change."""
 
     @property
     def where(self) -> str:
         return self.catalog.where(self.name)
+
+    @property
+    def creating(self) -> Creating:
+        """Creator of files."""
+        return self.store if self.files is None else self.files
 
     @property
     def replaces_folder(self) -> bool:
@@ -72,26 +78,26 @@ def open_target(
     `sources`: paths that the conversion reads. The target must not be, contain or be inside any of
     them.
     """
-    full = local_path(path)
+    full = _full(path)
     for source in sources:
         _check_apart(full, source)
     folder, _, name = full.rpartition("/")
     if not name:
         raise UsageError(f"`{path}` cannot be a target: it has no name")
     check_name(name, full)
-    return target_in(folder_store(folder or "/"), name, overwrite=overwrite, file=file)
+    return target_in(store_to_save(folder or "/"), name, overwrite=overwrite, file=file)
 
 
-def target_in(
-    store: FolderStore, name: str, *, overwrite: bool, file: bool = False
-) -> ConvertTarget:
+def target_in(store: Store, name: str, *, overwrite: bool, file: bool = False) -> ConvertTarget:
     """Prepare the target `name` in a store. `file`: it is to be a file, not a folder.
 
-    Attempts of killed conversions are kept, for the next one to continue.
+    Attempts of killed conversions are kept, for the next one to continue, if files of the store can
+    be changed.
     """
     catalog = Catalog(store)
     store.make_folder("")
-    attempts = {str(attempt) for attempt in _attempts(store, name)}
+    files = Continuing(store) if isinstance(store, FolderStore) else None
+    attempts = {str(attempt) for attempt in _attempts(store, name)} if files else set()
     actions = plan_cleanup(store.list(), only=name)
     execute(store, [action for action in actions if action.folder not in attempts])
     is_empty_folder = not file and f"{name}/" in store.list() and not store.list(name)
@@ -99,12 +105,14 @@ def target_in(
         hint = "choose another target, or pass `--overwrite` to replace it"
         catalog.check_free(name, replace=overwrite, hint=hint, file=file)
     replace_existing = overwrite or is_empty_folder
-    return ConvertTarget(catalog, store, name, replace_existing, file, Continuing(store))
+    return ConvertTarget(catalog, store, name, replace_existing, file, files)
 
 
 def _check_apart(target: str, source: str) -> None:
     """Check that a target is not, does not contain and is not inside a source."""
-    if is_url(source):
+    if is_url(source) or is_url(target):
+        if f"{target}/".startswith(f"{source.rstrip('/')}/"):
+            raise UsageError(f"`{target}` cannot be written: the conversion reads `{source}`")
         return
     # Resolve the parent only: a target that is a link is replaced, not the folder behind it.
     above, _, name = target.rpartition("/")
@@ -152,7 +160,7 @@ def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> HiddenFolder
     Files with other names or sizes are deleted from it, and so are further attempts.
     """
     store, catalog, taken = target.store, target.catalog, None
-    for attempt in _attempts(store, target.name):
+    for attempt in _attempts(store, target.name) if target.files else ():
         try:
             is_held = catalog.hold(attempt, replace=target.replaces_folder and taken is None)
         except NotFoundError:
@@ -198,12 +206,12 @@ def write_hf(
     with _attempt(target, sizes) as attempt:
         with read_ahead(order, advance) as take:
             for file, layout in export.files.items():
-                with target.files.create(f"{attempt}/{file}", layout.nbytes) as writer:
+                with target.creating.create(f"{attempt}/{file}", layout.nbytes) as writer:
                     writer.write(0, [layout.header])
                     for name, span in layout.tensors.items():
                         _write_tensor(writer, span.offset, outputs[name], take)
         contents = files_beside(config, assets, export.dtype, export.index)
-        write_small(target.store, target.files, str(attempt), contents)
+        write_small(target.store, target.creating, str(attempt), contents)
         target.catalog.publish(attempt)
     execute(target.store, plan_cleanup(target.store.list(), only=target.name))
     return export.nbytes
@@ -232,10 +240,11 @@ def write_torch_file(
     }
     layout = torchfile.lay_out(tensors, values)
     store, file = target.store, target.name
+    assert isinstance(store, FolderStore), "`check_format` refuses others"
     with _attempt(target, {file: layout.nbytes}) as attempt:
         with (
             read_ahead([outputs[name] for name in layout.tensors], advance) as take,
-            target.files.create(f"{attempt}/{file}", layout.nbytes) as writer,
+            target.creating.create(f"{attempt}/{file}", layout.nbytes) as writer,
         ):
             crc32s = {
                 name: _write_tensor(writer, span.offset, outputs[name], take)
@@ -271,7 +280,7 @@ def write_checkpoint(
     layout = lay_out_file(0, items, containers)
     with _attempt(target, {layout.name: layout.nbytes} if layout.nbytes else {}) as attempt:
         with read_ahead([outputs[placed.name] for placed in plan.tensors], advance) as take:
-            result = write(target.files, str(attempt), layout, lambda _: (take(),))
+            result = write(target.creating, str(attempt), layout, lambda _: (take(),))
         index = Index(plan, [columns(items)])
         return publish(attempt, [result], index, facts, target.catalog)
 
@@ -292,10 +301,16 @@ def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
     return GlobalPlan(placed, {name: (0, path) for name, (path, _) in values.items()}, aliases)
 
 
+def _full(path: str) -> str:
+    """The absolute form of a path; a URL without the slash at its end."""
+    text = without_scheme(path)
+    return text.rstrip("/") if is_url(text) else local_path(text)
+
+
 def check_number(path: str, kind: Kind, step: int | None) -> None:
     """Check that `path` does not give a full checkpoint the number of another step: a resume would
     take it for that step. A model-only checkpoint may have any number."""
-    folder, _, name = local_path(path).rpartition("/")
+    folder, _, name = _full(path).rpartition("/")
     if kind != "full" or step is None or step_of(name) in (None, step):
         return
     raise UsageError(

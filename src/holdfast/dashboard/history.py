@@ -207,11 +207,11 @@ class HistoryReader:
         store, name = open_for_reading(self._path)
         before, self._rows = self._rows, {}
 
-        def cached_row(store: ReadStore, key: str) -> CheckpointRow:
+        def cached_row(listed: ReadStore, key: str) -> CheckpointRow:
             stamp = _stamp(store, key)
             old_stamp, row = before.get(key, (None, None))
             if row is None or old_stamp != stamp:
-                row = row_of(store, key)
+                row = row_of(listed, key)
             self._rows[key] = stamp, row
             return row
 

@@ -124,7 +124,8 @@ def _why_stock(writer: Any, *, use_collectives: bool) -> str | None:
 def _reduce(self: Any) -> Any:
     # In another process nothing is installed, so Holdfast's own writer goes there.
     if _why_stock(self, use_collectives=True) is None:
-        return Writer, (self.path,), {"_path": str(self.path), "_overwrite": self.overwrite}
+        ours = Writer(self.path, overwrite=self.overwrite)
+        return Writer, (ours.checkpoint_id,), ours.__getstate__()
     return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
 
 

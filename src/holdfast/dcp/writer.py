@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -65,17 +66,23 @@ class Writer(StorageWriter):
         """
         self._path = _absolute(path, "path")
         self._overwrite = checked_flag(overwrite, "overwrite")
+        self._current_folder: str | None = None
+        """Current folder of the process that has sent this writer here; None: it was made here."""
+
         self._rank = 0
         self._is_coordinator = False
         self._open: _Attempt | None = None
         """Attempt of the save in progress, on the coordinator."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # `async_save` sends the writer to another process, which begins its own attempt.
-        return {"_path": self._path, "_overwrite": self._overwrite}
+        # `async_save` sends the writer to another process, which begins its own attempt. That
+        # process may have another current folder.
+        state = {"_path": self._path, "_overwrite": self._overwrite}
+        return {**state, "_current_folder": str(Path.cwd())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["_path"], overwrite=state["_overwrite"])  # type: ignore[misc]
+        self._current_folder = state["_current_folder"]
 
     @property
     def checkpoint_id(self) -> str:
@@ -91,7 +98,7 @@ class Writer(StorageWriter):
         """Prepare for the next save, at the path `checkpoint_id` if there is one."""
         self._close()
         if checkpoint_id is not None:
-            self._path = _absolute(checkpoint_id, "checkpoint_id")
+            self._path = _absolute(checkpoint_id, "checkpoint_id", folder=self._current_folder)
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self._path)
@@ -233,11 +240,16 @@ class _Attempt:
             execute(self.catalog.store, plan_cleanup([f"{self.folder}/"]))
 
 
-def _absolute(path: object, what: str) -> str:
-    """The path, absolute: the save may run in a thread or process with another current folder."""
+def _absolute(path: object, what: str, *, folder: str | None = None) -> str:
+    """The path, absolute: the save may run in a thread or process with another current folder.
+
+    `folder`: what a relative path starts from; None: the current folder.
+    """
     text = checked_path(path, what)
     # A URL is refused when the save begins, on all ranks.
-    return text if is_url(text) else os.path.abspath(text)  # noqa: PTH100 - links stay links
+    if is_url(text):
+        return text
+    return os.path.abspath(os.path.join(folder or "", text))  # noqa: PTH100, PTH118 - links stay
 
 
 def _write(

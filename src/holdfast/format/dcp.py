@@ -152,3 +152,38 @@ OURS = b"\x80\x04\x8c\x08holdfast0"
 def is_ours(data: bytes) -> bool:
     """Whether Holdfast wrote this `.metadata`."""
     return data.startswith(OURS)
+
+
+_SHORT_TEXT = 0x8C
+"""Opcode of a text whose length is one byte."""
+
+
+def in_subfolder(data: bytes, folder: str) -> bytes | None:
+    """Return the `.metadata` of Holdfast for readers one folder above its files, which are in
+    `folder`; None if Holdfast has not written it.
+
+    `tables` memoizes the names of the files first, each text followed by MEMOIZE and POP, and
+    refers to them by their number. So only these texts change.
+    """
+    if not is_ours(data):
+        return None
+    position = len(OURS)
+    prefix, parts = f"{folder}/".encode(), []
+    while data[position] == _SHORT_TEXT:
+        stop = position + 2 + data[position + 1]
+        if data[stop : stop + 2] != b"\x940":
+            break  # The first name of a module.
+        text = prefix + data[position + 2 : stop]
+        parts.append(bytes([_SHORT_TEXT, len(text)]) + text + b"\x940")
+        position = stop + 2
+    return OURS + b"".join(parts) + data[position:]
+
+
+def leads_to_subfolder(start: bytes) -> bool:
+    """Whether `in_subfolder` has made the `.metadata` with these first bytes.
+
+    >>> leads_to_subfolder(OURS + b"\x8c\x09id/__0_0\x940"), leads_to_subfolder(OURS + b"\x8c\x01a")
+    (True, False)
+    """
+    name = start[len(OURS) + 2 : len(OURS) + 2 + 0xFF]
+    return is_ours(start) and b"/" in name.partition(b"\x940")[0]

@@ -15,13 +15,25 @@ from typing import Any, Literal
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum, timings
+from holdfast.format.chunks import Chunk as Chunk
+from holdfast.format.chunks import (
+    ChunkDecoder,
+    ChunkRows,
+    DataFile,
+    RowFile,
+    data_file_of,
+    item_of,
+    row_file_of,
+    rows_of,
+)
+from holdfast.format.chunks import Span as Span
+from holdfast.format.chunks import Table as Table
 from holdfast.format.components import OPTIMIZER
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.region import Region
 from holdfast.format.structure import Node, check_node, members_of, with_classes
 from holdfast.format.timings import Stage
 from holdfast.format.untrusted import (
-    check_file_name,
     count_of,
     json_of,
     names_of,
@@ -29,39 +41,11 @@ from holdfast.format.untrusted import (
     path_of,
 )
 
-VERSION = 2
+VERSIONS = (2, 3)
+"""Format versions that are read and written. Version 3 has the chunks in `index.bin`."""
 
 Kind = Literal["full", "model"]
 Path = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Contiguous bytes of a file."""
-
-    offset: int
-    nbytes: int
-
-    @property
-    def stop(self) -> int:
-        return self.offset + self.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A region of a tensor, stored contiguously."""
-
-    region: Region
-    file: str
-    item: Span
-    """Archive around the data, which stock DCP passes to `torch.load`."""
-
-    data_offset: int | None = None
-    """Offset of the raw row-major elements in the file; None if only the archive itself tells."""
-
-    first_block: int | None = None
-    """Index, in the file's table, of the checksum of the first block of the raw data; the next ones
-    follow. None if the format has no block checksums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +54,18 @@ class TensorEntry:
 
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: Sequence[Chunk]
     path: Path
     """Keys from the root of the saved state to this tensor."""
 
     @property
     def nbytes(self) -> int:
         return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize
+
+    def chunks_in(self, region: Region) -> Iterable[Chunk]:
+        """At least the chunks that hold elements of `region`."""
+        chunks = self.chunks
+        return chunks.overlapping(region) if isinstance(chunks, ChunkRows) else chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +76,6 @@ class ValueEntry:
     item: Span
     checksum: int | None
     path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Table of the block checksums of a data file, from `offset` to the end of the file."""
-
-    offset: int
-    checksum: int
-    """Checksum of the table itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +127,9 @@ class Manifest:
     metadata: tuple[int, int] | None = None
     """Size in bytes and checksum of the `.metadata` beside it."""
 
+    rows: RowFile | None = None
+    """`index.bin`, which lists the chunks; None if the manifest itself lists them."""
+
     structure: Mapping[Path, Node] | None = None
     """Containers and key types of the state, by path, where the entries alone do not determine
     them (see `structure`). None if unknown, as in other formats."""
@@ -170,10 +153,20 @@ def encode_tensor(
     # A list per chunk would be a million objects for the garbage collector to track.
     row = "[" + ",".join(["%d"] * (5 + 2 * len(shape))) + "]"
     rows = ",".join([row] * (len(numbers) // (5 + 2 * len(shape)))) % tuple(numbers)
-    head = _head(dtype, shape)
-    if path != (name,):
-        head += b',"path":' + _json(path)
-    return _json(name) + b":" + head + b',"chunks":[' + rows.encode() + b"]}"
+    return _start(name, dtype, shape, path) + b',"chunks":[' + rows.encode() + b"]}"
+
+
+def encode_tensor_with_rows(
+    name: str, dtype: str, shape: tuple[int, ...], path: Path, rows: Sequence[int]
+) -> bytes:
+    """Encode one member of `tensors` whose chunks are in `index.bin`. `rows`: see `rows_of`."""
+    return _start(name, dtype, shape, path) + b',"rows":' + _json(rows) + b"}"
+
+
+def _start(name: str, dtype: str, shape: tuple[int, ...], path: Path) -> bytes:
+    """Encode the name of a tensor, and all members of its entry but the last."""
+    start = _json(name) + b":" + _head(dtype, shape)
+    return start if path == (name,) else start + b',"path":' + _json(path)
 
 
 @lru_cache(maxsize=1024)
@@ -190,6 +183,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
     """
     number = {file: index for index, file in enumerate(manifest.files)}
     metrics = {n: v if math.isfinite(v) else None for n, v in manifest.metrics.items()}
+    rows = manifest.rows
     optional = {
         "components": manifest.components,
         "metrics": metrics or None,
@@ -198,7 +192,7 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         "shared": manifest.shared,
     }
     head = {
-        "holdfast": VERSION,
+        "holdfast": 2 if rows is None else 3,
         "step": manifest.step,
         "kind": manifest.kind,
         "created": manifest.created,
@@ -208,8 +202,9 @@ def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
         **members_of(manifest.structure),
         "checksums": _checksums(manifest.block_bytes),
         "metadata": manifest.metadata,
+        **({} if rows is None else {"index": [rows.nbytes, *_table(rows.table)]}),
         "files": [
-            [file, nbytes, manifest.tables[file].offset, _hex(manifest.tables[file].checksum)]
+            [file, nbytes, *_table(manifest.tables[file])]
             for file, nbytes in manifest.files.items()
         ],
         "values": [
@@ -242,6 +237,10 @@ def _by_container(
         container = (entry.file, entry.item, entry.checksum)
         containers.setdefault(container, []).append((name, entry.path))
     return containers
+
+
+def _table(table: Table) -> tuple[int, str]:
+    return table.offset, _hex(table.checksum)
 
 
 def _hex(value: int) -> str:
@@ -307,7 +306,7 @@ def _without_tensors(body: bytes) -> dict[str, Any] | None:
 _INVALID = (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError)
 
 
-def _shared(stored: dict[str, Any] | None, files: Sequence[_File]) -> dict[str, int] | None:
+def _shared(stored: dict[str, Any] | None, files: Sequence[DataFile]) -> dict[str, int] | None:
     if stored is None:
         return None
     if unknown := stored.keys() - {file.name for file in files}:
@@ -316,11 +315,12 @@ def _shared(stored: dict[str, Any] | None, files: Sequence[_File]) -> dict[str, 
 
 
 def _decode_body(body: dict[str, Any], where: str) -> Manifest:
-    if body["holdfast"] != VERSION:
-        version = body["holdfast"]
-        older = isinstance(version, int) and version < VERSION
+    version = body["holdfast"]
+    if type(version) is not int or version not in VERSIONS:
+        older = isinstance(version, int) and version < min(VERSIONS)
         raise FormatError(
-            f"`{where}` has format version {version}, this holdfast reads {VERSION}",
+            f"`{where}` has format version {version}, this holdfast reads "
+            + " and ".join(map(str, VERSIONS)),
             hint="no release wrote that version: load it with the code that did, and save it again"
             if older
             else "pip install --upgrade holdfast",
@@ -329,14 +329,12 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     is_known = type(block_bytes) is int and block_bytes in _BLOCK_BYTES
     if not is_known or body["checksums"] != _checksums(block_bytes):
         raise FormatError(f"`{where}` has unknown checksums: {body['checksums']}")
-    files: list[_File] = []
-    for name, nbytes, offset, table_checksum in body["files"]:
-        check_file_name(name, where)
-        files.append(_file(name, count_of(nbytes), count_of(offset), table_checksum))
+    files = [data_file_of(stored, where) for stored in body["files"]]
+    rows = row_file_of(body["index"]) if version > 2 else None
     values = [entry for stored in body["values"] for entry in _values(stored, files)]
     manifest = Manifest(
         tensors={
-            name: _tensor(name, entry, files, block_bytes)
+            name: _tensor(name, entry, files, block_bytes, rows)
             for name, entry in body["tensors"].items()
         },
         values=dict(values),
@@ -357,6 +355,7 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
         model=json_of(body.get("model", {})),
         timings=timings.decode(body.get("timings", {})),
         metadata=_metadata(body["metadata"]),
+        rows=rows,
         structure=_structure(body.get("structure"), body.get("optimizers", [])),
     )
     if manifest.kind not in ("full", "model", None):
@@ -374,60 +373,30 @@ def _structure(stored: list[Any] | None, optimizers: list[Any]) -> dict[Path, No
     return with_classes(nodes, {path_of(path): names for path, names in optimizers})
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    """A data file, as the manifest lists it."""
-
-    name: str
-    nbytes: int
-    table: Table
-    num_blocks: int
-
-
-def _file(name: str, nbytes: int, offset: int, stored: str) -> _File:
-    num_blocks, rest = divmod(nbytes - offset, checksum.NBYTES)
-    if num_blocks < 0 or rest:
-        raise ValueError(f"`{name}`: no table of checksums from {offset} to {nbytes}")
-    (table_checksum,) = checksum.from_hex(stored)
-    return _File(name, nbytes, Table(offset, table_checksum), num_blocks)
-
-
-def _tensor(name: str, entry: dict[str, Any], files: list[_File], block_bytes: int) -> TensorEntry:
+def _tensor(
+    name: str,
+    entry: dict[str, Any],
+    files: list[DataFile],
+    block_bytes: int,
+    rows: RowFile | None,
+) -> TensorEntry:
     shape = tuple(map(count_of, entry["shape"]))
     itemsize = dtype_of(entry["dtype"]).itemsize
-    chunks = []
-    for stored in entry["chunks"]:
-        number, offset, nbytes, data_offset, first_block, *corners = map(count_of, stored)
-        if len(corners) != 2 * len(shape):
-            raise ValueError(f"`{name}`: a chunk of {len(corners) // 2} dims, not {len(shape)}")
-        region = Region(tuple(corners[: len(shape)]), tuple(corners[len(shape) :]))
-        file, item = _item(number, offset, nbytes, files)
-        data_bytes = region.num_elements * itemsize
-        if not region.fits(shape):
-            raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
-        if not item.offset <= data_offset <= data_offset + data_bytes <= item.stop:
-            raise ValueError(f"`{name}`: data at {data_offset} is outside of its item {item}")
-        if first_block + checksum.num_blocks(data_bytes, block_bytes) > file.num_blocks:
-            raise ValueError(f"`{name}`: its checksums are outside of those of `{file.name}`")
-        chunks.append(Chunk(region, file.name, item, data_offset, first_block))
-    return TensorEntry(entry["dtype"], shape, tuple(chunks), path_of(entry.get("path", [name])))
+    decoder = ChunkDecoder(name, shape, itemsize, files, block_bytes)
+    chunks: Sequence[Chunk]
+    if rows is None:
+        chunks = tuple(decoder.decode([*map(count_of, stored)]) for stored in entry["chunks"])
+    else:
+        chunks = rows_of(entry["rows"], rows, decoder)
+    return TensorEntry(entry["dtype"], shape, chunks, path_of(entry.get("path", [name])))
 
 
-def _values(stored: dict[str, Any], files: list[_File]) -> Iterator[tuple[str, ValueEntry]]:
+def _values(stored: dict[str, Any], files: list[DataFile]) -> Iterator[tuple[str, ValueEntry]]:
     number, offset, nbytes = map(count_of, stored["item"])
-    file, item = _item(number, offset, nbytes, files)
+    file, item = files[number].name, item_of(number, offset, nbytes, files)
     (container_checksum,) = checksum.from_hex(stored["checksum"])
     for name, path in stored["entries"].items():
-        yield name, ValueEntry(file.name, item, container_checksum, path_of(path or [name]))
-
-
-def _item(number: int, offset: int, nbytes: int, files: list[_File]) -> tuple[_File, Span]:
-    file, item = files[number], Span(offset, nbytes)
-    if item.stop > file.table.offset:
-        raise ValueError(
-            f"item {item} is outside of the {file.table.offset} bytes of `{file.name}`"
-        )
-    return file, item
+        yield name, ValueEntry(file, item, container_checksum, path_of(path or [name]))
 
 
 def _metadata(stored: list[int] | None) -> tuple[int, int] | None:

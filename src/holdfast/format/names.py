@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 from zlib import crc32
@@ -28,6 +28,7 @@ from holdfast.errors import UsageError
 
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
+ROWS = "index.bin"
 LOCK = ".lock"
 TIER = ".tier.json"
 
@@ -143,7 +144,7 @@ def step_of_folder(folder: str) -> int | None:
     return step_of(hidden.name if hidden and hidden.role == "replaced" else folder)
 
 
-def folder_among(names: Iterable[str], name: str) -> str | None:
+def folder_among(names: Collection[str], name: str) -> str | None:
     """Return the folder of checkpoint `name`, given the names beside it; None if it has none.
 
     The folder has that name, or begins with `.replaced-` if a save that was to replace it died
@@ -152,10 +153,10 @@ def folder_among(names: Iterable[str], name: str) -> str | None:
     >>> folder_among([".replaced-best-1f2e3d4c/"], "best"), folder_among(["best/"], "best")
     ('.replaced-best-1f2e3d4c', 'best')
     """
-    folders = [other.rstrip("/") for other in names]
-    hidden = filter(None, map(hidden_folder_of, folders))
-    aside = (str(h) for h in hidden if (h.role, h.name) == ("replaced", name))
-    return name if name in folders else next(aside, None)
+    if name in names or f"{name}/" in names:
+        return name
+    hidden = filter(None, (hidden_folder_of(other.rstrip("/")) for other in names))
+    return next((str(h) for h in hidden if (h.role, h.name) == ("replaced", name)), None)
 
 
 def hidden_folder_of(name: str) -> HiddenFolder | None:

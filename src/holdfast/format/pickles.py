@@ -322,6 +322,13 @@ class Global:
 
 
 @dataclass(frozen=True, slots=True)
+class FileName:
+    """A text that names a file. It is memoized apart from equal texts, which are no file names."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """A call of a global."""
 
@@ -338,7 +345,7 @@ class Instance:
 
 
 class Dumper:
-    """Writes a pickle (protocol 4) of plain values, `Global`, `Call` and `Instance`.
+    """Writes a pickle (protocol 4) of plain values, `Global`, `FileName`, `Call` and `Instance`.
 
     Equal values always give equal bytes. Each global and string is written once and memoized.
     """
@@ -386,6 +393,8 @@ class Dumper:
                 self.parts.append(pickled_int(value))
             case str():
                 self._once(value, self._put_str)
+            case FileName():
+                self._once(value, lambda file: self._put_str(file.name))
             case tuple():
                 self._put_tuple(value)
             case list():

@@ -1,4 +1,4 @@
-"""Encode `manifest.json` and `.metadata` from columns of numbers.
+"""Encode `manifest.json`, `index.bin` and `.metadata` from columns of numbers.
 
 A job of 512 ranks and 2,000 tensors has a million chunks. Here a chunk is a row of an array, and
 numpy encodes many rows at once. The bytes that depend on the layout alone are encoded once and used
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from holdfast.format.checksum import block_checksums, checksum, pack
+from holdfast.format.chunks import BLOCK_BYTES, NUM_PLACES, RowFile, Span, Table
 from holdfast.format.dcp import OURS
-from holdfast.format.manifest import Path, Span, encode_tensor
-from holdfast.format.pickles import Call, Dumper, Global, Instance, pickled_int
+from holdfast.format.manifest import Path, encode_tensor, encode_tensor_with_rows
+from holdfast.format.pickles import Call, Dumper, FileName, Global, Instance, pickled_int
 
 Ints = NDArray[np.int64]
 
@@ -72,6 +74,55 @@ def _numbers(table: TensorTable) -> list[int]:
     return numbers
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedRows:
+    """`index.bin`, and the part of `manifest.json` that refers to it."""
+
+    tensors: bytes
+    """Member `tensors` of `manifest.json`."""
+
+    file: RowFile
+    parts: Sequence[bytes | memoryview]
+    """Content of `index.bin`: all rows, then the table of their checksums."""
+
+
+def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
+    """Encode the member `tensors` of a manifest whose chunks are in `index.bin`, and that file."""
+    sizes = [len(t.places) * (NUM_PLACES + 2 * len(t.shape)) for t in tables]
+    numbers = np.empty(sum(sizes), "<i8")
+    orders: dict[int, tuple[Ints, Ints, list[int]]] = {}
+    members, position, size = [], 0, 0
+    places: Ints | None = None
+    for table, next_size in zip(tables, sizes, strict=True):
+        # The other names of a tied tensor refer to the same rows.
+        if table.places is not places:
+            places, position, size = table.places, position + size, next_size
+            if id(table.start) not in orders:
+                orders[id(table.start)] = _sorted_regions(table)
+            order, regions, longest = orders[id(table.start)]
+            rows = numbers[position : position + size].reshape(len(order), -1)
+            rows[:, :NUM_PLACES] = places[order]
+            rows[:, NUM_PLACES:] = regions
+        member = (position * numbers.itemsize, len(table.places), *longest)
+        members.append(
+            encode_tensor_with_rows(table.name, table.dtype, table.shape, table.path, member)
+        )
+    content = numbers[: position + size].view(np.uint8).data
+    checksums = pack(block_checksums(content, BLOCK_BYTES))
+    file = RowFile(len(content) + len(checksums), Table(len(content), checksum(checksums)))
+    return EncodedRows(b"{" + b",".join(members) + b"}", file, [content, checksums])
+
+
+def _sorted_regions(table: TensorTable) -> tuple[Ints, Ints, list[int]]:
+    """Order of the chunks by their start, start and stop of each in this order, and the most
+    elements of any along each dim."""
+    start, stop = table.start, table.stop
+    # The last key counts first.
+    order = np.lexsort(start.T[::-1]) if start.shape[1] else np.arange(len(start))
+    longest: list[int] = (stop - start).max(axis=0, initial=0).tolist()
+    return order, np.hstack([start, stop])[order], longest
+
+
 class StockIndex:
     """`.metadata` without the positions of the values, which change with every save."""
 
@@ -84,8 +135,9 @@ class StockIndex:
         self._out = out = Dumper(OURS)
         self._properties_of: dict[str, bytes] = {}
         self._cache: dict[tuple[object, ...], bytes] = {}
-        out.memoize(*files, *_CONSTANTS)
-        file_memo = np.array([out.index(file) for file in files], np.int64)
+        names = [*map(FileName, files)]
+        out.memoize(*names, *_CONSTANTS)
+        file_memo = np.array([out.index(name) for name in names], np.int64)
         self._index = out.get(_INDEX) + b")\x81}(" + out.get("fqn")
         self._length = out.get("length")
         out.put(_METADATA)
@@ -220,7 +272,7 @@ class StockIndex:
         """Encode the position of a value, after its name. It has neither chunk index nor offset."""
         get = self._out.get
         index = get("index") + b"N" + get("offset") + b"Nub"
-        info = get(_INFO) + b")\x81}(" + get("relative_path") + get(file)
+        info = get(_INFO) + b")\x81}(" + get("relative_path") + get(FileName(file))
         offset = get("offset") + pickled_int(item.offset)
         return index + info + offset + self._length + pickled_int(item.nbytes) + b"ub"
 
@@ -242,29 +294,24 @@ class _MemoIndices:
 _Part = bytes | Ints | _MemoIndices
 """Part of each row: constant bytes, or one int per row, or one memoized object per row."""
 
-_ONE_BY_ONE_MAX = 64
-"""Most rows that are packed one by one, which is faster than numpy for few."""
-
 
 def _rows(count: int, *parts: _Part) -> bytes:
     """Encode `count` rows, each of which is its `parts` one after the other."""
-    fields: list[tuple[str, bytes | Ints]] = []
+    template = bytearray()
+    columns: list[tuple[int, str, Ints]] = []
     for part in parts:
         if isinstance(part, bytes):
-            fields.append((f"{len(part)}s", part))
+            template += part
         else:
             numbers, opcode, code = _opcode(part)
-            fields += [(f"{len(opcode)}s", opcode), (code, numbers)]
-    if count <= _ONE_BY_ONE_MAX:
-        pack = struct.Struct("<" + "".join(code for code, _ in fields)).pack
-        columns = [[v] * count if isinstance(v, bytes) else v.tolist() for _, v in fields]
-        return b"".join(map(pack, *columns))
-    # numpy names the types as `struct` does, but for `12s`, which is `S12`.
-    codes = [f"S{code[:-1]}" if code[-1] == "s" else f"<{code}" for code, _ in fields]
-    rows = np.empty(count, ",".join(codes))
-    for name, (_, value) in zip(rows.dtype.names or (), fields, strict=True):
-        rows[name] = value
-    return rows.tobytes()
+            template += opcode
+            columns.append((len(template), code, numbers))
+            template += bytes(struct.calcsize(f"<{code}"))
+    rows = template * count
+    for offset, code, numbers in columns:
+        # A structured array of all parts would take three times as long.
+        np.ndarray(count, f"<{code}", rows, offset, len(template))[:] = numbers
+    return bytes(rows)
 
 
 def _opcode(part: Ints | _MemoIndices) -> tuple[Ints, bytes, str]:

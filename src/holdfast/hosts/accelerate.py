@@ -15,17 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.catalog.findings import summary_of
-from holdfast.catalog.newest import check, newest_good
-from holdfast.comm import Ranks, all_ranks, run_on_rank_0
+from holdfast.catalog.newest import check
+from holdfast.catalog.seal import visible_name
+from holdfast.comm import Ranks, all_ranks, run_on_all
 from holdfast.errors import DamagedError, ExistsError, NotFoundError, UsageError
 from holdfast.format.names import number_of
 from holdfast.format.seal import SEAL
+from holdfast.hosts.background import BackgroundSync
+from holdfast.hosts.choosing import newest_good_on_all_hosts, run_on_hosts
 from holdfast.hosts.sealing import delete, sealed_by_all
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
 _NAMED = re.compile(r"checkpoint_[0-9]+")
 """Folders of Accelerate's automatic names."""
+
+_ANY = re.compile(".*")
 
 
 def prepare(accelerator: Any, *, folder: str | os.PathLike[str] | None = None) -> Any:
@@ -48,19 +53,22 @@ def prepare(accelerator: Any, *, folder: str | os.PathLike[str] | None = None) -
     host = _Host(accelerator, None if folder is None else os.fspath(folder))
     accelerator.save_state = host.save_state
     accelerator.load_state = host.load_state
+    accelerator.end_training = host.end_training
     return accelerator
 
 
 class _Host:
-    """Both methods, in place of the accelerator's own."""
+    """Methods in place of the accelerator's own."""
 
     def __init__(self, accelerator: Any, folder: str | None) -> None:
         self._accelerator = accelerator
         self._folder = folder
         self._save = accelerator.save_state
         self._load = accelerator.load_state
+        self._end = accelerator.end_training
         self._ranks: Ranks | None = None
         self._resumed_from: Path | None = None
+        self._background = BackgroundSync()
         self._resumed = False
         """Whether checkpoints after the one that was loaded may be replaced."""
 
@@ -79,13 +87,16 @@ class _Host:
                 hint="pass one, or `ProjectConfiguration(automatic_checkpoint_naming=True)`",
             )
         path = os.path.abspath(output_dir)  # noqa: PTH100 - links stay links
+        publishes = self._publishes()
         if is_named and not self._resumed:
-            run_on_rank_0(self._all(), partial(_check_free, Path(path)))
-        publishes = accelerator.is_main_process or (
-            settings.save_on_each_node and accelerator.is_local_main_process
-        )
+            run_on_hosts(self._all(), partial(_check_free, Path(path)), decides=publishes)
         with sealed_by_all(
-            path, ranks=self._all(), publishes=publishes, moves_aside=is_named
+            path,
+            ranks=self._all(),
+            publishes=publishes,
+            background=self._background,
+            shared=not settings.save_on_each_node,
+            moves_aside=is_named,
         ) as folder:
             # The folder is chosen already. The host's own rotation would delete before it saves.
             settings.automatic_checkpoint_naming = False
@@ -106,43 +117,59 @@ class _Host:
             DamagedError: the checkpoint is damaged, or all are.
             NotFoundError: there is none.
         """
-        path = run_on_rank_0(self._all(), partial(self._good, input_dir))
+        path = self._good(input_dir)
         loaded = self._load(path, *args, **kwargs)
         settings = self._accelerator.project_configuration
         here = Path(path).resolve().parent == self._named_folder().resolve()
         if settings.automatic_checkpoint_naming and here:
             # Otherwise the next save would begin at 0 again, which has a checkpoint.
-            settings.iteration = (number_of(Path(path).name) or 0) + 1
+            settings.iteration = (number_of(visible_name(Path(path).name) or "") or 0) + 1
             self._resumed = True
             self._resumed_from = Path(path).resolve()
         return loaded
 
+    def end_training(self) -> None:
+        """`Accelerator.end_training`, once all checkpoints are durable.
+
+        Collective.
+
+        Raises:
+            StorageError: the last checkpoint could not be made durable.
+        """
+        run_on_all(self._all(), self._background.wait)
+        self._end()
+
     def _good(self, input_dir: str | None) -> str:
-        pattern: str | re.Pattern[str] = "*"
-        if (
-            input_dir is None
-            and self._accelerator.project_configuration.automatic_checkpoint_naming
-        ):
-            root, pattern = self._named_folder(), _NAMED
-        elif input_dir is None and self._folder is None:
+        """The checkpoint to load. Collective."""
+        is_named = self._accelerator.project_configuration.automatic_checkpoint_naming
+        if input_dir is None and is_named:
+            return self._newest(self._named_folder(), _NAMED)
+        if input_dir is None and self._folder is None:
             raise UsageError(
                 "`load_state` needs a path",
                 hint="pass a checkpoint or a folder of checkpoints, or `prepare(..., folder=...)`",
             )
-        else:
-            root = Path(os.path.expanduser(input_dir or self._folder or ""))  # noqa: PTH111
-            if not _holds_sealed(root):
-                return _checked(root)
-        newest = newest_good(root, pattern) if root.is_dir() else None
+        root = Path(os.path.expanduser(input_dir or self._folder or ""))  # noqa: PTH111
+        ranks, decides = self._all(), self._publishes()
+        if ranks.all_reduce_max([decides and _holds_sealed(root)])[0]:
+            return self._newest(root, _ANY)
+        run_on_hosts(ranks, lambda: _check_path(root), decides=decides)
+        return str(root)
+
+    def _newest(self, root: Path, pattern: re.Pattern[str]) -> str:
+        ranks, decides = self._all(), self._publishes()
+        newest = newest_good_on_all_hosts(root, pattern, ranks=ranks, decides=decides)
         if newest is None:
-            if root.is_dir() and any(root.iterdir()):
-                raise DamagedError(
-                    f"no checkpoint in `{root}` is good",
-                    hint=f"`holdfast doctor {root}` says what is wrong with each",
-                )
+            run_on_hosts(ranks, lambda: _refuse_damaged(root), decides=decides)
             raise NotFoundError(f"`{root}` has no checkpoint", hint="start without `load_state`")
         logger.info("loading `%s`", newest)
         return str(newest)
+
+    def _publishes(self) -> bool:
+        """Whether this rank seals, chooses and deletes: one rank, or one per host."""
+        if self._accelerator.project_configuration.save_on_each_node:
+            return bool(self._accelerator.is_local_main_process)
+        return bool(self._accelerator.is_main_process)
 
     def _named_folder(self) -> Path:
         return Path(self._accelerator.project_dir, "checkpoints")
@@ -166,7 +193,7 @@ class _Host:
         older = sorted((path for path in numbers if numbers[path] <= last), key=numbers.__getitem__)
         for path in older[: -max(1, limit)]:
             if path.resolve() != self._resumed_from:
-                delete(path)
+                self._background.delete(str(path), partial(delete, path.absolute()))
         # After the next save there are two of this run's own.
         self._resumed_from = None
 
@@ -186,15 +213,25 @@ def _holds_sealed(folder: Path) -> bool:
     return any((path / SEAL).exists() for path in folder.iterdir() if path.is_dir())
 
 
-def _checked(path: Path) -> str:
+def _check_path(path: Path) -> None:
+    """Raise an error if there is no checkpoint at a path, or a damaged one. Warns if it cannot be
+    checked."""
     if not path.is_dir():
         raise NotFoundError(f"`{path}` does not exist")
-    if (path / SEAL).exists():
-        if findings := check(path):
-            raise DamagedError(
-                f"`{path}` is damaged: {summary_of(findings)}",
-                hint=f"`load_state({str(path.parent)!r})` takes the newest good one there",
-            )
-    else:
+    if not (path / SEAL).exists():
         logger.warning("`%s` has no seal, so its bytes cannot be checked", path)
-    return str(path)
+    elif findings := check(path):
+        raise DamagedError(
+            f"`{path}` is damaged: {summary_of(findings)}",
+            hint=f"`load_state({str(path.parent)!r})` takes the newest good one there",
+        )
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raise a DamagedError if a folder without any good checkpoint has anything in it."""
+    # A killed first save has left a hidden folder.
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise DamagedError(
+            f"no checkpoint in `{folder}` is good",
+            hint=f"`holdfast doctor {folder}` says what is wrong with each",
+        )

@@ -10,30 +10,23 @@ The classes derive from those of `lightning`, if the process has imported it, el
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from holdfast.catalog.findings import summary_of
-from holdfast.catalog.newest import check
 from holdfast.catalog.open_any import open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.comm import all_ranks, run_on_rank_0
-from holdfast.errors import DamagedError, HoldfastError, StorageError
+from holdfast.errors import DamagedError, HoldfastError
+from holdfast.hosts.background import BackgroundSync
+from holdfast.hosts.files import file_moved_aside, kept_aside, published, why_not_good
 from holdfast.hosts.sealing import delete, sealed_by_all
 from holdfast.storage.opening import is_url
 
 logger: logging.Logger = logging.getLogger("holdfast")
-
-_PART = ".part-"
-"""Start of the name of a file that is being written."""
 
 _LAST = "last"
 """Start of the names that `save_last` and `ckpt_path="last"` use."""
@@ -63,13 +56,17 @@ def _io_class() -> type:
     base: Any = _module("fabric", "plugins").TorchCheckpointIO
 
     class HoldfastIO(base):  # type: ignore[misc]
-        """Plugin that makes every checkpoint file durable before it has its name, and checks it
-        before it is loaded.
+        """Plugin that gives a checkpoint file its name once it is complete, makes it durable in a
+        thread, and checks it before it is loaded.
 
         The file stays Lightning's: `torch.save` has a CRC-32 per tensor in it, which is checked
         here. `ckpt_path="last"` loads the newest good file of the folder: with a warning if that is
         another one, because `last` is damaged or older. Any other damaged file is an error.
         """
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._background = BackgroundSync()
 
         def save_checkpoint(
             self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -82,28 +79,52 @@ def _io_class() -> type:
 
             # The base class would write in the system's temporary folder, where a killed save
             # leaves its file, and the move from there may be a copy.
-            with _published(Path(path)) as part:
+            with published(Path(path), self._background) as part:
                 torch.save(checkpoint, part)
 
         def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            good = path if is_url(path) else _good(Path(path))
+            good = path if is_url(path) else good_at(Path(path))
             loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
             return loaded
 
         def remove_checkpoint(self, path: Any) -> None:
-            if not is_url(path) and Path(path).is_dir():
-                delete(Path(path))
-            else:
+            if is_url(path):
                 super().remove_checkpoint(path)
+            else:
+                _delete_later(self._background, Path(path))
+
+        def teardown(self) -> None:
+            self._background.wait()
+            super().teardown()
 
     return HoldfastIO
+
+
+class _SyncedLater:
+    """Methods of a strategy that sync and delete checkpoints in a thread."""
+
+    is_global_zero: bool
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            _delete_later(self._background(), Path(filepath))
+
+    def teardown(self) -> None:
+        self._background().wait()
+        super().teardown()  # type: ignore[misc]
+
+    def _background(self) -> BackgroundSync:
+        # Made on use, since a user's subclass may have another signature of `__init__`.
+        if not hasattr(self, "_background_here"):
+            self._background_here = BackgroundSync()
+        return self._background_here
 
 
 @cache
 def _strategy_class(kind: str) -> type:
     base: Any = _module(kind, "strategies").ModelParallelStrategy
 
-    class ModelParallel(base):  # type: ignore[misc]
+    class ModelParallel(_SyncedLater, base):  # type: ignore[misc]
         """`ModelParallelStrategy` whose checkpoints appear complete or not at all: the shards and
         `meta.pt` together, with `holdfast.seal`.
 
@@ -123,10 +144,15 @@ def _strategy_class(kind: str) -> type:
             if not self._save_distributed_checkpoint:
                 super().save_checkpoint(*args, **kwargs, **{name: path})
                 return
-            _remove_file(path, self.is_global_zero)
             ranks = all_ranks()
             try:
-                with sealed_by_all(path, ranks=ranks, publishes=self.is_global_zero) as folder:
+                with sealed_by_all(
+                    path,
+                    ranks=ranks,
+                    publishes=self.is_global_zero,
+                    background=self._background(),
+                    replaces_file=file_moved_aside,
+                ) as folder:
                     super().save_checkpoint(*args, **kwargs, **{name: folder})
             finally:
                 ranks.close()
@@ -140,86 +166,49 @@ def _strategy_class(kind: str) -> type:
             path = Path(str(self.broadcast(path)))
             ranks = all_ranks()
             try:
-                good = run_on_rank_0(ranks, lambda: _good(path))
+                good = run_on_rank_0(ranks, lambda: good_at(path))
             finally:
                 ranks.close()
             loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
             return loaded
 
-        def remove_checkpoint(self, filepath: Any) -> None:
-            if self.is_global_zero and Path(filepath).is_dir():
-                delete(Path(filepath))
-            elif self.is_global_zero:
-                Path(filepath).unlink(missing_ok=True)
-
     ModelParallel.__name__ = "ModelParallel" if kind == "pytorch" else "FabricModelParallel"
     return ModelParallel
 
 
-def _remove_file(path: str, is_first: bool) -> None:
-    """Remove a single file that has the name of a sharded checkpoint, as the strategy does."""
-    if is_first and Path(path).is_file():
-        Path(path).unlink()
+def _delete_later(background: BackgroundSync, path: Path) -> None:
+    path = path.absolute()
 
-
-@contextmanager
-def _published(path: Path) -> Iterator[IO[bytes]]:
-    """Give a file to write. At the end it is durable, and gets the name `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_parts(path.parent)
-    # A name of its own: another process may be saving to this path too.
-    part = path.parent / f"{_PART}{path.name}-{os.urandom(4).hex()}"
-    try:
-        with part.open("xb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    def work() -> None:
+        if path.is_dir():
+            delete(path)
+            return
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        # `torch.save` raises a RuntimeError while it handles the error of the file.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            raise StorageError(f"cannot save `{path}`: {cause.strerror or cause}") from error
-        raise
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("`%s` stays: %s", path, error.strerror)
+
+    background.delete(str(path), work)
 
 
-def _remove_parts(folder: Path) -> None:
-    """Remove files that killed saves have left: those that no process holds."""
-    for part in folder.glob(f"{_PART}*"):
-        with suppress(OSError):
-            opened = os.open(part, os.O_RDWR)
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                part.unlink()
-            finally:
-                os.close(opened)
-
-
-def _good(path: Path) -> Path:
+def good_at(path: Path) -> Path:
     """The checkpoint at `path`, checked. For a `last`: the newest good one of its folder, which is
     another one if a save was killed before it replaced `last`."""
-    candidates = [path]
-    if path.name.startswith(_LAST) and path.exists():
-        beside = [
-            other
-            for other in path.parent.glob(f"[!.]*{path.suffix}")
-            if other == path or (other.exists() and not _holds_weights_alone(other))
-        ]
+    candidates = [path] if path.exists() else []
+    candidates += kept_aside(path.parent, path.name)
+    if path.name.startswith(_LAST) and candidates:
+        beside = {*candidates, *path.parent.glob(f"[!.]*{path.suffix}")}
+        beside = {p for p in beside if p.exists() and (p == path or not _holds_weights_alone(p))}
         candidates = sorted(beside, key=lambda p: (p.stat().st_mtime_ns, p == path), reverse=True)
+    if not candidates:
+        return path  # The framework's own error says more.
     for candidate in candidates:
-        why = _why_not_good(candidate)
+        why = why_not_good(candidate)
         if why is None:
             if candidate != path:
                 logger.warning("loading `%s`, the newest good one beside `%s`", candidate, path)
             return candidate
-        if not path.name.startswith(_LAST):
+        if candidate is candidates[-1] and not path.name.startswith(_LAST):
             raise DamagedError(
                 f"`{path}` is damaged: {why}",
                 hint='`ckpt_path="last"` takes the newest good one, with `save_last=True`',
@@ -242,14 +231,3 @@ def _holds_weights_alone(path: Path) -> bool:
     paths += [entry.path for entry in manifest.values.values()]
     keys = {path[0] for path in paths}
     return "pytorch-lightning_version" in keys and "optimizer_states" not in keys
-
-
-def _why_not_good(path: Path) -> str | None:
-    if not path.exists():
-        # The framework's own error says more.
-        return None
-    try:
-        findings = check(path)
-    except HoldfastError as error:
-        return error.what
-    return summary_of(findings) if findings else None

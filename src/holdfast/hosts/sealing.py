@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from holdfast.catalog.paths import open_for_saving
 from holdfast.catalog.replaceable import not_sealed, why_not_replaceable
-from holdfast.catalog.seal import Unsealed, begin, is_sealed
+from holdfast.catalog.seal import Unsealed, begin, is_sealed, sync_files, sync_path
 from holdfast.comm import Ranks, gather_and_run, run_on_all
 from holdfast.errors import HoldfastError, RankError, StorageError
 from holdfast.format.names import HiddenFolder
+from holdfast.hosts.background import BackgroundSync
 from holdfast.storage.opening import folder_store
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -26,29 +28,48 @@ def sealed_by_all(
     *,
     ranks: Ranks,
     publishes: bool,
+    background: BackgroundSync | None = None,
+    shared: bool = True,
     moves_aside: bool = False,
+    replaces_file: Callable[[Path], AbstractContextManager[Any]] | None = None,
     link: str | None = None,
 ) -> Iterator[Path]:
     """Publish what all ranks write in the `with` block, all or none, as the folder `path`.
 
     The context gives the same folder on every rank. `publishes`: whether this rank makes, seals and
-    renames it: one rank, or one per host where hosts do not share the folder.
+    renames it: one rank, or one per host if the folder is not `shared` by all hosts, so that each
+    has a path of its own. `background`: makes the checkpoint durable after this returns, if it may.
 
     A checkpoint at `path` is replaced. Any other folder there is an error, or is renamed, with a
-    warning, if `moves_aside`; files that were added to a sealed folder are then kept. `link`: name
-    under which the folder holds a link to itself while it is written, for hosts that append it.
+    warning, if `moves_aside`; files that were added to a sealed folder are then kept.
+    `replaces_file`: context in which a file at `path` has another name, so that the folder takes
+    its own. `link`: name under which the folder holds a link to itself while it is written, for
+    hosts that append it.
 
     Collective. An error of one rank is raised on all, and nothing is published.
     """
-    path, chosen_id = ranks.broadcast((path, os.urandom(4).hex()))
+    first_path, chosen_id = ranks.broadcast((path, os.urandom(4).hex()))
+    path = first_path if shared else path
     catalog, name = open_for_saving(path)
     folder = Path(catalog.store.url, str(HiddenFolder("attempt", name, chosen_id)))
+    final = Path(catalog.store.url, name)
+
+    def is_file() -> bool:
+        return replaces_file is not None and final.is_file()
 
     def begin_here() -> Unsealed | None:
         if not publishes:
             return None
+        if background is not None:
+            background.wait()
         added = _make_way(path) if moves_aside else {}
-        unsealed = begin(path, overwrite=True, chosen_id=chosen_id, may_hold_others=bool(added))
+        unsealed = begin(
+            path,
+            overwrite=not is_file(),
+            chosen_id=chosen_id,
+            checks_name=not added and not is_file(),
+            durable=background is None or is_file() or not background.may_follow(catalog.store.url),
+        )
         for file, source in added.items():
             (unsealed.folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, unsealed.folder / file)
@@ -67,7 +88,11 @@ def sealed_by_all(
         if unsealed is not None:
             if link is not None:
                 (unsealed.folder / link).unlink()
-            unsealed.publish()
+            unsealed.seal()
+            with (replaces_file or nullcontext)(final):
+                unsealed.publish()
+            if background is not None:
+                _sync_later(background, unsealed, final)
 
     unsealed = run_on_all(ranks, begin_here)
     try:
@@ -83,6 +108,18 @@ def sealed_by_all(
         if unsealed is not None:
             unsealed.abort()
         raise
+
+
+def _sync_later(background: BackgroundSync, unsealed: Unsealed, path: Path) -> None:
+    if unsealed.is_durable:
+        background.note_durable(unsealed.catalog.store.url)
+        return
+
+    def sync() -> None:
+        sync_files(path)
+        sync_path(path.parent)
+
+    background.sync(str(path), sync)
 
 
 def _raise_on_all(ranks: Ranks, error: BaseException | None) -> None:
@@ -134,8 +171,8 @@ def _make_way(path: str) -> dict[str, Path]:
 
 def delete(path: Path) -> None:
     """Delete a checkpoint: its name first, then its files. Warns where that fails."""
-    catalog, name = open_for_saving(path)
     try:
+        catalog, name = open_for_saving(path)
         catalog.store.remove(catalog.set_aside_for_deletion(name))
     except HoldfastError as error:
         logger.warning("`%s` stays: %s", path, error.what)

@@ -134,7 +134,8 @@ class TitanManager(_Manager):  # type: ignore[misc]
                 checkpoint_id, ranks=ranks, publishes=publishes, moves_aside=True
             ) as folder:
                 return super().dcp_save(state_dict, str(folder), *rest)
-        storage = {"storage_writer": Writer(checkpoint_id), "checkpoint_id": checkpoint_id}
+        writer = Writer(checkpoint_id)
+        storage = {"storage_writer": writer, "checkpoint_id": writer.checkpoint_id}
         saved: Any = None
         if async_mode == "disabled":
             with _own_errors():

@@ -10,15 +10,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.catalog.findings import summary_of
-from holdfast.catalog.newest import check, newest_good
-from holdfast.comm import Ranks, all_ranks, run_on_rank_0
+from holdfast.catalog.newest import check
+from holdfast.comm import Ranks, all_ranks, run_on_all
 from holdfast.errors import DamagedError, HoldfastError
 from holdfast.format.names import number_of
 from holdfast.format.seal import SEAL
+from holdfast.hosts.background import BackgroundSync
+from holdfast.hosts.choosing import newest_good_on_all_hosts, run_on_hosts
 from holdfast.hosts.sealing import delete, sealed_by_all
 
 if TYPE_CHECKING:
@@ -60,18 +63,23 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
 
     _ranks_here: Ranks | None = None
 
+    _background_here: BackgroundSync | None = None
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the newest good checkpoint if `resume_from_checkpoint` is True.
 
         Raises:
             DamagedError: every checkpoint, or the one at the given path, is damaged.
+            StorageError: the last checkpoint could not be made durable.
         """
         self._resumed_from = None
         if resume_from_checkpoint:
             resume_from_checkpoint = self._good(resume_from_checkpoint)
             if resume_from_checkpoint is not True:
                 self._resumed_from = Path(resume_from_checkpoint).resolve()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        trained = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._wait()
+        return trained
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_folder = super()._get_output_dir(trial=trial)
@@ -84,7 +92,13 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             _remove_sentinel(Path(path))
         # The Trainer writes to `checkpoint-N` in its output folder: that is the folder itself.
         with sealed_by_all(
-            path, ranks=self._ranks(), publishes=publishes, moves_aside=True, link=name
+            path,
+            ranks=self._ranks(),
+            publishes=publishes,
+            background=self._background(),
+            shared=not self.args.save_on_each_node,
+            moves_aside=True,
+            link=name,
         ) as folder:
             self._staged = str(folder)
             try:
@@ -111,6 +125,11 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         else:
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # The Trainer deletes checkpoints here itself.
+        self._wait()
+        return super()._finalize_training(*args, **kwargs)
+
     def _load_best_model(self) -> None:
         self._good(self.state.best_model_checkpoint)
         super()._load_best_model()
@@ -120,26 +139,29 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             self._ranks_here = all_ranks()
         return self._ranks_here
 
+    def _background(self) -> BackgroundSync:
+        if self._background_here is None:
+            self._background_here = BackgroundSync()
+        return self._background_here
+
+    def _wait(self) -> None:
+        """Wait until all checkpoints are durable. Collective."""
+        run_on_all(self._ranks(), self._background().wait)
+
     def _good(self, wanted: Any) -> Any:
         """The checkpoint to load: `wanted`, or the newest good one if it is True. Collective."""
-        folder = str(self.args.output_dir)
-
-        def find() -> Any:
-            if wanted is not True:
-                _check_path(Path(wanted))
-                return wanted
-            newest = None
-            if os.path.isdir(folder):  # noqa: PTH112 - text, as the Trainer keeps it
-                newest = newest_good(folder, _CHECKPOINT, last_file=_STATE)
-            if newest is None and _checkpoints(Path(folder)):
-                raise DamagedError(
-                    f"no checkpoint in `{folder}` is good",
-                    hint=f"`holdfast doctor {folder}` says what is wrong with each",
-                )
-            # Without any checkpoint, the Trainer's own error is the clearest.
-            return True if newest is None else str(newest)
-
-        return run_on_rank_0(self._ranks(), find)
+        ranks, decides = self._ranks(), bool(self.args.should_save)
+        if wanted is not True:
+            run_on_hosts(ranks, lambda: _check_path(Path(wanted)), decides=decides)
+            return wanted
+        folder = Path(self.args.output_dir)
+        newest = newest_good_on_all_hosts(
+            folder, _CHECKPOINT, ranks=ranks, decides=decides, last_file=_STATE
+        )
+        if newest is None:
+            run_on_hosts(ranks, lambda: _refuse_damaged(folder), decides=decides)
+        # Without any checkpoint, the Trainer's own error is the clearest.
+        return True if newest is None else str(newest)
 
     def _correct_best(self, staged: str, path: str) -> None:
         """Name the best checkpoint by its later path, in the Trainer's state and its file."""
@@ -172,7 +194,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
                 kept.add(path)
         for path in checkpoints:
             if path not in kept and path.resolve() != self._resumed_from:
-                delete(path)
+                self._background().delete(str(path), partial(delete, path.absolute()))
         # After the next save there are two of this run's own.
         self._resumed_from = None
 
@@ -187,6 +209,15 @@ def _check_path(path: Path) -> None:
         raise DamagedError(
             f"`{path}` is damaged: {summary_of(findings)}",
             hint="`resume_from_checkpoint=True` takes the newest good one",
+        )
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raise a DamagedError if a folder without any good checkpoint has others."""
+    if folder.is_dir() and _checkpoints(folder):
+        raise DamagedError(
+            f"no checkpoint in `{folder}` is good",
+            hint=f"`holdfast doctor {folder}` says what is wrong with each",
         )
 
 

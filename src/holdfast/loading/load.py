@@ -13,7 +13,7 @@ import torch
 from holdfast.catalog.arguments import check_to_load
 from holdfast.catalog.open_any import open_in
 from holdfast.catalog.source import Source, read_value
-from holdfast.comm import Ranks, all_ranks, hosts_of, run_on_all
+from holdfast.comm import Ranks, all_ranks, gather_deduplicated, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.manifest import TensorEntry, ValueEntry
 from holdfast.loading.fit import fits, needs_check
@@ -173,14 +173,17 @@ def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
 
     Collective.
     """
-    reports = ranks.gather((list(match.mismatches.values()), list(match.extra), [*match.notes]))
+    own = {"lines": [*match.mismatches.values()], "notes": [*match.notes], "extra": [*match.extra]}
+    # Nearly always equal on all ranks, or on all ranks of a pipeline stage, and then sent once.
+    reports = gather_deduplicated(ranks, own)
     lines: list[str] = []
     notes: list[str] = []
     if reports:
-        lines = list(dict.fromkeys(line for mismatches, _, _ in reports for line in mismatches))
-        notes = list(dict.fromkeys(line for _, _, lines in reports for line in lines))
-        common = set.intersection(*({*names} for _, names, _ in reports))
-        extra = [name for name in reports[0][1] if name in common]
+        distinct = {name: [*{id(r[name]): r[name] for r in reports}.values()] for name in own}
+        lines = [*dict.fromkeys(line for one in distinct["lines"] for line in one)]
+        notes = [*dict.fromkeys(line for one in distinct["notes"] for line in one)]
+        common = set.intersection(*map(set, distinct["extra"]))
+        extra = [name for name in reports[0]["extra"] if name in common]
         lines += [f"`{name}` is in the checkpoint, but not wanted" for name in extra]
     return ranks.broadcast((lines, notes))
 

@@ -65,7 +65,7 @@ def read_tensors(source: Source, wanted: Sequence[Wanted], threads: int | None =
     Raises:
         DamagedError: bytes are missing, or are not the bytes that were written.
     """
-    return _run(source, _jobs(source, wanted), threads or threads_for(1))
+    return _run(source, plan_reads(source, wanted), threads or threads_for(1))
 
 
 def threads_for(num_local: int) -> int:
@@ -79,7 +79,7 @@ def threads_for(num_local: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Job:
+class ReadJob:
     """Unit of work of a thread."""
 
     file: str
@@ -91,9 +91,9 @@ class _Job:
 
 
 @gc_paused()
-def _jobs(source: Source, wanted: Sequence[Wanted]) -> list[_Job]:
+def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
     """All jobs of a read, in the order of their bytes."""
-    jobs: list[_Job] = []
+    jobs: list[ReadJob] = []
     small: list[_Read] = []
     for want in wanted:
         entry = source.manifest.tensors[want.name]
@@ -105,16 +105,16 @@ def _jobs(source: Source, wanted: Sequence[Wanted]) -> list[_Job]:
                 read = _Read(want.name, dtype, chunk, item.region, target, nbytes)
                 if chunk.data_offset is None:
                     run = partial(_read_container, read)
-                    jobs.append(_Job(chunk.file, chunk.item.offset, run))
+                    jobs.append(ReadJob(chunk.file, chunk.item.offset, run))
                 elif nbytes <= SMALL_BYTES and chunk.first_block is not None:
                     small.append(read)
                 else:
                     for slices in grouped(_slices(read), _Slice.nbytes, JOB_BYTES):
                         start = chunk.data_offset + slices[0].start
-                        jobs.append(_Job(chunk.file, start, partial(_read_slices, read, slices)))
+                        jobs.append(ReadJob(chunk.file, start, partial(_read_slices, read, slices)))
     for batch in _batches(small):
         first = batch[0]
-        jobs.append(_Job(first.chunk.file, first.data_start, partial(_read_batch, batch)))
+        jobs.append(ReadJob(first.chunk.file, first.data_start, partial(_read_batch, batch)))
     jobs.sort(key=lambda job: (job.file, job.start))
     return jobs
 
@@ -148,7 +148,7 @@ class _Read:
 # ------------------------------------------------------------------------------------------ threads
 
 
-def _run(source: Source, jobs: Sequence[_Job], threads: int) -> int:
+def _run(source: Source, jobs: Sequence[ReadJob], threads: int) -> int:
     """Run all jobs in threads, this one included. Returns the bytes read."""
     queue = deque(jobs)
     num_read: list[int] = []
@@ -189,7 +189,7 @@ class _Worker:
         self._file: str | None = None
         self._open = ExitStack()
 
-    def run(self, queue: deque[_Job]) -> int:
+    def run(self, queue: deque[ReadJob]) -> int:
         """Run jobs until none is left. Returns the bytes read."""
         num_read = 0
         with self._open:

@@ -32,7 +32,7 @@ class CheckpointConfig:
     """Save checkpoints, and resume from them."""
 
     folder: str = "checkpoint"
-    """Folder of the checkpoints, below `job.dump_folder`."""
+    """Folder of the checkpoints, below `job.dump_folder`; or the URL of one in an object store."""
 
     interval: int | Literal["auto"] = 500
     """Steps between saves. `auto` computes it from the duration of a save, the duration of a step

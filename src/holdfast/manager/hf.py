@@ -21,7 +21,7 @@ from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending
 from holdfast.spelling import rate
 from holdfast.state.objects import StateTree
-from holdfast.storage.opening import folder_store
+from holdfast.storage.opening import folder_store, is_url
 
 FOLDER = "hf"
 """Folder of the exports at an interval, below the folder of the checkpoints."""
@@ -38,10 +38,19 @@ class HFFormat:
     """
 
     def __init__(self, run: RunContext, model: HFModel | None) -> None:
-        """Raises a UsageError if the settings ask for exports, and `model` is None."""
+        """Raises a UsageError if the settings ask for exports, and `model` is None or the run saves
+        to an object store."""
         self._run, self._config, self._ranks, self._model = run, run.config, run.ranks, model
         self.planner: Planner = Planner(run.ranks)
-        if model is None and (run.config.last_save_in_hf or run.config.hf_export_interval):
+        exports = run.config.last_save_in_hf or run.config.hf_export_interval
+        if exports and is_url(run.catalog.store.url):
+            raise UsageError(
+                f"`{run.catalog.store.url}` is in an object store, where other programs would find "
+                "half of a Hugging Face folder while it is written",
+                hint="`last_save_in_hf = false` and `hf_export_interval = 0`; `holdfast convert` "
+                "writes the folder afterwards, to a disk",
+            )
+        if model is None and exports:
             raise UsageError(
                 "Hugging Face folders need to know the model: its `config.json`",
                 hint="`hub=HFModel(config, assets)` of CheckpointManager",

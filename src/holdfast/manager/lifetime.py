@@ -17,6 +17,7 @@ from holdfast.errors import UsageError
 from holdfast.format.names import LOCK
 from holdfast.manager.hf import FOLDER, HFFormat
 from holdfast.manager.retention import put_in_order
+from holdfast.storage.opening import is_url
 
 
 class Lifetime:
@@ -58,7 +59,7 @@ class Lifetime:
         store.make_folder("")
         catalog.check_lock = self.held.enter_context(store.lock(LOCK, note_of_process()))
         put_in_order(store)
-        if f"{FOLDER}/" in store.list():
+        if f"{FOLDER}/" in store.list() and not is_url(store.url):
             # Other programs, which read exports, cannot restore a `.replaced` one.
             put_in_order(hf.catalog.store)
 

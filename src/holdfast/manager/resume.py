@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 
-from holdfast.catalog.catalog import Catalog, check_whole, read_index
+from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.findings import misnumbered, why_not_resumable
-from holdfast.catalog.marks import damaged_steps, mark_damaged, pinned_steps
-from holdfast.catalog.open_any import Opened, open_any, open_in
-from holdfast.catalog.seal import is_sealed, open_sealed
+from holdfast.catalog.marks import damaged_steps, mark_damaged, marks_in
+from holdfast.catalog.open_any import Opened, open_in
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError, StorageError
-from holdfast.format.checksum import checksum
-from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, step_name
+from holdfast.format.names import step_name
+from holdfast.manager.complete import CompleteCheckpoints, read_any
 from holdfast.manager.policy import Candidate
-from holdfast.storage.store import ReadStore
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -56,7 +52,7 @@ def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Opened | None
         why = damaged.get(step)
         if why is None:
             try:
-                opened = open_in(catalog.store, step_name(step), _read_any)
+                opened = open_in(catalog.store, step_name(step), read_any)
                 why = why_not_resumable(step, opened.manifest)
                 if why is None:
                     return opened, refused
@@ -85,50 +81,24 @@ def newest_final(catalog: Catalog) -> int | None:
     return newest.step if newest is not None and not newest.resumable else None
 
 
-Cache = MutableMapping[str, tuple[int, Manifest]]
-"""Checksum of the index of each folder, and its manifest without entries, of which there may be a
-million."""
-
-
 def good_steps(
-    catalog: Catalog, folders: Mapping[int, str], cache: Cache | None = None
+    catalog: Catalog, folders: Mapping[int, str], complete: CompleteCheckpoints | None = None
 ) -> Iterator[Candidate]:
     """Yield the good ones of these checkpoints, newest first, for the retention rules.
 
     A good checkpoint has all of its files in full, has no mark `damaged`, and was saved as the step
-    in its name. `cache` is filled, and saves decoding an index that has not changed; file sizes are
-    checked in any case.
+    in its name. `complete` is filled, and saves opening the checkpoints in it.
     """
-    cache = {} if cache is None else cache
-    for folder in cache.keys() - {*folders.values()}:
-        del cache[folder]
-    damaged, pinned = damaged_steps(catalog.store), pinned_steps(catalog.store)
-    for step in sorted(folders.keys() - damaged.keys(), reverse=True):
+    complete = CompleteCheckpoints(catalog.store) if complete is None else complete
+    complete.look_again({*folders.values()})
+    marks = marks_in(catalog.store)
+    damaged = {mark.step for mark in marks if mark.role == "damaged"}
+    pinned = {mark.step for mark in marks if mark.role == "pinned"}
+    for step in sorted(folders.keys() - damaged, reverse=True):
         try:
-            manifest = _cached(catalog.store, folders[step], cache)
+            manifest = complete.manifest(folders[step])
         except HoldfastError:
             continue
         if not misnumbered(step, manifest):
             is_resumable = why_not_resumable(step, manifest) is None
             yield Candidate(step, is_resumable, manifest.metrics, step in pinned)
-
-
-def _cached(store: ReadStore, folder: str, cache: Cache) -> Manifest:
-    index = 0
-    with suppress(NotFoundError):
-        index = checksum(read_index(store, f"{folder}/{MANIFEST}"))
-    if folder in cache and cache[folder][0] == index:
-        manifest = cache[folder][1]
-        check_whole(store, folder, manifest)
-        return manifest
-    manifest = _read_any(store, folder, entries=False)
-    if index:
-        cache[folder] = index, manifest
-    return manifest
-
-
-def _read_any(store: ReadStore, folder: str, *, entries: bool = True) -> Manifest:
-    """Open a checkpoint. The last one of a run may be a Hugging Face folder."""
-    if not entries and is_sealed(store, folder):
-        return open_sealed(store, folder)
-    return open_any(store, folder, check_files=True, entries=entries).manifest

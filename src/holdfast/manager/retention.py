@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection
+from contextlib import suppress
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import Action, execute, plan_cleanup
 from holdfast.comm import capture
 from holdfast.errors import HoldfastError
 from holdfast.format.names import step_name
+from holdfast.manager.complete import CompleteCheckpoints
 from holdfast.manager.policy import Retention, removable
-from holdfast.manager.resume import Cache, good_steps
+from holdfast.manager.resume import good_steps
 from holdfast.storage.store import Store
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -37,7 +39,7 @@ class Retainer:
         self._catalog, self._retention = catalog, retention
         self._resumed_from: int | None = None
         self._left_behind: set[int] = set()
-        self._cache: Cache = {}
+        self._complete = CompleteCheckpoints(catalog.store)
         self._thread: threading.Thread | None = None
 
     def resumed(self, step: int, left_behind: Collection[int]) -> None:
@@ -68,11 +70,13 @@ class Retainer:
             self._thread = None
 
     def _removable(self, current: int) -> list[int]:
+        with suppress(HoldfastError):  # Then it is opened below, as any other.
+            self._complete.published(step_name(current))
         keep = self._retention.latest_k
         ours = {s: f for s, f in self._catalog.folders().items() if s not in self._left_behind}
         if keep == 0 or len(ours) <= keep:
             return []  # All are kept, whether they are good or not, so none need be opened.
-        good = good_steps(self._catalog, ours, self._cache)
+        good = good_steps(self._catalog, ours, self._complete)
         protected = () if self._resumed_from is None else (self._resumed_from,)
         return removable(good, self._retention, current=current, protected=protected)
 

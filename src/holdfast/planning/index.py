@@ -12,9 +12,19 @@ import numpy as np
 
 from holdfast.format.manifest import Path
 from holdfast.format.names import data_file
-from holdfast.format.tables import StockIndex, TensorTable, encode_tensors
+from holdfast.format.tables import (
+    EncodedRows,
+    StockIndex,
+    TensorTable,
+    encode_rows,
+    encode_tensors,
+)
 from holdfast.planning.file_layout import TensorItem
 from holdfast.planning.write_plan import GlobalPlan, Ints, TensorChunks
+
+LISTED_CHUNKS_MAX = 8192
+"""Most chunks that `manifest.json` lists itself. Decoding so many takes 0.1 s, and they are sent to
+every rank of a load; those of a larger checkpoint are in `index.bin`."""
 
 
 class Index:
@@ -63,6 +73,9 @@ class Encoded:
     tensors: bytes
     """Member `tensors` of `manifest.json`."""
 
+    rows: EncodedRows | None
+    """`index.bin`; None if `tensors` lists the chunks."""
+
     stock: StockIndex
     """Part of `.metadata`."""
 
@@ -83,7 +96,10 @@ def _encode(plan: GlobalPlan, layouts: Sequence[Ints], names: Sequence[str]) -> 
     values = {name: path for name, (_, path) in plan.values.items()}
     tables = list(_tables(plan, layouts, files))
     stock = StockIndex(tables, values, [names[rank] for rank in files])
-    return Encoded(encode_tensors(tables), stock, bytes_by_key(plan))
+    num_chunks = sum(len(table.places) for table in tables)
+    rows = encode_rows(tables) if num_chunks > LISTED_CHUNKS_MAX else None
+    tensors = rows.tensors if rows else encode_tensors(tables)
+    return Encoded(tensors, rows, stock, bytes_by_key(plan))
 
 
 def bytes_by_key(plan: GlobalPlan) -> Mapping[str | int, int]:
@@ -134,14 +150,20 @@ def _places(
     file_numbers = np.zeros(len(layouts), np.int64)
     file_numbers[list(files)] = list(files.values())
     ranks = np.concatenate([np.zeros(0, np.int64), *(chunks.rank for chunks in tensors)])
-    rows = np.concatenate([*distinct.values()])[first_rows[ranks] + _times_before(ranks)]
-    return np.column_stack([file_numbers[ranks], rows])
+    # With a first column for the numbers of the files, so that the rows are copied once.
+    rows = np.pad(np.concatenate([*distinct.values()]), ((0, 0), (1, 0)))
+    places: Ints = rows[first_rows[ranks] + _times_before(ranks)]
+    places[:, 0] = file_numbers[ranks]
+    return places
 
 
 def _times_before(numbers: Ints) -> Ints:
     """How often each number occurs before its position."""
-    order = np.argsort(numbers, kind="stable")
-    first = np.flatnonzero(np.diff(numbers[order], prepend=-1))
+    # numpy sorts 16-bit numbers by radix, several times as fast as longer ones.
+    is_short = numbers.max(initial=0) < 1 << 16
+    order = np.argsort(numbers.astype(np.uint16) if is_short else numbers, kind="stable")
+    in_order = numbers[order]
+    first = np.flatnonzero(np.append(True, in_order[1:] != in_order[:-1])) if len(order) else order
     counts = np.diff(first, append=len(numbers))
     times = np.empty_like(numbers)
     times[order] = np.arange(len(numbers)) - np.repeat(first, counts)

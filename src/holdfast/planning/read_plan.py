@@ -35,7 +35,7 @@ def read_items(name: str, entry: TensorEntry, wanted: Region) -> list[ReadItem]:
     if len(entry.chunks) == 1 and entry.chunks[0].region == wanted and wanted.num_elements:
         return [ReadItem(entry.chunks[0], wanted)]
     items = []
-    for chunk in entry.chunks:
+    for chunk in entry.chunks_in(wanted):
         region = chunk.region & wanted
         if region.num_elements:
             items.append(ReadItem(chunk, region))

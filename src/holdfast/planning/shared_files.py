@@ -34,7 +34,7 @@ ItemKey = tuple[str, Region, str]
 
 
 @dataclass(frozen=True, slots=True)
-class DataFile:
+class StoredFile:
     """A data file of a rank."""
 
     name: str
@@ -56,7 +56,7 @@ class RankFiles:
     checkpoint: str
     """Name of the checkpoint."""
 
-    files: Mapping[str, DataFile]
+    files: Mapping[str, StoredFile]
     items: Mapping[ItemKey, tuple[str, TensorItem]]
     """File and place of each item."""
 
@@ -75,7 +75,7 @@ def files_of_rank(rank: int, checkpoint: str, manifest: Manifest) -> RankFiles:
     """Find the data files of `rank`, and the items in them, in a manifest of Holdfast."""
     shared = manifest.shared or {}
     files = {
-        name: DataFile(name, nbytes, manifest.tables[name], shared.get(name, 0))
+        name: StoredFile(name, nbytes, manifest.tables[name], shared.get(name, 0))
         for name, nbytes in manifest.files.items()
         if name in manifest.tables and (rank_and_number(name) or (None,))[0] == rank
     }

@@ -25,9 +25,9 @@ from holdfast.planning.file_layout import (
 )
 from holdfast.planning.index import columns
 from holdfast.planning.shared_files import (
-    DataFile,
     ItemKey,
     RankFiles,
+    StoredFile,
     files_of_rank,
     free_numbers,
     key_of,
@@ -91,7 +91,8 @@ class Deduplicator:
         self._saved = [
             files_of_rank(self._rank, name, manifest)
             for name, manifest in earlier
-            if manifest.block_bytes == checksum.BLOCK_BYTES
+            # With `index.bin`, every rank would read the rows of all ranks to find its own.
+            if manifest.block_bytes == checksum.BLOCK_BYTES and manifest.rows is None
         ]
 
     def can_link(self, name: str) -> bool:
@@ -154,7 +155,7 @@ class Deduplicator:
             )
             for one in layouts
         ]
-        written = {r.file: DataFile(r.file, r.nbytes, r.table) for r in results if r.file}
+        written = {r.file: StoredFile(r.file, r.nbytes, r.table) for r in results if r.file}
         self._written = RankFiles(attempt.name, linked | written, items)
         others = [file for name, file in (linked | written).items() if name != results[1].file]
         places = _places([items[key] for key in base])
@@ -213,7 +214,7 @@ class Deduplicator:
             if (table := tables[file]) is not None
         }
 
-    def _table(self, key: str, file: DataFile) -> tuple[int, ...] | None:
+    def _table(self, key: str, file: StoredFile) -> tuple[int, ...] | None:
         """The checksums of a file's blocks; None if it is not the file that was written."""
         try:
             if self._store.size(key) != file.nbytes:
@@ -233,14 +234,14 @@ class Deduplicator:
         unchanged: Collection[ItemKey],
         *,
         taken: Collection[str],
-    ) -> tuple[dict[str, DataFile], dict[ItemKey, tuple[str, TensorItem]]]:
+    ) -> tuple[dict[str, StoredFile], dict[ItemKey, tuple[str, TensorItem]]]:
         """Link the files of `earlier` that are still of use. Returns them, and the places of the
         items that they have.
 
         `taken`: identities of the files in the newest checkpoint, which may be the same if one
         between the two was deleted.
         """
-        linked: dict[str, DataFile] = {}
+        linked: dict[str, StoredFile] = {}
         if earlier is None:
             return linked, {}
         for name in linkable(items, earlier, unchanged):
@@ -266,7 +267,7 @@ class Deduplicator:
         except HoldfastError:
             return key
 
-    def _link(self, checkpoint: str, attempt: str, file: DataFile, *, reads_all: bool) -> bool:
+    def _link(self, checkpoint: str, attempt: str, file: StoredFile, *, reads_all: bool) -> bool:
         """Link a file of a checkpoint into the attempt. Returns whether it is as it was written;
         else nothing is left there, and its tensors are to be written again.
 
@@ -287,7 +288,7 @@ class Deduplicator:
         self._store.remove(target)
         return False
 
-    def _is_damaged(self, checkpoint: str, key: str, file: DataFile) -> bool:
+    def _is_damaged(self, checkpoint: str, key: str, file: StoredFile) -> bool:
         """Whether `key`, a file of a checkpoint, has other data than was written. Logs what."""
         try:
             manifest = read_manifest(self._store, checkpoint)

@@ -13,11 +13,11 @@ from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum_of_parts
 from holdfast.format.manifest import Manifest, ValueEntry, kind_with
-from holdfast.format.names import MANIFEST, METADATA, HiddenFolder
+from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder
 from holdfast.format.timings import over_ranks
 from holdfast.planning.index import Index
 from holdfast.saving.write import WriteResult
-from holdfast.storage.store import Store
+from holdfast.storage.store import Buffer, Store
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -38,8 +38,8 @@ def publish(
         StorageError: rank 0 does not see another rank's file, or an index cannot be written.
     """
     for result in results:
-        if result.file:
-            _check_shared(catalog.store, str(attempt), result.file, result.nbytes)
+        for file in result.files():
+            _check_shared(catalog.store, str(attempt), file.name, file.nbytes)
     files, nbytes = index_files(results, index, facts)
     publish_with(attempt, files, catalog)
     return nbytes
@@ -47,12 +47,12 @@ def publish(
 
 def index_files(
     results: Sequence[WriteResult], index: Index, facts: Manifest
-) -> tuple[dict[str, Sequence[bytes]], int]:
+) -> tuple[dict[str, Sequence[Buffer]], int]:
     """The parts of each index file of a checkpoint, in the order of their writes, and the
     checkpoint's bytes. See `publish`."""
     encoded = index.encoded()
     writing = [result for result in results if result.file]
-    files = [file for result in results for file in result.files()]
+    stored = [file for result in results for file in result.files()]
     # Without its tensors, which `encoded` has.
     manifest = replace(
         facts,
@@ -61,9 +61,9 @@ def index_files(
             for result in writing
             for name, (item, checksum) in result.values.items()
         },
-        files={file.name: file.nbytes for file in files},
-        tables={file.name: file.table for file in files},
-        shared={file.name: file.num_links for file in files if file.num_links}
+        files={file.name: file.nbytes for file in stored},
+        tables={file.name: file.table for file in stored},
+        shared={file.name: file.num_links for file in stored if file.num_links}
         if any(result.places is not None for result in results)
         else None,
         kind=facts.kind or kind_with(encoded.nbytes),
@@ -73,13 +73,20 @@ def index_files(
     )
     metadata = encoded.stock.encode({n: (e.file, e.item) for n, e in manifest.values.items()})
     size_and_checksum = (sum(map(len, metadata)), checksum_of_parts(metadata))
-    manifest = replace(manifest, metadata=size_and_checksum)
+    rows = encoded.rows
+    manifest = replace(manifest, metadata=size_and_checksum, rows=rows.file if rows else None)
     parts = manifests.encode_around(manifest, encoded.tensors)
-    return {METADATA: metadata, MANIFEST: parts}, manifest.nbytes
+    # `write_index` keeps the order: the manifest comes last.
+    files: dict[str, Sequence[Buffer]] = {
+        METADATA: metadata,
+        **({ROWS: rows.parts} if rows else {}),
+        MANIFEST: parts,
+    }
+    return files, manifest.nbytes
 
 
 def publish_with(
-    attempt: HiddenFolder, files: Mapping[str, Sequence[bytes]], catalog: Catalog
+    attempt: HiddenFolder, files: Mapping[str, Sequence[Buffer]], catalog: Catalog
 ) -> None:
     """Write the index files into an attempt that has all other files, and publish it."""
     write_index(attempt, files, catalog.store)
@@ -87,7 +94,7 @@ def publish_with(
     clean_up(catalog, attempt.name)
 
 
-def write_index(attempt: HiddenFolder, files: Mapping[str, Sequence[bytes]], store: Store) -> None:
+def write_index(attempt: HiddenFolder, files: Mapping[str, Sequence[Buffer]], store: Store) -> None:
     """Write the index files into an attempt."""
     for name, parts in files.items():
         with store.create(f"{attempt}/{name}", sum(map(len, parts))) as writer:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from holdfast.format import checksum
 from holdfast.format.manifest import Span, Table
 from holdfast.planning.file_layout import FileLayout, TensorItem
-from holdfast.planning.shared_files import DataFile
+from holdfast.planning.shared_files import StoredFile
 from holdfast.storage.store import Buffer, Creating, FileWriter
 from holdfast.timing import Spans
 
@@ -39,15 +39,15 @@ class WriteResult:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds that each stage of the save has taken so far."""
 
-    others: tuple[DataFile, ...] = ()
+    others: tuple[StoredFile, ...] = ()
     """Further files, linked ones too, if this rank shares files with earlier checkpoints."""
 
     places: NDArray[np.int64] | None = None
     """Places of the items in all files: see `shared_index`. None if `file` has all items."""
 
-    def files(self) -> list[DataFile]:
+    def files(self) -> list[StoredFile]:
         """All files, by number."""
-        own = [DataFile(self.file, self.nbytes, self.table)] if self.file else []
+        own = [StoredFile(self.file, self.nbytes, self.table)] if self.file else []
         return sorted([*own, *self.others], key=lambda file: file.number)
 
 

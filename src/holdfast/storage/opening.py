@@ -35,8 +35,8 @@ def local_path(path: str | os.PathLike[str]) -> str:
     shortened = _SHORTENED.search(text)
     if is_url(text) or (shortened and not os.path.isdir(text[: shortened.end()])):  # noqa: PTH112
         raise UsageError(
-            f"`{text}` is a URL, and Holdfast writes to local folders only",
-            hint="save to a folder, then upload it with a tool of that store",
+            f"`{text}` is a URL, and this needs a folder of this machine",
+            hint="use a folder, then upload it with a tool of that store",
         )
     if not text or "\0" in text:
         raise UsageError(f"{text!r} is not the path of a folder", hint="`.` is the current folder")
@@ -74,6 +74,9 @@ def without_scheme(url: str | os.PathLike[str]) -> str:
     return text.removeprefix("file://") if text.startswith(_LOCAL) else text
 
 
+BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
+"""Schemes of the URLs of object stores that checkpoints are saved to."""
+
 GROUP = "holdfast.stores"
 """Entry points of other packages. The name of each is the scheme of a URL, such as `minio`; its
 object is called with the URL, and returns a `Store`."""
@@ -88,15 +91,34 @@ def third_party_store(url: str) -> Store | None:
 
 
 def store_to_save(path: str | os.PathLike[str]) -> Store:
-    """Return the store of a local folder, or of a URL that another package can write to.
+    """Return the store of a local folder, or of a URL that Holdfast can write to.
 
     Raises:
         UsageError: it is no path, or nothing can write to the URL.
     """
     text = without_scheme(path)
-    if is_url(text) and (store := third_party_store(text)) is not None:
+    if not is_url(text):
+        return folder_store(text)
+    store = _written_store(text)
+    if store is None:
+        raise UsageError(
+            f"`{text}` is a URL to which Holdfast cannot write",
+            hint="save to a folder, or to a bucket: s3://, gs:// or az://",
+        )
+    return store
+
+
+def _written_store(url: str) -> Store | None:
+    """Return the store of a URL that can be written to; None if there is none."""
+    if (store := third_party_store(url)) is not None:
         return store
-    return folder_store(text)
+    if url.partition("://")[0] not in BUCKETS:
+        return None
+    # Folders need no obstore.
+    from holdfast.storage.cloud import CloudBucket
+    from holdfast.storage.objects import ObjectStore
+
+    return ObjectStore(CloudBucket(url))
 
 
 def open_store(url: str | os.PathLike[str]) -> ReadStore:
@@ -107,7 +129,7 @@ def open_store(url: str | os.PathLike[str]) -> ReadStore:
     """
     text = without_scheme(url)
     if is_url(text):
-        if (store := third_party_store(text)) is not None:
+        if (store := _written_store(text)) is not None:
             return store
         from holdfast.storage.remote import RemoteStore  # Folders need no fsspec.
 

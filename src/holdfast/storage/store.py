@@ -156,6 +156,7 @@ class Creating(Protocol):
         ...
 
 
+@runtime_checkable
 class FolderStore(Store, Protocol):
     """A store of real folders: files can be changed in place, and everything can be renamed."""
 

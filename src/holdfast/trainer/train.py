@@ -25,7 +25,7 @@ from holdfast.hf.export import HFModel
 from holdfast.hf.flavors import config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
-from holdfast.storage.opening import local_path
+from holdfast.storage.opening import is_url, local_path
 from holdfast.trainer.config import Config
 from holdfast.trainer.corpus import Tokenizer, Tokens, open_tokenizer, open_tokens
 from holdfast.trainer.data import DataLoader
@@ -145,7 +145,9 @@ def train(config: Config, parallel: ParallelContext) -> None:
 def _folders(config: Config) -> tuple[Path, str]:
     """Return the folder of the run and that of its checkpoints."""
     dump_folder = local_path(config.job.dump_folder)
-    local_path(config.checkpoint.folder or ".")  # Refuses a URL, which joining would hide.
+    if is_url(config.checkpoint.folder):
+        return Path(dump_folder), config.checkpoint.folder
+    local_path(config.checkpoint.folder or ".")  # Refuses `s3:/`, which joining would hide.
     return Path(dump_folder), local_path(os.path.join(dump_folder, config.checkpoint.folder))  # noqa: PTH118 - keeps `//`
 
 

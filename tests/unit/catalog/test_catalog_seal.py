@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import holdfast
+from holdfast.catalog.seal import sync_files
 from holdfast.cli.main import main
 from holdfast.errors import FormatError
 from holdfast.format.seal import SEAL, Seal, SealedFile, decode, encode
@@ -59,6 +62,61 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
         (folder / "link").symlink_to(tmp_path)
     assert names(tmp_path) == ["a"]
     assert holdfast.check(tmp_path / "a") == []
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "../outside", "missing"])
+def test_a_link_to_anything_else_than_a_file_of_the_folder_is_refused(
+    tmp_path: Path, target: str
+) -> None:
+    (tmp_path / "outside").write_text("x")
+    with (
+        pytest.raises(holdfast.UsageError, match="`link` is neither a file nor a folder"),
+        holdfast.sealed(tmp_path / "a") as folder,
+    ):
+        (folder / "one").write_text("1")
+        (folder / "link").symlink_to(target)
+    assert names(tmp_path) == ["outside"]
+
+
+def test_a_link_to_a_file_of_the_folder_is_sealed_and_a_later_one_out_of_it_is_damage(
+    tmp_path: Path,
+) -> None:
+    with holdfast.sealed(tmp_path / "a") as folder:
+        (folder / "one").write_text("1")
+        (folder / "latest").symlink_to("one")
+    assert holdfast.check(tmp_path / "a") == []
+    (tmp_path / "b").write_text("1")
+    (tmp_path / "a/one").unlink()
+    (tmp_path / "a/one").symlink_to(tmp_path / "b")
+    found = [finding.file for finding in holdfast.check(tmp_path / "a")]
+    assert found == ["latest", "one"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files could be neither hashed nor synced."""
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if str(path).endswith("/inner"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with (
+        pytest.raises(holdfast.StorageError, match=r"cannot seal .*Permission denied.*inner"),
+        holdfast.sealed(tmp_path / "a") as folder,
+    ):
+        (folder / "inner").mkdir()
+        (folder / "inner/file").write_text("x")
+        (folder / "one").write_text("1")
+        monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.undo()
+    assert not (tmp_path / "a").exists()
+    seal(tmp_path / "b")
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(holdfast.StorageError, match="Permission denied"):
+        sync_files(tmp_path / "b")
 
 
 def test_what_may_be_replaced(tmp_path: Path) -> None:

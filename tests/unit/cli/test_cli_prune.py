@@ -140,7 +140,7 @@ def test_prune_changes_nothing_while_a_run_holds_the_lock(
     [
         (("missing",), 4),
         (("steps/step-10",), 4),
-        (("s3://bucket/steps",), 2),
+        (("memory://steps",), 2),
         (("steps", "--keep-latest-k", "0"), 2),
         (("steps", "--keep-best-k", "-1"), 2),
     ],

@@ -315,7 +315,7 @@ def test_errors_before_the_first_byte(tmp_path: Path) -> None:
     with pytest.raises(CheckpointException, match="it is a file"):
         dcp_save({"w": torch.ones(3)}, storage_writer=Writer(tmp_path / "file"))
     with pytest.raises(CheckpointException, match="is a URL"):
-        dcp_save({"w": torch.ones(3)}, storage_writer=Writer("s3://bucket/a"))
+        dcp_save({"w": torch.ones(3)}, storage_writer=Writer("https://host/a"))
     with pytest.raises(holdfast.UsageError, match="use_collectives"):
         dcp_save({"w": torch.ones(3)}, storage_writer=Writer(tmp_path / "a"), use_collectives=False)
     with pytest.raises(CheckpointException, match=r"nothing at|does not exist|no checkpoint"):
@@ -413,3 +413,21 @@ def test_a_relative_path_is_that_of_the_moment_when_it_was_named(
     dcp_save({"w": torch.ones(3)}, storage_writer=writer)
     assert (tmp_path / "one/a").is_dir()
     assert loaded({"w": torch.ones(3)}, reader)["w"].sum() == 3
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("make", [Writer, FileSystemWriter])
+def test_a_relative_path_is_that_of_the_process_that_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    """Method: pickle a writer, as `async_save` sends it to another process, and use it in another
+    current folder, with the `checkpoint_id` of its own path or of another."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    sent = pickle.dumps(make("a"))
+    monkeypatch.chdir(tmp_path / "two")
+    for name in ("a", "b"):
+        dcp_save({"w": torch.ones(3)}, storage_writer=pickle.loads(sent), checkpoint_id=name)
+        assert has_manifest(tmp_path / "one" / name)
+    assert not any((tmp_path / "two").iterdir())

@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 from holdfast.errors import FormatError
-from holdfast.format import tables
 from holdfast.format.dcp import decode_metadata
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
@@ -327,13 +326,3 @@ def test_bytes_that_are_no_metadata_are_refused(data: bytes) -> None:
     """G8. Method: no bytes, half a pickle, and pickles of other objects."""
     with pytest.raises(FormatError):
         decode_metadata(data, where="m")
-
-
-@given(manifests())
-def test_rows_encoded_one_by_one_and_by_numpy_have_the_same_bytes(manifest: Manifest) -> None:
-    """G10. Method: the encoding of few chunks and that of many chunks, on the same manifest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "_ONE_BY_ONE_MAX", 0)
-        many = encode_metadata(manifest)
-        patch.setattr(tables, "_ONE_BY_ONE_MAX", 1000)
-        assert encode_metadata(manifest) == many

@@ -183,14 +183,14 @@ def test_a_truncated_or_extended_manifest_is_detected() -> None:
             decode(wrong, where="m")
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, 2.5, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 4, 2.5, "1", None, [1], True, 2.0])
 def test_an_unknown_version_is_refused(version: object) -> None:
     """G8. Method: another version with a correct checksum."""
     with pytest.raises(FormatError, match="version"):
         decode(sealed({**body_of(SMALL), "holdfast": version}), where="m")
 
 
-@pytest.mark.parametrize(("version", "hint"), [(1, "no release wrote"), (3, "pip install")])
+@pytest.mark.parametrize(("version", "hint"), [(1, "no release wrote"), (4, "pip install")])
 def test_an_unknown_version_has_a_hint_that_fits_its_age(version: int, hint: str) -> None:
     """G8: an upgrade helps if the checkpoint is newer than Holdfast, not if it is older."""
     with pytest.raises(FormatError) as raised:

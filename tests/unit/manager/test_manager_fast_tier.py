@@ -19,6 +19,7 @@ from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.tier import read_tier
 from holdfast.cli.main import main
 from holdfast.comm import Ranks
+from holdfast.planning import index
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import try_ranks
 
@@ -83,6 +84,25 @@ def test_files_travel_to_the_hosts_that_need_them(tmp_path: Path) -> None:
     run.hosts = ["node2", "node1", "node0", "node0"]
     assert run.resumes_from() == 10
     run.hosts = ["node1", "node0", "node2", "node0"]
+    assert run.resumes_from() == 10
+
+
+def test_a_checkpoint_with_rows_is_copied_and_travels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G18. Method: every save writes `index.bin`. The ranks change places, one host loses the file,
+    and then a host is lost and another with an empty disk takes its place."""
+    monkeypatch.setattr(index, "LISTED_CHUNKS_MAX", 0)
+    run = Run(tmp_path, local_replicas=1)
+    run.train(10)
+    rows = (tmp_path / "run/step-8/index.bin").read_bytes()
+    assert rows == (run.disk("node1") / "step-8/index.bin").read_bytes()
+    run.hosts = ["node2", "node1", "node0", "node0"]
+    assert run.resumes_from() == 10
+    (run.disk("node1") / "step-10/index.bin").unlink()
+    assert run.resumes_from() == 10
+    shutil.rmtree(tmp_path / "disks/node1")
+    run.hosts = ["new" if host == "node1" else host for host in HOSTS]
     assert run.resumes_from() == 10
 
 

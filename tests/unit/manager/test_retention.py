@@ -21,8 +21,10 @@ from holdfast.catalog.listing import survey
 from holdfast.catalog.marks import damaged_steps, mark_damaged
 from holdfast.comm import Solo
 from holdfast.errors import StorageError
-from holdfast.format.manifest import Manifest
 from holdfast.format.names import step_name
+from holdfast.format.region import Region
+from holdfast.manager import complete
+from holdfast.manager.complete import CompleteCheckpoints
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import good_steps
 from holdfast.manager.retention import Retainer
@@ -31,6 +33,7 @@ from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
 from holdfast.testing.failing import FailingStore
 from holdfast.testing.stores import put
+from plans import save_regions
 
 
 def manager(folder: Path, **settings: Any) -> CheckpointManager:
@@ -120,7 +123,8 @@ def test_a_checkpoint_that_proves_damaged_is_marked(
 def test_the_cache_of_retention_never_hides_a_change(tmp_path: Path) -> None:
     """G5. Method: after each change by others (a mark, a truncated file, a damaged index, a step
     saved again, a deleted folder) the result with a cache equals the result without."""
-    catalog, looked = Catalog(LocalStore(tmp_path)), dict[str, tuple[int, Manifest]]()
+    catalog = Catalog(LocalStore(tmp_path))
+    looked = CompleteCheckpoints(catalog.store)
 
     def agree() -> list[int]:
         found = [list(good_steps(catalog, catalog.folders(), m)) for m in (looked, None)]
@@ -137,6 +141,52 @@ def test_the_cache_of_retention_never_hides_a_change(tmp_path: Path) -> None:
         ours.save(3, metrics={"loss": 7.0})
         shutil.rmtree(tmp_path / "step-2")
         assert agree() == [3, 1]
+
+
+def test_files_that_a_save_does_not_look_at_are_looked_at_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G5. Method: one file is looked at per save. One file of an earlier checkpoint is cut, and the
+    run stops counting the checkpoint once all files were looked at, and not much later."""
+    monkeypatch.setattr(complete, "LOOKS_MAX", 1)
+    catalog = Catalog(LocalStore(tmp_path))
+    looked = CompleteCheckpoints(catalog.store)
+    with manager(tmp_path, keep_latest_k=0) as ours:
+        for step in range(1, 4):
+            ours.save(step)
+    assert len(list(good_steps(catalog, catalog.folders(), looked))) == 3
+    os.truncate(tmp_path / "step-2" / "__0_0.distcp", 100)
+    counts = [len(list(good_steps(catalog, catalog.folders(), looked))) for _ in range(9)]
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[-1]) == (3, 2)
+
+
+def test_the_work_after_a_save_does_not_grow_with_checkpoints_or_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G5. Method: calls of the store after a save into folders of 4 and 40 checkpoints, of one
+    file and of six files each; more files exist than one save looks at."""
+    monkeypatch.setattr(complete, "LOOKS_MAX", 7)
+
+    def calls(keep: int, size: int) -> int:
+        counted: list[str] = []
+        beneath = MemoryStore()
+        catalog = Catalog(FailingStore(beneath, lambda verb, _: counted.append(verb)))
+        retainer = Retainer(catalog, Retention(latest_k=keep))
+        whole = torch.arange(12.0)
+        rows = [[Region((2 * rank,), (2 * rank + 2,))] for rank in range(6)]
+        held = rows if size == 6 else [[row for (row,) in rows]]
+        for step in range(1, keep + 4):
+            save_regions(beneath, step_name(step), {"w": (whole, held)}, size, step)
+            counted.clear()
+            retainer.saved(step)
+            retainer.wait()
+        assert len(catalog.steps()) == keep
+        return len(counted)
+
+    counts = [calls(4, 1), calls(40, 1), calls(4, 6), calls(40, 6)]
+    # An index is looked at by two calls, a data file by one.
+    assert max(counts) <= min(counts) + 7
 
 
 def test_a_step_that_is_saved_again_loses_its_mark(tmp_path: Path) -> None:

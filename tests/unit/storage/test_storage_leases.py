@@ -17,21 +17,21 @@ from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.errors import ExistsError
 from holdfast.storage import leases, locks
 from holdfast.storage.local import LocalStore
-from holdfast.storage.store import Store
+from holdfast.storage.store import FolderStore
 from holdfast.testing.stores import StoreSuite, put
 
 
 @pytest.fixture(autouse=True)
 def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make flock fail as on Lustre mounted with `noflock`, and leases lapse within moments."""
+    """Make flock fail as on Lustre mounted with `noflock`, and leases lapse within seconds."""
 
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    monkeypatch.setattr(leases, "LEASE_S", 0.5)
+    monkeypatch.setattr(leases, "LEASE_S", 4.0)
     monkeypatch.setattr(leases, "RENEW_S", 0.05)
-    monkeypatch.setattr(leases, "SKEW_S", 0.1)
+    monkeypatch.setattr(leases, "SKEW_S", 1.0)
 
 
 class TestLocalStoreWithoutFlock(StoreSuite):
@@ -43,7 +43,7 @@ class TestLocalStoreWithoutFlock(StoreSuite):
     def _folder(self, tmp_path: Path) -> None:
         self.folder = tmp_path
 
-    def new_store(self) -> Store:
+    def new_store(self) -> FolderStore:
         return LocalStore(self.folder)
 
     def test_a_held_folder_stays_held_when_it_is_renamed(self) -> None:

@@ -1,0 +1,79 @@
+"""Choose the checkpoint that all ranks load, where each host may have a folder of its own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from holdfast.catalog.newest import newest_good
+from holdfast.catalog.seal import visible_name
+from holdfast.comm import Ranks, gather_and_run, run_on_all
+from holdfast.errors import DamagedError
+from holdfast.format.names import number_of
+
+
+def newest_good_on_all_hosts(
+    root: Path,
+    pattern: re.Pattern[str],
+    *,
+    ranks: Ranks,
+    decides: bool,
+    last_file: str | None = None,
+) -> Path | None:
+    """The newest checkpoint in `root` that is good on every host; None if no host has any.
+
+    `decides`: whether this rank looks into `root`. That is one rank per folder: rank 0 if all hosts
+    share it, else the first rank of each host. The path of the others is that of the nearest
+    deciding rank before them, since the ranks of a host follow each other.
+
+    Collective.
+
+    Raises:
+        DamagedError: some hosts have a good checkpoint, but no two the same one.
+    """
+
+    def find(below: float) -> Path | None:
+        if not decides or not root.is_dir():
+            return None
+        names = filter(None, (visible_name(path.name) for path in root.iterdir()))
+        older = [name for name in names if pattern.fullmatch(name) and _number_in(name) < below]
+        return newest_good(root, re.compile("|".join(map(re.escape, older))), last_file=last_file)
+
+    def settle(paths: Sequence[Path | None]) -> list[Path | None]:
+        of_ranks: list[Path | None] = []
+        for path in paths:
+            of_ranks.append(path or (of_ranks[-1] if of_ranks else None))
+        if len({visible_name(path.name) for path in paths if path is not None}) > 1:
+            raise _differ(root)
+        return of_ranks
+
+    below = math.inf
+    while True:
+        found = run_on_all(ranks, lambda: find(below))  # noqa: B023 - runs at once
+        number = -1 if found is None else _number_in(visible_name(found.name) or "")
+        highest, negated = ranks.all_reduce_max([number, -number] if decides else [-1, -math.inf])
+        lowest = -negated
+        if highest == lowest:
+            return gather_and_run(ranks, found, settle)[ranks.rank]
+        if lowest < 0:
+            raise _differ(root)
+        # A host has nothing newer that is good.
+        below = lowest + 1
+
+
+def run_on_hosts(ranks: Ranks, work: Callable[[], object], *, decides: bool) -> None:
+    """Run `work` on the ranks that decide. An error of one is raised on all. Collective."""
+    run_on_all(ranks, lambda: work() if decides else None)
+
+
+def _differ(root: Path) -> DamagedError:
+    return DamagedError(
+        f"no checkpoint in `{root}` is good on every host",
+        hint=f"copy a good one to all hosts: `holdfast doctor {root}` says which are good on one",
+    )
+
+
+def _number_in(name: str) -> int:
+    return number_of(name) or 0

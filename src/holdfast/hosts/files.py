@@ -1,0 +1,193 @@
+"""Publish checkpoints that are single files.
+
+.part-NAME-1f2e3d4c   a file that is being written
+.kept-NAME-1f2e3d4c   the earlier NAME, until the file that has replaced it is durable
+
+Their writers hold a lock on both. Without it they are leftovers of a killed process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Self
+
+from holdfast.catalog.findings import summary_of
+from holdfast.catalog.newest import check
+from holdfast.catalog.seal import sync_path
+from holdfast.errors import HoldfastError, StorageError
+from holdfast.hosts.background import BackgroundSync
+from holdfast.hosts.sealing import delete
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+_HIDDEN = re.compile(r"\.(part|kept)-(.+)-[0-9a-f]{8}")
+
+
+@contextmanager
+def published(path: Path, background: BackgroundSync) -> Iterator[IO[bytes]]:
+    """Give a file to write. At the end it gets the name `path`.
+
+    It is durable then, if it is the first one in its folder; else `background` makes it so. A file
+    that it replaces is kept until then.
+    """
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    background.make_way(str(path))
+    _clean_up(path.parent)
+    # A name of its own: another process may be saving to this path too.
+    part = _hidden("part", path)
+    kept = None
+    try:
+        with part.open("xb") as file:
+            _lock(file.fileno())
+            yield file
+            file.flush()
+            may_follow = background.may_follow(str(path.parent))
+            kept = _Kept.link(path) if may_follow else None
+            is_durable = not may_follow or (kept is None and path.exists())
+            if is_durable:
+                os.fsync(file.fileno())
+            part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if kept is not None:
+            kept.delete()
+        # `torch.save` raises a RuntimeError while it handles the error of the file.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError):
+            raise StorageError(f"cannot save `{path}`: {cause.strerror or cause}") from error
+        raise
+    if is_durable:
+        sync_path(path.parent)
+        background.note_durable(str(path.parent))
+    else:
+        background.sync(str(path), partial(_replace_durably, path, kept))
+
+
+@contextmanager
+def file_moved_aside(path: Path) -> Iterator[None]:
+    """Give a file at `path` a hidden name, so that a folder may take its own. Deletes it at the
+    end, or renames it back after an error. Without such a file nothing happens."""
+    if not path.is_file():
+        yield
+        return
+    kept = _Kept(_hidden("kept", path), _locked(path))
+    path.rename(kept.path)
+    try:
+        yield
+    except BaseException:
+        kept.path.rename(path)
+        os.close(kept.lock)
+        raise
+    kept.delete()
+
+
+def kept_aside(folder: Path, name: str) -> list[Path]:
+    """Earlier files called `name` that a killed process has left beside it."""
+    return [path for path in _all_hidden(folder) if path.name.startswith(f".kept-{name}-")]
+
+
+def why_not_good(path: Path) -> str | None:
+    """Reason why a checkpoint must not be loaded; None if it is good."""
+    try:
+        findings = check(path)
+    except HoldfastError as error:
+        return error.what
+    return summary_of(findings) if findings else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """An earlier file, under a hidden name."""
+
+    path: Path
+    lock: int
+    """Descriptor that locks it."""
+
+    @classmethod
+    def link(cls, path: Path) -> Self | None:
+        """Give the file at `path` a second name. None if there is no file, or there are no links on
+        this file system."""
+        if not path.is_file() or path.is_symlink():
+            return None
+        kept = _hidden("kept", path)
+        lock = _locked(path)
+        try:
+            kept.hardlink_to(path)
+        except OSError:
+            os.close(lock)
+            return None
+        return cls(kept, lock)
+
+    def delete(self) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self.lock)
+
+
+def _replace_durably(path: Path, kept: _Kept | None) -> None:
+    """Make the file at `path` durable, then delete the one it has replaced. If that fails, this
+    process goes on to hold the lock of the earlier file, so no save deletes it."""
+    sync_path(path)
+    sync_path(path.parent)
+    if kept is not None:
+        kept.delete()
+
+
+def _hidden(role: str, path: Path) -> Path:
+    return path.parent / f".{role}-{path.name}-{os.urandom(4).hex()}"
+
+
+def _locked(path: Path) -> int:
+    lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    _lock(lock)
+    return lock
+
+
+def _lock(opened: int) -> None:
+    """Lock an open file, if its file system knows locks. Without them, no leftover is deleted."""
+    with suppress(OSError):
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _all_hidden(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name))
+
+
+def _clean_up(folder: Path) -> None:
+    """Delete what killed saves have left, unless a process holds it. An earlier file gets its name
+    back if the file that has replaced it is damaged or missing."""
+    for path in _all_hidden(folder):
+        with suppress(OSError):
+            opened = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _clean_up_file(path)
+            finally:
+                os.close(opened)
+
+
+def _clean_up_file(path: Path) -> None:
+    match = _HIDDEN.fullmatch(path.name)
+    assert match is not None, path
+    later = path.parent / match[2]
+    why = "it is missing"
+    if match[1] == "kept" and (not later.exists() or (why := why_not_good(later) or "")):
+        logger.warning("`%s` gets its earlier file back: %s", later, why)
+        if later.is_dir():
+            delete(later)
+        path.replace(later)
+    elif match[1] == "kept":
+        sync_path(later)
+        path.unlink()
+    else:
+        path.unlink()

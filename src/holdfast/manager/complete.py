@@ -1,0 +1,109 @@
+"""The checkpoints that a run has found complete, so that it need not open them after every save."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from holdfast.catalog.open_any import open_any
+from holdfast.catalog.seal import is_sealed, open_sealed
+from holdfast.errors import HoldfastError
+from holdfast.format.checksum import checksum
+from holdfast.format.manifest import Manifest
+from holdfast.storage.store import ReadStore
+
+LOOKS_MAX = 256
+"""Most files of known checkpoints that are looked at after a save. A run of 2,048 ranks that keeps
+10 checkpoints has 20,480: each look is a request to the server of a network file system."""
+
+_TAIL_BYTES = 1 << 20
+"""Bytes at the end of an index, or of another small file, that are compared."""
+
+
+@dataclass(slots=True)
+class _Complete:
+    """A complete checkpoint."""
+
+    manifest: Manifest
+    """Manifest without entries, of which there may be a million."""
+
+    files: dict[str, object]
+    """Expected size of each data file; of any other file, size and checksum of its end."""
+
+    unseen: list[str] = field(default_factory=list)
+    """Files that the current round has not reached yet."""
+
+
+class CompleteCheckpoints:
+    """Checkpoints that a run has found complete.
+
+    Each is opened once. After that, every call of `look_again` looks at some of their files, in
+    turn, so the work after a save does not grow with the checkpoints that are kept, nor with their
+    files. A small run's files are all looked at each time.
+    """
+
+    def __init__(self, store: ReadStore) -> None:
+        self._store = store
+        self._known: dict[str, _Complete] = {}
+        """Known checkpoints by folder. The one that was looked at longest ago comes first."""
+
+    def manifest(self, folder: str) -> Manifest:
+        """The manifest of a complete checkpoint, without entries. Raises an error if it is not
+        complete."""
+        if folder not in self._known:
+            self._add(folder, read_any(self._store, folder, entries=False))
+        return self._known[folder].manifest
+
+    def published(self, folder: str) -> None:
+        """Add a checkpoint that this run has just published, or published again. Reads its index
+        only, since each rank has confirmed what it wrote."""
+        self._known.pop(folder, None)
+        self._add(folder, read_any(self._store, folder, entries=False, check_files=False))
+
+    def look_again(self, folders: Collection[str]) -> None:
+        """Forget known checkpoints that are not in `folders`, and those with a file that has
+        changed. Looks at `LOOKS_MAX` files."""
+        for folder in self._known.keys() - folders:
+            del self._known[folder]
+        left = LOOKS_MAX
+        for folder, known in [*self._known.items()]:
+            files = known.unseen or [*known.files]
+            seen, known.unseen = files[:left], files[left:]
+            left -= len(seen)
+            del self._known[folder]
+            if all(self._is_unchanged(folder, file, known.files[file]) for file in seen):
+                self._known[folder] = known
+            if not left:
+                break
+
+    def _add(self, folder: str, manifest: Manifest) -> None:
+        others = {
+            name
+            for name in self._store.list(folder)
+            if not name.endswith("/") and name not in manifest.files
+        }
+        files = {name: self._ending(folder, name) for name in others}
+        self._known[folder] = _Complete(manifest, {**manifest.files, **files})
+
+    def _is_unchanged(self, folder: str, file: str, expected: object) -> bool:
+        try:
+            if isinstance(expected, int):
+                return self._store.size(f"{folder}/{file}") == expected
+            return self._ending(folder, file) == expected
+        except HoldfastError:
+            return False
+
+    def _ending(self, folder: str, file: str) -> object:
+        """Size of a file, and the checksum of its last MiB."""
+        nbytes = self._store.size(f"{folder}/{file}")
+        tail = self._store.read(f"{folder}/{file}", max(0, nbytes - _TAIL_BYTES), nbytes)
+        return nbytes, checksum(tail)
+
+
+def read_any(
+    store: ReadStore, folder: str, *, entries: bool = True, check_files: bool = True
+) -> Manifest:
+    """Open a checkpoint of a run. The last one may be a Hugging Face folder."""
+    if not entries and is_sealed(store, folder):
+        return open_sealed(store, folder)
+    return open_any(store, folder, check_files=check_files, entries=entries).manifest

@@ -1,0 +1,113 @@
+"""The requests that a bucket answers. `storage/objects.py` builds a store from them.
+
+Each request takes effect as a whole or not at all. `get`, `head` and `put` see every earlier
+change; `list` may lag behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from holdfast.errors import StorageError
+from holdfast.storage.store import Buffer
+
+Version = Mapping[str, str]
+"""Identifies one content of an object, for `put_over`: an ETag, a generation, or both."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """Description of one object."""
+
+    key: str
+    nbytes: int
+    version: Version
+    modified: datetime
+    """Time of its last change, by the clock of the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Objects and prefixes directly below a prefix."""
+
+    objects: Sequence[StoredObject]
+    prefixes: Sequence[str]
+    """Names that more objects are below, without a slash at the end."""
+
+
+class TakenError(Exception):
+    """A conditional put was refused: the object exists, or is not the expected version."""
+
+
+class UnansweredError(StorageError):
+    """The store failed, or its answer was lost: the request may have taken effect, or not."""
+
+
+class Bucket(Protocol):
+    """Objects below one prefix of a bucket. Keys are relative to it.
+
+    Every method may raise `StorageError`; those that read, `NotFoundError`.
+    """
+
+    @property
+    def url(self) -> str:
+        """URL of the prefix, for messages."""
+        ...
+
+    def head(self, key: str) -> StoredObject:
+        """Describe an object."""
+        ...
+
+    def get(self, key: str, nbytes_max: int) -> tuple[bytes, StoredObject]:
+        """Return the first bytes of an object, at most `nbytes_max`, and its description."""
+        ...
+
+    def get_range(self, key: str, start: int, stop: int) -> Buffer:
+        """Return bytes `start` to `stop` of an object; fewer only if the object ends before."""
+        ...
+
+    def put_new(self, key: str, data: bytes) -> Version:
+        """Put an object that does not exist yet. Sent once: the caller tries again.
+
+        Raises:
+            TakenError: the object exists.
+            UnansweredError: it may exist now.
+        """
+        ...
+
+    def put_over(self, key: str, data: bytes, version: Version) -> Version:
+        """Put an object in the place of this version of it. Sent once: the caller tries again.
+
+        Raises:
+            TakenError: the object has another version, or does not exist.
+            UnansweredError: it may have been replaced.
+        """
+        ...
+
+    def put(self, key: str, data: bytes) -> None:
+        """Put an object, whether it exists or not."""
+        ...
+
+    def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
+        """Put a large object, in several requests that overlap.
+
+        An error of `parts` is raised, and no object is left; nor is a part of one, unless the
+        process dies.
+        """
+        ...
+
+    def list(self, prefix: str) -> Listing:
+        """List what is directly below a prefix; nothing if no object is."""
+        ...
+
+    def list_all(self, prefix: str) -> Sequence[str]:
+        """List the keys of all objects below a prefix, at any depth."""
+        ...
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects, in any order. An object that does not exist is no error. No request takes
+        effect after this has raised an error, or returned."""
+        ...

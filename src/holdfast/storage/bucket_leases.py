@@ -1,0 +1,343 @@
+"""Locks in a bucket: objects that their holder renews, and that lapse once it is dead.
+
+A lease is an object that is put if absent, and renewed by replacing its last version. Whoever finds
+one that was not renewed for `LEASE_S` replaces that version in turn, so that of two only one
+succeeds. Its age is taken from the clock of the store alone: the age of the lease is the difference
+to an object put now.
+
+A holder must not send a request that needs the lease once it has lapsed. So it counts the lease as
+valid for half of `LEASE_S` from the moment that its last renewal was sent, by its own clock that no
+one sets, and a request that was sent takes effect within the other half, or never: the client gives
+up after `REQUEST_S`, and a store does not execute a request whose connection is long closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
+from holdfast.format.names import held_file
+from holdfast.storage.bucket import (
+    Bucket,
+    StoredObject,
+    TakenError,
+    UnansweredError,
+    Version,
+)
+
+LEASE_S = 60.0
+"""Seconds after which a lease that was not renewed has lapsed."""
+
+REQUEST_S = 10.0
+"""Time-out of the requests that leases protect, and of all tries of one. Both together are less
+than half of `LEASE_S`."""
+
+NOTE_BYTES_MAX = 4096
+"""Most bytes of a lease that are read."""
+
+_RENEWALS = 6
+"""Renewals in `LEASE_S`."""
+
+_TRIES = 5
+"""Most times that a lease is put before it counts as contended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Holder of a lease that another one could not take."""
+
+    note: str
+    version: Version
+    """Changes whenever the holder renews the lease."""
+
+    is_alive: bool
+    """Whether it is known to run: it is a process of this machine."""
+
+
+class BucketLease:
+    """A lease of this process on an object, until `release` or until it lapses."""
+
+    def __init__(self, bucket: Bucket, key: str, note: str, *, lease_s: float) -> None:
+        self._bucket, self._key, self._note, self._lease_s = bucket, key, note, lease_s
+        self._token = secrets.token_hex(8)
+        self._counter = 0
+        self._version: Version | None = None
+        """Version that this process has put; None while it holds no lease."""
+
+        self._sent = self._trying = 0.0
+        """When the last renewal that took effect was sent, and when the last one was."""
+
+        self._pid = os.getpid()
+        self._mutex = threading.RLock()
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether requests that need the lease may be sent now. False in a forked child."""
+        fresh = time.monotonic() - self._sent < self._lease_s / 2
+        return self._version is not None and fresh and self._pid == os.getpid()
+
+    def take(self) -> Holder | None:
+        """Take the lease. Return None, or its holder if that is another.
+
+        Raises:
+            StorageError: the store does not answer, or another process takes it again and again.
+        """
+        with self._mutex:
+            version: Version | None = None
+            for _ in range(_TRIES):
+                try:
+                    self._put(version)
+                    return None
+                except (TakenError, UnansweredError) as error:
+                    failed = error
+                found = self._look()
+                if found is None:
+                    version = None  # Its holder has just released it, or our put got lost.
+                    continue
+                content, stored = found
+                if content.token == self._token:
+                    self._version, self._sent = stored.version, self._trying
+                    return None
+                runs = _runs(content.process)
+                if runs is not False and not self._has_lapsed(stored.modified):
+                    return Holder(content.note, stored.version, is_alive=runs is True)
+                version = stored.version
+            raise StorageError(f"cannot take the lease `{self._key}`: {failed}")
+
+    def renew(self) -> None:
+        """Extend the lease.
+
+        Raises:
+            ExistsError: it has lapsed, and another process has it now; the error names it.
+            StorageError: the store does not answer. The lease may still be valid.
+        """
+        with self._mutex:
+            if self._version is None or self._pid != os.getpid():
+                raise ExistsError(f"`{self._key}` is not held by this process")
+            try:
+                self._put(self._version)
+                return
+            except (TakenError, UnansweredError) as error:
+                failed = error
+            found = self._look()
+            if found is not None and found[0].token == self._token:
+                # It was renewed, and the answer was lost; or it was not, and the next try may.
+                self._version = found[1].version
+                if found[0].renewals != self._counter:
+                    raise StorageError(f"cannot renew `{self._key}`: {failed}")
+                self._sent = self._trying
+                return
+            self._version = None
+            holder = "nobody: it was deleted" if found is None else found[0].note
+            raise ExistsError(
+                f"`{self._bucket.url}/{self._key}` was not renewed in time, and is held by another "
+                f"process now: {holder}"
+            )
+
+    def _look(self) -> tuple[_Content, StoredObject] | None:
+        """Read the lease; None if there is none."""
+        try:
+            data, found = self._bucket.get(self._key, NOTE_BYTES_MAX)
+        except NotFoundError:
+            return None
+        return _decode(data), found
+
+    def release(self) -> None:
+        """Delete the object, if it is still ours. Does nothing in a forked child."""
+        with self._mutex:
+            if not self.is_valid:
+                # Another process may have it: the object must not be deleted unseen.
+                with contextlib.suppress(HoldfastError):
+                    self.renew()
+            if self.is_valid:
+                self._version = None
+                with contextlib.suppress(HoldfastError):
+                    self._bucket.delete([self._key])
+
+    def _put(self, version: Version | None) -> None:
+        self._counter += 1
+        # The counter makes the contents differ: equal ones have the same ETag.
+        content = _Content(self._note, self._token, _this_process(), self._counter)
+        data, sent = json.dumps(asdict(content)).encode(), time.monotonic()
+        self._trying = sent
+        if version is None:
+            self._version = self._bucket.put_new(self._key, data)
+        else:
+            self._version = self._bucket.put_over(self._key, data, version)
+        self._sent = sent
+
+    def _has_lapsed(self, modified: datetime) -> bool:
+        """Whether a lease of this age has lapsed, by the clock of the store."""
+        folder = self._key.rpartition("/")[0]
+        probe = f"{folder}/{held_file(f'now-{self._token}')}".lstrip("/")
+        self._bucket.put(probe, b"")
+        now = self._bucket.head(probe).modified
+        self._bucket.delete([probe])
+        return (now - modified).total_seconds() > self._lease_s
+
+
+class BucketLeases:
+    """All leases of one store. A thread renews them while there are any."""
+
+    def __init__(self, bucket: Bucket, lease_s: float) -> None:
+        self._bucket, self._lease_s = bucket, lease_s
+        self._held: dict[str, BucketLease] = {}
+        self._is_checked = False
+        self._mutex = threading.Lock()
+        self._ended = threading.Event()
+        """Ends the thread that renews. Set while there is none."""
+
+        self._ended.set()
+        self._pid = os.getpid()
+
+    def check_conditions(self) -> None:
+        """Make sure that the store refuses to put an object that exists, as leases need. Once.
+
+        Raises:
+            UsageError: it puts the object nevertheless.
+        """
+        if self._is_checked:
+            return
+        probe = held_file(f"now-{secrets.token_hex(8)}")
+        try:
+            self._bucket.put(probe, b"")
+            self._bucket.put_new(probe, b"1")
+        except TakenError:
+            self._is_checked = True
+            return
+        finally:
+            with contextlib.suppress(HoldfastError):
+                self._bucket.delete([probe])
+        raise UsageError(
+            f"`{self._bucket.url}`: this store ignores the condition `If-None-Match` of a put, "
+            "so two runs could not be kept apart",
+            hint="use a newer version of the store, or another one",
+        )
+
+    def new(self, key: str, note: str) -> BucketLease:
+        """Return a lease that is not taken yet."""
+        return BucketLease(self._bucket, key, note, lease_s=self._lease_s)
+
+    def keep(self, key: str, lease: BucketLease) -> None:
+        """Renew a lease that was taken, until `release`."""
+        with self._mutex:
+            self._held[key] = lease
+            if self._ended.is_set() or self._pid != os.getpid():
+                self._pid, self._ended = os.getpid(), threading.Event()
+                renew = _renewing(weakref.ref(self), self._ended, self._lease_s / _RENEWALS)
+                threading.Thread(target=renew, name="holdfast-lease", daemon=True).start()
+
+    def held(self, key: str) -> BucketLease | None:
+        """Return the lease that this store holds on `key`; None if it holds none."""
+        with self._mutex:
+            return self._held.get(key)
+
+    def release(self, key: str, lease: BucketLease) -> None:
+        """Give a lease up."""
+        with self._mutex:
+            if self._held.get(key) is lease:
+                del self._held[key]
+            if not self._held:
+                self._ended.set()
+        lease.release()
+
+    def renew_all(self) -> None:
+        """Renew every lease."""
+        with self._mutex:
+            leases = list(self._held.values())
+        for lease in leases:
+            # Whoever needs the lease finds out that it is lost, and says so.
+            with contextlib.suppress(HoldfastError):
+                lease.renew()
+
+
+def _renewing(
+    leases: weakref.ref[BucketLeases], ended: threading.Event, interval_s: float
+) -> Callable[[], None]:
+    """Return the function of the renewing thread. It ends with the last lease, or the store."""
+
+    def run() -> None:
+        while not ended.wait(interval_s):
+            found = leases()
+            if found is None:
+                return
+            found.renew_all()
+            del found
+
+    return run
+
+
+def check(lease: BucketLease, hint: str) -> None:
+    """Make sure that requests that need the lease may be sent now. Renew it if it is too old.
+
+    Raises:
+        ExistsError: another process has it.
+        StorageError: it cannot be renewed in time.
+    """
+    if not lease.is_valid:
+        lease.renew()
+    if not lease.is_valid:
+        raise StorageError("a lease could not be renewed in time: the store is slow", hint=hint)
+
+
+def note_in(data: bytes) -> str:
+    """Return the note of the holder of a lease, given its content."""
+    return _decode(data).note
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """Content of a lease."""
+
+    note: str = "unknown"
+    token: str = ""
+    process: str = ""
+    renewals: int = 0
+
+
+def _decode(data: bytes) -> _Content:
+    try:
+        members = json.loads(data)
+        note, token, process = (str(members[name]) for name in ("note", "token", "process"))
+        return _Content(note, token, process, renewals=int(members["renewals"]))
+    except (ValueError, LookupError, TypeError):
+        return _Content()
+
+
+def _this_process() -> str:
+    """Name this process: machine since its start, PID namespace, PID, time of its start. Empty
+    where there is no `/proc`."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+        return f"{boot} {namespace} {os.getpid()} {_start_of(os.getpid())}"
+    except OSError:
+        return ""
+
+
+def _runs(process: str) -> bool | None:
+    """Whether a process of this machine and PID namespace runs. None for others."""
+    ours = _this_process().split()
+    theirs = process.split()
+    if not ours or theirs[:2] != ours[:2] or len(theirs) != len(ours):
+        return None
+    try:
+        return _start_of(int(theirs[2])) == theirs[3]
+    except (OSError, ValueError):
+        return False
+
+
+def _start_of(pid: int) -> str:
+    """Time of the start of a process, in ticks since the start of the machine."""
+    # The name of the program, in brackets, may have spaces.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

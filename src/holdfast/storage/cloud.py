@@ -1,0 +1,255 @@
+"""Buckets of S3, Google Cloud Storage and Azure, by obstore.
+
+No other module imports obstore. Credentials, regions and endpoints come from the environment, as
+for the tools of each store: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `AWS_PROFILE`,
+`GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, ...
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, cast
+
+from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
+from holdfast.storage.bucket import Listing, StoredObject, TakenError, UnansweredError, Version
+from holdfast.storage.bucket_leases import REQUEST_S
+from holdfast.storage.store import Buffer
+from holdfast.storage.streams import PART_BYTES
+
+try:
+    import obstore
+    from obstore import exceptions
+    from obstore.store import from_url
+except ImportError:
+    obstore = None  # type: ignore[assignment]
+
+CONCURRENT_PARTS = 4
+"""Parts of one upload that are sent at the same time: with the part that is being filled, they are
+the memory that an upload takes beside the snapshot."""
+
+_PATIENCE_S = 180.0
+"""Time in which a request for data is sent again after an error, with growing random pauses."""
+
+_DATA_S = 300.0
+"""Time-out of one request for data."""
+
+_NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|specified bucket does not exist")
+
+_STATUS = re.compile(r"status code: ([0-9]{3})")
+
+_REFUSED_HINT = (
+    "check the credentials and the rights of the bucket; the endpoint and the region too"
+)
+
+
+class CloudBucket:
+    """A prefix of a bucket, through obstore."""
+
+    def __init__(self, url: str, config: Mapping[str, Any] | None = None) -> None:
+        """`config`: options of obstore, beside those of the environment.
+
+        Raises:
+            UsageError: obstore is not installed, or the URL is not one of a bucket.
+        """
+        if obstore is None:
+            raise UsageError(
+                f"`{url}` is in an object store, and obstore is not installed",
+                hint="pip install 'holdfast[remote]'",
+            )
+        self._url = url.rstrip("/")
+        options = {**_environment(url), **(config or {})}
+        self._data = self._store(options, timeout_s=_DATA_S, patience_s=_PATIENCE_S, retries=10)
+        self._control = self._store(options, timeout_s=REQUEST_S, patience_s=REQUEST_S, retries=4)
+        self._once = self._store(options, timeout_s=REQUEST_S, patience_s=REQUEST_S, retries=0)
+
+    def _store(
+        self, options: dict[str, Any], *, timeout_s: float, patience_s: float, retries: int
+    ) -> Any:
+        options = dict(options)
+        provider = options.pop("credential_provider", None)
+        insecure = str(options.get("endpoint", "")).startswith("http://")
+        more = {} if provider is None else {"credential_provider": provider}
+        try:
+            return from_url(
+                self._url,
+                config=cast("Any", options),
+                client_options={
+                    "timeout": timedelta(seconds=timeout_s),
+                    "connect_timeout": timedelta(seconds=REQUEST_S / 2),
+                    **({"allow_http": True} if insecure else {}),
+                },
+                retry_config={
+                    "max_retries": retries,
+                    "retry_timeout": timedelta(seconds=patience_s),
+                },
+                **more,
+            )
+        except (exceptions.BaseError, ValueError, TypeError) as error:
+            raise UsageError(f"`{self._url}` cannot be opened: {_line(error)}") from error
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def head(self, key: str) -> StoredObject:
+        with self._errors_of("look at", key):
+            return _described(obstore.head(self._control, key))
+
+    def get(self, key: str, nbytes_max: int) -> tuple[bytes, StoredObject]:
+        with self._errors_of("read", key):
+            try:
+                result = obstore.get(self._control, key, options={"range": (0, nbytes_max)})
+                data = bytes(result.bytes())
+            except exceptions.GenericError as error:
+                if _status(error) != 416:
+                    raise
+                return b"", self.head(key)  # An empty object has no first byte.
+            return data, _described(result.meta)
+
+    def get_range(self, key: str, start: int, stop: int) -> Buffer:
+        with self._errors_of("read", key):
+            try:
+                data = obstore.get_range(self._data, key, start=start, end=stop)
+            except exceptions.GenericError as error:
+                if _status(error) != 416:
+                    raise
+                return b""  # The object ends before `start`.
+            return cast("Buffer", data)
+
+    def put_new(self, key: str, data: bytes) -> Version:
+        return self._put(self._once, key, data, "create")
+
+    def put_over(self, key: str, data: bytes, version: Version) -> Version:
+        return self._put(self._once, key, data, dict(version))
+
+    def put(self, key: str, data: bytes) -> None:
+        self._put(self._control, key, data, "overwrite")
+
+    def _put(self, store: Any, key: str, data: bytes, mode: Any) -> Version:
+        with self._errors_of("write", key):
+            # As a stream of parts, a put would not be conditional.
+            return _version(obstore.put(store, key, data, mode=mode, use_multipart=False))
+
+    def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
+        with self._errors_of("write", key):
+            obstore.put(
+                self._data,
+                key,
+                parts,
+                use_multipart=True,
+                chunk_size=PART_BYTES,
+                max_concurrency=CONCURRENT_PARTS,
+            )
+
+    def list(self, prefix: str) -> Listing:
+        with self._errors_of("list", prefix):
+            found = obstore.list_with_delimiter(self._data, prefix or None)
+            prefixes = [name.rpartition("/")[2] for name in found["common_prefixes"]]
+            return Listing([_described(meta) for meta in found["objects"]], prefixes)
+
+    def list_all(self, prefix: str) -> Sequence[str]:
+        with self._errors_of("list", prefix):
+            pages = obstore.list(self._data, prefix or None)
+            return [meta["path"] for page in pages for meta in page]
+
+    def delete(self, keys: Sequence[str]) -> None:
+        with self._errors_of("remove", keys[0] if keys else ""):
+            for start in range(0, len(keys), 1000):
+                obstore.delete(self._control, [*keys[start : start + 1000]])
+
+    @contextmanager
+    def _errors_of(self, doing: str, key: str) -> Iterator[None]:
+        """Raise errors of obstore as errors of Holdfast."""
+        where = f"{self._url}/{key}".rstrip("/")
+        try:
+            yield
+        except HoldfastError:
+            raise
+        except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
+            raise TakenError(_line(error)) from error
+        except FileNotFoundError as error:
+            if _NO_BUCKET.search(str(error)):
+                raise _failed(doing, where, error) from error
+            raise NotFoundError(f"nothing at `{where}`") from error
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+            raise StorageError(
+                f"cannot {doing} `{where}`: {_line(error)}", hint=_REFUSED_HINT
+            ) from error
+        except exceptions.BaseError as error:
+            raise _failed(doing, where, error) from error
+
+
+def _failed(doing: str, where: str, error: Exception) -> StorageError:
+    status, text = _status(error), _line(error)
+    if _NO_BUCKET.search(text):
+        return StorageError(
+            f"cannot {doing} `{where}`: there is no such bucket",
+            hint="make the bucket with the tool of that store, or correct the URL",
+        )
+    what = f"cannot {doing} `{where}`: {text}"
+    if status == 507 or "Quota" in text or "StorageFull" in text:
+        return StorageError(what, hint="the bucket is full, or its quota is used up: free space")
+    if status is not None and 400 <= status < 500 and status not in (408, 409, 429):
+        return StorageError(what, hint=_REFUSED_HINT)
+    return UnansweredError(what, hint="check the network and the endpoint of the store")
+
+
+def _described(meta: Mapping[str, Any]) -> StoredObject:
+    return StoredObject(
+        key=meta["path"],
+        nbytes=meta["size"],
+        version=_version(meta),
+        modified=meta["last_modified"],
+    )
+
+
+def _version(result: Mapping[str, Any]) -> Version:
+    names = ("e_tag", "version")
+    return {name: result[name] for name in names if result.get(name) is not None}
+
+
+def _status(error: Exception) -> int | None:
+    """Return the status code of an answer; None if there was none."""
+    found = _STATUS.search(str(error))
+    return None if found is None else int(found[1])
+
+
+def _line(error: Exception) -> str:
+    """Return an error of obstore on one line: without its source code."""
+    text = str(error).partition("\n\nDebug source")[0]
+    code = re.search(r"<Code>([^<]+)</Code>", text)
+    message = re.search(r"<Message>([^<]+)</Message>", text)
+    text = text.partition("\n")[0].partition(": <?xml")[0]
+    more = [found[1] for found in (code, message) if found is not None]
+    return ": ".join([text, *more])
+
+
+def _environment(url: str) -> dict[str, Any]:
+    """Options that obstore does not take from the environment by itself."""
+    if not url.startswith("s3"):
+        return {}
+    options: dict[str, Any] = {}
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if os.environ.get(name):
+            options["endpoint"] = os.environ[name]
+            break
+    if os.environ.get("AWS_PROFILE"):
+        options["credential_provider"] = _profile(url, os.environ["AWS_PROFILE"])
+    return options
+
+
+def _profile(url: str, name: str) -> Callable[[], Any]:
+    """Credentials of a profile of `~/.aws`, which obstore does not read itself."""
+    try:
+        from boto3 import Session  # type: ignore[import-untyped, unused-ignore]
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError as error:
+        raise UsageError(
+            f"`{url}`: AWS_PROFILE is `{name}`, and reading profiles needs boto3",
+            hint="pip install boto3; or pass AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ) from error
+    return Boto3CredentialProvider(Session(profile_name=name))

@@ -1,0 +1,464 @@
+"""A `Store` in a bucket of an object store: S3, Google Cloud Storage, Azure.
+
+A bucket has no folders and no renames. So the files of checkpoint `NAME` are in `NAME/ID/`, with an
+ID per attempt, and a small object, the pointer `NAME/manifest.json`, says which ID is published. It
+is put last, by one conditional request, which is the instant of publication:
+
+    step-5/1f2e3d4c/__0_0.distcp    files of the attempt `.attempt-step-5-1f2e3d4c`
+    step-5/1f2e3d4c/.metadata
+    step-5/1f2e3d4c/manifest.json
+    step-5/manifest.json            pointer; from now on `step-5` is this attempt
+    step-5/.metadata                for readers of stock DCP, which know no pointers
+
+This class shows them as folders do: `step-5/__0_0.distcp` is `step-5/1f2e3d4c/__0_0.distcp` while
+the pointer names that ID, and an ID that no pointer names is `.attempt-step-5-ID` while a lease
+protects it, or `.removing-step-5-ID`. Locks and holds are leases (`storage/bucket_leases.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import TypeVar
+
+from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
+from holdfast.format.names import (
+    MANIFEST,
+    METADATA,
+    HiddenFolder,
+    held_file,
+    held_of,
+    hidden_folder_of,
+)
+from holdfast.format.pointer import POINTER_BYTES_MAX, encode_pointer, is_id
+from holdfast.storage.bucket import (
+    Bucket,
+    Listing,
+    StoredObject,
+    TakenError,
+    UnansweredError,
+    Version,
+)
+from holdfast.storage.bucket_leases import (
+    LEASE_S,
+    NOTE_BYTES_MAX,
+    BucketLease,
+    BucketLeases,
+    Holder,
+    check,
+    note_in,
+)
+from holdfast.storage.pointers import Pointer, Pointers
+from holdfast.storage.store import Buffer, Check, FileWriter
+from holdfast.storage.streams import ObjectReader, ObjectWriter
+
+logger: logging.Logger = logging.getLogger("holdfast")
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+THREADS = 16
+"""Requests that are sent at the same time."""
+
+_LEASES_SHOWN = 10
+"""Multiple of a lease's duration after which it is listed, so that a cleanup deletes it."""
+
+_POLLS = 20
+"""Looks at a lease in the time in which it lapses."""
+
+_TRIES = 5
+"""Most times that a conditional request is sent."""
+
+PAUSE_S = 0.5
+"""Longest pause before a conditional request is sent again."""
+
+_NO_ID = "00000000"
+"""ID that is shown for an attempt without objects."""
+
+_COPIED = "copy it to another place with the tool of that store, then delete it there"
+
+
+class ObjectStore:
+    """The objects below one prefix of a bucket, as a tree of files."""
+
+    def __init__(self, bucket: Bucket, *, lease_s: float = LEASE_S, threads: int = THREADS) -> None:
+        """`threads`: requests that are sent at the same time."""
+        self._bucket, self._lease_s, self._num_threads = bucket, lease_s, threads
+        self._leases = BucketLeases(bucket, lease_s)
+        self._pointers = Pointers(bucket)
+        self._replaced: dict[str, Version] = {}
+        """Version of the pointer of each checkpoint that this store holds."""
+
+    @property
+    def url(self) -> str:
+        return self._bucket.url
+
+    # ------------------------------------------------------------------------------------ reading
+
+    def list(self, folder: str = "") -> Sequence[str]:
+        folder = folder.rstrip("/")
+        prefix = self._folder(folder)
+        listing = self._bucket.list(prefix)
+        files = {_name(found.key) for found in listing.objects}
+        if folder and prefix == folder and _holds_attempts_only(files, listing.prefixes):
+            raise NotFoundError(f"nothing at `{self._where(folder)}`")
+        names = {_name(found.key) for found in listing.objects if not self._is_lease(found)}
+        for name, shown in zip(
+            listing.prefixes,
+            self._in_threads(
+                lambda name: self._shown(_join(prefix, name), files), listing.prefixes
+            ),
+            strict=True,
+        ):
+            names |= {f"{name}/"} if shown is None else shown
+        return sorted(names)
+
+    def _is_lease(self, found: StoredObject) -> bool:
+        """Whether an object is the lease of a hold, which may be in use. Its age is approximate:
+        the clock of this machine may differ from that of the store."""
+        age_s = time.time() - found.modified.timestamp()
+        return held_of(_name(found.key)) is not None and age_s < _LEASES_SHOWN * self._lease_s
+
+    def _shown(self, prefix: str, beside: set[str]) -> set[str] | None:
+        """Folders that a prefix is shown as; None for one folder of its own name.
+
+        `beside`: names of the objects beside the prefix.
+        """
+        listing, name = self._bucket.list(prefix), _name(prefix)
+        ids = {name for name in listing.prefixes if is_id(name)}
+        files = {_name(found.key) for found in listing.objects}
+        if files == {METADATA} and not listing.prefixes and self._pointers.is_left_over(prefix):
+            # A killed process has left the index of a deleted checkpoint.
+            return {f"{HiddenFolder('removing', name, _NO_ID)}/"}
+        if not ids:
+            return None
+        published = self._published(prefix, listing)
+        shown = set()
+        for attempt_id in ids - {published}:
+            hidden = HiddenFolder("attempt", name, attempt_id)
+            if held_file(str(hidden)) not in beside:
+                hidden = HiddenFolder("removing", name, attempt_id)
+            shown.add(f"{hidden}/")
+        if published or not _holds_attempts_only(files, listing.prefixes):
+            shown.add(f"{name}/")
+        return shown
+
+    def _published(self, prefix: str, listing: Listing) -> str | None:
+        """ID that the pointer in a listing names; None if there is no pointer."""
+        for found in listing.objects:
+            if _name(found.key) == MANIFEST and found.nbytes <= POINTER_BYTES_MAX:
+                known = self._pointers.of(prefix, version=found.version)
+                return None if known is None else known.id
+        return None
+
+    def size(self, key: str) -> int:
+        return self._read(key, self._bucket.head).nbytes
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        if start >= stop:
+            self.size(key)
+            return b""
+        return bytes(self._read(key, lambda found: self._bucket.get_range(found, start, stop)))
+
+    def open(self, key: str) -> ObjectReader:
+        def read(start: int, stop: int) -> Buffer:
+            return self._read(key, lambda found: self._bucket.get_range(found, start, stop))
+
+        return ObjectReader(read, self._threads)
+
+    def leads_out(self, folder: str, file: str) -> bool:  # noqa: ARG002 - there are no links
+        return False
+
+    def _read(self, key: str, request: Callable[[str], T]) -> T:
+        """Send a request for a file. If its checkpoint was replaced meanwhile, look again once."""
+        found = self._key(key, fresh=_name(key) == MANIFEST)
+        try:
+            return request(found)
+        except NotFoundError:
+            again = self._key(key, fresh=True)
+            if again == found:
+                raise
+        return request(again)
+
+    # ---------------------------------------------------------------------------------- addresses
+
+    def _key(self, key: str, *, fresh: bool = False) -> str:
+        """Key of the object with the bytes of a file. `fresh`: read its pointer again."""
+        folder, _, name = key.rpartition("/")
+        return _join(self._folder(folder, fresh=fresh), name)
+
+    def _folder(self, folder: str, *, fresh: bool = True) -> str:
+        """Prefix of the files of a folder. `fresh`: see `_key`."""
+        parts = folder.split("/") if folder else []
+        for place, part in enumerate(parts):
+            hidden = hidden_folder_of(part)
+            if hidden is not None and hidden.role != "replaced":
+                return "/".join([*parts[:place], hidden.name, hidden.id, *parts[place + 1 :]])
+        for length in range(len(parts), 0, -1):
+            above = "/".join(parts[:length])
+            pointer = self._pointers.of(above, fresh=fresh)
+            if pointer is not None:
+                return "/".join([above, pointer.id, *parts[length:]])
+        return folder
+
+    def _where(self, key: str) -> str:
+        return f"{self.url}/{key}".rstrip("/")
+
+    # ------------------------------------------------------------------------------------ writing
+
+    @contextmanager
+    def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
+        found = self._key(key)
+        with ObjectWriter(self._bucket, found, nbytes, self._where(key)) as writer:
+            yield writer
+
+    def make_folder(self, key: str) -> None:
+        """For the root, check that the bucket answers, and that it can be saved to. Other folders
+        exist while they hold files, or while an attempt is held."""
+        if not key:
+            self._bucket.list("")
+            self._leases.check_conditions()
+
+    def sync(self, folder: str) -> None:
+        """Do nothing: an object is durable once it is put."""
+
+    def publish(self, folder: str, name: str, *, replace: bool = False) -> None:
+        attempt = hidden_folder_of(_name(folder))
+        assert attempt is not None, f"{folder} is no attempt"
+        marker, data = _join(name, MANIFEST), encode_pointer(attempt.id)
+        expected = self._replaced.get(name) if replace else None
+        if replace and expected is None:
+            expected = self._held_version(name)
+        for _ in range(_TRIES):
+            self._check_lease(str(attempt), folder)
+            try:
+                if expected is None:
+                    self._bucket.put_new(marker, data)
+                else:
+                    self._bucket.put_over(marker, data, expected)
+                break
+            except (TakenError, UnansweredError) as error:
+                # Another attempt is published, or the answer to our request was lost, or it was.
+                pointer = self._pointer_or_raise(name, error)
+                if pointer is not None and pointer.id == attempt.id:
+                    break
+                if isinstance(error, TakenError) and self._is_taken(name, expected):
+                    raise ExistsError(f"`{self._where(name)}` exists already") from error
+                time.sleep(random.uniform(0, PAUSE_S))
+        else:
+            raise StorageError(f"`{self._where(name)}` could not be published: the store is busy")
+        self._pointers.forget(name)
+        self._replaced.pop(name, None)
+        try:
+            self._pointers.write_stock_index(name)
+        except HoldfastError as error:
+            # The checkpoint is published. Its cleanup, or the next save of it, writes the index.
+            logger.warning("`%s` is saved, but stock DCP cannot read it: %s", name, error)
+
+    def _pointer_or_raise(self, name: str, error: Exception) -> Pointer | None:
+        try:
+            return self._pointers.read(name)
+        except HoldfastError:
+            raise StorageError(
+                f"`{self._where(name)}`: the store does not say whether it was published: {error}",
+                hint="list the folder once the store answers",
+            ) from error
+
+    def _is_taken(self, name: str, expected: Version | None) -> bool:
+        """Whether a conditional request can never succeed."""
+        try:
+            found = self._bucket.head(_join(name, MANIFEST))
+        except NotFoundError:
+            return expected is not None
+        return found.version != expected
+
+    def _held_version(self, name: str) -> Version:
+        """Version of the pointer of a checkpoint that may be replaced or unpublished."""
+        pointer = self._pointers.read(name)
+        if pointer is None:
+            self._bucket_has(name)
+            raise StorageError(
+                f"`{self._where(name)}` was copied here, not saved by Holdfast: its name cannot be "
+                "taken away in one step",
+                hint=_COPIED,
+            )
+        return pointer.version
+
+    def _bucket_has(self, name: str) -> None:
+        """Raise a NotFoundError if nothing but attempts is below this prefix."""
+        self.list(name)
+
+    def unpublish(self, name: str, removing: str) -> str:  # noqa: ARG002 - the ID stays
+        hidden = hidden_folder_of(_name(name))
+        above = name.rpartition("/")[0]
+        if hidden is not None:
+            # No pointer names it, so it has no name to lose.
+            return _join(above, str(HiddenFolder("removing", hidden.name, hidden.id)))
+        self._held_version(name)
+        pointer = self._pointers.read(name)
+        assert pointer is not None
+        # The index of stock DCP goes first, and is there again if the pointer stays.
+        self._bucket.delete([_join(name, METADATA)])
+        try:
+            self._check_lease(name, name)
+            self._bucket.delete([_join(name, MANIFEST)])
+        except HoldfastError:
+            with suppress(HoldfastError):
+                self._pointers.write_stock_index(name)
+            raise
+        self._pointers.forget(name)
+        self._replaced.pop(name, None)
+        return _join(above, str(HiddenFolder("removing", _name(name), pointer.id)))
+
+    def remove(self, key: str) -> None:
+        hidden = hidden_folder_of(_name(key))
+        if hidden is None:
+            with suppress(NotFoundError):
+                found = self._key(key)
+                self._bucket.head(found)
+                self._bucket.delete([found])
+                return
+            key = self.unpublish(key, key)
+            hidden = hidden_folder_of(_name(key))
+        prefix = self._folder(key)
+        if hidden is not None:
+            above = key.rpartition("/")[0]
+            # An attempt keeps its place when it is published: a save that fails after that must
+            # not delete it.
+            self._check_unpublished(above, hidden)
+            # It may lead to these files, if a save or a deletion was killed.
+            self._pointers.write_stock_index(_join(above, hidden.name))
+        keys = self._bucket.list_all(prefix)
+        if not keys:
+            raise NotFoundError(f"nothing at `{self._where(key)}`")
+        # The manifest first: a reader that was given this prefix must not take it for whole.
+        first = [found for found in keys if _name(found) in (MANIFEST, METADATA)]
+        self._bucket.delete(first)
+        self._bucket.delete([found for found in keys if found not in first])
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    # -------------------------------------------------------------------------- locks and holds
+
+    @contextmanager
+    def lock(self, key: str, note: str) -> Iterator[Check]:
+        lease = self._leases.new(key, note)
+        holder = lease.take()
+        if holder is not None:
+            # The holder may be an unreferenced manager in a reference cycle.
+            gc.collect()
+            holder = lease.take()
+        if holder is not None:
+            self._wait_for(lease, holder)
+        self._leases.keep(key, lease)
+        try:
+            yield lambda: check(lease, "stop this run: another one may have taken its folder")
+        finally:
+            self._leases.release(key, lease)
+
+    def _wait_for(self, lease: BucketLease, holder: Holder) -> None:
+        """Take a lease of another process once it lapses. Raises an ExistsError if that process
+        renews it."""
+        until = time.monotonic() + 2 * self._lease_s
+        while not holder.is_alive and time.monotonic() < until:
+            time.sleep(self._lease_s / _POLLS)
+            found = lease.take()
+            if found is None:
+                return
+            if found.version != holder.version:
+                break
+        raise ExistsError(
+            f"`{self.url}` is in use by another run: {holder.note}",
+            hint="wait for that run or stop it, or give this one another folder",
+        )
+
+    def holder(self, key: str) -> str | None:
+        try:
+            data, found = self._bucket.get(key, NOTE_BYTES_MAX)
+        except NotFoundError:
+            return None
+        # Approximate: the clock of this machine may differ from that of the store.
+        is_old = time.time() - found.modified.timestamp() > 2 * self._lease_s
+        return None if is_old else note_in(data)
+
+    @contextmanager
+    def hold(self, key: str) -> Iterator[bool | None]:
+        hidden = hidden_folder_of(_name(key))
+        above = key.rpartition("/")[0]
+        # An attempt has one lease, also once it is shown as `.removing`.
+        name = str(HiddenFolder("attempt", hidden.name, hidden.id)) if hidden else _name(key)
+        if hidden is None:
+            self._check_exists(key)
+        lease_key = _join(above, held_file(name))
+        lease = self._leases.new(lease_key, f"a save or a cleanup of `{key}`")
+        if self._leases.held(lease_key) is not None or lease.take() is not None:
+            yield False
+            return
+        self._leases.keep(lease_key, lease)
+        try:
+            if hidden is None:
+                self._remember(key)
+            else:
+                self._check_unpublished(above, hidden)
+            yield True
+        finally:
+            self._leases.release(lease_key, lease)
+            self._replaced.pop(key, None)
+
+    def _check_exists(self, key: str) -> None:
+        try:
+            self._bucket.head(_join(key, MANIFEST))
+        except NotFoundError:
+            self._bucket_has(key)
+
+    def _remember(self, name: str) -> None:
+        """Remember the version of the pointer, which `publish` may replace."""
+        pointer = self._pointers.read(name)
+        if pointer is not None:
+            self._replaced[name] = pointer.version
+
+    def _check_unpublished(self, above: str, hidden: HiddenFolder) -> None:
+        """Raise a NotFoundError if the pointer names this folder. A listing that lags may show it
+        as left over."""
+        pointer = self._pointers.read(_join(above, hidden.name))
+        if pointer is not None and pointer.id == hidden.id:
+            raise NotFoundError(f"`{hidden}` is published")
+
+    def _check_lease(self, name: str, key: str) -> None:
+        """Make sure that this store still holds `name`, if it has held it."""
+        lease = self._leases.held(_join(key.rpartition("/")[0], held_file(_name(name))))
+        if lease is not None:
+            check(lease, "save again: a cleanup may have deleted a part of this attempt")
+
+    # ------------------------------------------------------------------------------------ threads
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._num_threads, thread_name_prefix="holdfast-request")
+
+    def _in_threads(self, request: Callable[[T], U], items: Sequence[T]) -> Sequence[U]:
+        """Return the results for all items, in order."""
+        if min(len(items), self._num_threads) < 2:
+            return [request(item) for item in items]
+        return [*self._threads.map(request, items)]
+
+
+def _holds_attempts_only(files: Collection[str], prefixes: Collection[str]) -> bool:
+    """Whether a folder without a pointer holds nothing but attempts: it is no folder then. An index
+    of stock DCP may be left of a deleted checkpoint."""
+    return not {*files} - {METADATA} and all(map(is_id, prefixes))
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder and name else folder or name

@@ -1,0 +1,176 @@
+"""Read and write the bytes of one object: several ranges at once, or as one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import Queue
+from threading import Condition, Thread
+from types import TracebackType
+
+from holdfast.errors import NotFoundError, StorageError
+from holdfast.storage.bucket import Bucket, TakenError, UnansweredError
+from holdfast.storage.store import Buffer
+
+PART_BYTES = 8 << 20
+"""Bytes of one request. Smaller ones spend their time on the way to the store."""
+
+WAITING_BYTES_MAX = 16 << 20
+"""Most bytes that wait to be sent."""
+
+_TRIES = 5
+
+
+class ObjectReader:
+    """Reads ranges of an object; a large one by several requests at once."""
+
+    def __init__(self, read: Callable[[int, int], Buffer], threads: ThreadPoolExecutor) -> None:
+        self._read, self._threads = read, threads
+
+    def read_into(self, start: int, target: memoryview) -> int:
+        def read(offset: int) -> int:
+            room = target[offset : offset + PART_BYTES]
+            data = memoryview(self._read(start + offset, start + offset + len(room)))
+            room[: len(data)] = data
+            return len(data)
+
+        offsets = range(0, len(target), PART_BYTES)
+        if len(offsets) < 2:
+            return sum(map(read, offsets))
+        return sum(self._threads.map(read, offsets))
+
+    def __enter__(self) -> ObjectReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class ObjectWriter:
+    """Writes an object: a small one by one request, a large one as a stream, in the order of its
+    bytes."""
+
+    def __init__(self, bucket: Bucket, key: str, nbytes: int, where: str) -> None:
+        self._bucket, self._key, self._nbytes, self._where = bucket, key, nbytes, where
+        self._small = bytearray(nbytes) if nbytes <= PART_BYTES else None
+        self._stream: _Stream | None = None
+        self._offset = 0
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        for part in parts:
+            view = memoryview(part).cast("B")
+            if self._small is not None:
+                self._small[offset : offset + len(view)] = view
+            elif offset != self._offset:
+                raise StorageError(
+                    f"`{self._where}`: byte {offset} was written after byte {self._offset}, and an "
+                    "object store takes the bytes of a file in their order"
+                )
+            elif len(view):
+                assert self._stream is not None, "the file is open"
+                self._stream.put(view)
+                self._offset += len(view)
+            offset += len(view)
+
+    def __enter__(self) -> ObjectWriter:
+        if self._small is None:
+            with suppress(NotFoundError):
+                self._bucket.head(self._key)
+                raise self._taken()
+            self._stream = _Stream(self._bucket, self._key)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._stream is not None:
+            short = error is None and self._offset != self._nbytes
+            if short:
+                error = StorageError(
+                    f"`{self._where}`: {self._offset} of {self._nbytes} bytes were written"
+                )
+            self._stream.end(error)
+            if short and error is not None:
+                raise error
+        elif error is None:
+            self._put_small()
+
+    def _put_small(self) -> None:
+        assert self._small is not None
+        data = bytes(self._small)
+        for last in (*[False] * (_TRIES - 1), True):
+            try:
+                self._bucket.put_new(self._key, data)
+                return
+            except TakenError as error:
+                raise self._taken() from error
+            except UnansweredError:
+                with suppress(NotFoundError):
+                    found, _ = self._bucket.get(self._key, len(data) + 1)
+                    if found == data:
+                        return
+                if last:
+                    raise
+
+    def _taken(self) -> StorageError:
+        return StorageError(f"`{self._where}` exists already")
+
+
+class _Stream:
+    """A thread that sends parts to the store, in order."""
+
+    def __init__(self, bucket: Bucket, key: str) -> None:
+        self._queue: Queue[memoryview | BaseException | None] = Queue()
+        self._waiting = 0
+        self._changed = Condition()
+        self._error: BaseException | None = None
+        self._ended = False
+        self._thread = Thread(
+            target=self._run, args=(bucket, key), name="holdfast-upload", daemon=True
+        )
+        self._thread.start()
+
+    def put(self, part: memoryview) -> None:
+        """Send a part after all others. Waits while too many bytes wait."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or self._waiting < WAITING_BYTES_MAX)
+            if self._ended:
+                self._raise()
+            self._waiting += len(part)
+        self._queue.put(part)
+
+    def end(self, error: BaseException | None) -> None:
+        """Wait until all parts are stored; or give the object up because of the caller's error.
+        Raises the error of the thread."""
+        self._queue.put(error)
+        self._thread.join()
+        if error is None:
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, bucket: Bucket, key: str) -> None:
+        try:
+            bucket.put_stream(key, self._parts())
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that writes
+            self._error = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _parts(self) -> Iterator[Buffer]:
+        while (part := self._queue.get()) is not None:
+            if isinstance(part, BaseException):
+                # A new error: the store may keep the traceback of this one, and what it refers to.
+                raise StorageError(f"given up: {part}")
+            yield part
+            with self._changed:
+                self._waiting -= len(part)
+                self._changed.notify_all()

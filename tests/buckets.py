@@ -1,0 +1,190 @@
+"""A bucket in memory that fails on demand, and a real server of S3 on loopback.
+
+    bucket = ModelBucket()
+    store = ObjectStore(bucket.client(fail), threads=1)
+
+`fail(verb, key, when)` is called before and after the effect of each request, and may raise: an
+`UnansweredError` for a request that the store did not answer, a `Dead` for a process that was
+killed there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from holdfast.errors import NotFoundError
+from holdfast.storage.bucket import Listing, StoredObject, TakenError, Version
+from holdfast.storage.store import Buffer
+
+Fail = Callable[[str, str, str], None]
+"""`fail(verb, key, when)`: `when` is `before` or `after` the effect of the request."""
+
+CHANGES = ("put_new", "put_over", "put", "upload", "part", "complete", "delete")
+"""Verbs of the requests that change a bucket. A large object takes an `upload`, a `part` for each
+of its parts and a `complete`; the deletion of several objects takes a `delete` for each."""
+
+
+class Dead(BaseException):
+    """The process was killed. Not an Exception: nothing may handle it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    data: bytes
+    number: int
+    modified: datetime
+
+    def described(self, key: str) -> StoredObject:
+        version = {"e_tag": f'"{self.number}"'}
+        return StoredObject(key, len(self.data), version, self.modified)
+
+
+class ModelBucket:
+    """Content of a bucket, with a clock that tests set forward."""
+
+    def __init__(self, objects: Mapping[str, bytes] | None = None, *, lag: int = 0) -> None:
+        """`lag`: listings do not show the last `lag` changes."""
+        self.mutex = threading.RLock()
+        self.lag = lag
+        self.ahead = timedelta()
+        """Time by which the clock of the store is ahead."""
+
+        self.orphans: set[str] = set()
+        """Keys of uploads that were neither completed nor aborted."""
+
+        self._number = 0
+        self.objects: dict[str, _Object] = {}
+        for key, data in (objects or {}).items():
+            self.put(key, data)
+        self._seen = [self.objects]
+
+    def client(self, fail: Fail = lambda *_: None) -> ModelClient:
+        """Return a client, whose requests may fail."""
+        return ModelClient(self, fail)
+
+    def contents(self) -> dict[str, bytes]:
+        """The bytes of every object."""
+        return {key: found.data for key, found in self.objects.items()}
+
+    def listed(self) -> dict[str, _Object]:
+        """Objects that a listing shows."""
+        return self._seen[max(0, len(self._seen) - 1 - self.lag)]
+
+    def now(self) -> datetime:
+        return datetime.now(UTC) + self.ahead
+
+    def put(self, key: str, data: bytes) -> Version:
+        self._number += 1
+        self._set({**self.objects, key: _Object(data, self._number, self.now())})
+        return self.objects[key].described(key).version
+
+    def delete(self, key: str) -> None:
+        self._set({name: found for name, found in self.objects.items() if name != key})
+
+    def _set(self, objects: dict[str, _Object]) -> None:
+        self.objects = objects
+        if hasattr(self, "_seen"):
+            self._seen = [*self._seen[-self.lag - 1 :], objects]
+
+
+class ModelClient:
+    """A `Bucket`: the view of one process on a `ModelBucket`."""
+
+    def __init__(self, bucket: ModelBucket, fail: Fail) -> None:
+        self._bucket, self._fail = bucket, fail
+
+    @property
+    def url(self) -> str:
+        return "model://bucket"
+
+    def head(self, key: str) -> StoredObject:
+        return self._get("head", key).described(key)
+
+    def get(self, key: str, nbytes_max: int) -> tuple[bytes, StoredObject]:
+        found = self._get("get", key)
+        return found.data[:nbytes_max], found.described(key)
+
+    def get_range(self, key: str, start: int, stop: int) -> Buffer:
+        return self._get("get_range", key).data[start:stop]
+
+    def _get(self, verb: str, key: str) -> _Object:
+        self._fail(verb, key, "before")
+        with self._bucket.mutex:
+            found = self._bucket.objects.get(key)
+        self._fail(verb, key, "after")
+        if found is None:
+            raise NotFoundError(f"nothing at `{self.url}/{key}`")
+        return found
+
+    def put_new(self, key: str, data: bytes) -> Version:
+        self._fail("put_new", key, "before")
+        with self._bucket.mutex:
+            if key in self._bucket.objects:
+                raise TakenError(key)
+            version = self._bucket.put(key, data)
+        self._fail("put_new", key, "after")
+        return version
+
+    def put_over(self, key: str, data: bytes, version: Version) -> Version:
+        self._fail("put_over", key, "before")
+        with self._bucket.mutex:
+            found = self._bucket.objects.get(key)
+            if found is None or found.described(key).version != version:
+                raise TakenError(key)
+            new = self._bucket.put(key, data)
+        self._fail("put_over", key, "after")
+        return new
+
+    def put(self, key: str, data: bytes) -> None:
+        self._fail("put", key, "before")
+        with self._bucket.mutex:
+            self._bucket.put(key, data)
+        self._fail("put", key, "after")
+
+    def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
+        self._fail("upload", key, "before")
+        self._bucket.orphans.add(key)
+        self._fail("upload", key, "after")
+        data = []
+        try:
+            for part in parts:
+                self._fail("part", key, "before")
+                data.append(bytes(part))
+                self._fail("part", key, "after")
+            self._fail("complete", key, "before")
+        except Exception:
+            self._bucket.orphans.discard(key)
+            raise
+        with self._bucket.mutex:
+            self._bucket.orphans.discard(key)
+            self._bucket.put(key, b"".join(data))
+        self._fail("complete", key, "after")
+
+    def list(self, prefix: str) -> Listing:
+        start = f"{prefix}/" if prefix else ""
+        self._fail("list", prefix, "before")
+        with self._bucket.mutex:
+            listed = self._bucket.listed()
+        self._fail("list", prefix, "after")
+        below = {key: found for key, found in listed.items() if key.startswith(start)}
+        names = {key: key[len(start) :].partition("/") for key in below}
+        objects = [found.described(key) for key, found in below.items() if not names[key][1]]
+        prefixes = sorted({name for name, slash, _ in names.values() if slash})
+        return Listing(objects, prefixes)
+
+    def list_all(self, prefix: str) -> Sequence[str]:
+        self._fail("list", prefix, "before")
+        with self._bucket.mutex:
+            listed = self._bucket.listed()
+        self._fail("list", prefix, "after")
+        return [key for key in listed if key.startswith(f"{prefix}/" if prefix else "")]
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._fail("delete", key, "before")
+            with self._bucket.mutex:
+                self._bucket.delete(key)
+            self._fail("delete", key, "after")

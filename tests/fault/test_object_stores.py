@@ -1,0 +1,452 @@
+"""Saves, loads, deletions and clean-ups in a bucket: every request is cut or answered wrongly, and
+two processes send theirs in every order up to a bound.
+
+The bucket is in memory. `test_storage_objects` runs one suite on it and on a real server.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as stock_load
+
+from buckets import CHANGES, Dead, ModelBucket
+from checkpoints import save_leaves
+from holdfast.catalog.catalog import Catalog, open_manifest
+from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.open_any import Opened, open_in
+from holdfast.catalog.source import Source
+from holdfast.comm import Solo
+from holdfast.errors import ExistsError, HoldfastError, NotFoundError
+from holdfast.format.names import LOCK, METADATA, step_name
+from holdfast.format.pointer import id_in
+from holdfast.loading.checkpoint import Checkpoint
+from holdfast.loading.load import load_tree
+from holdfast.loading.opening import read_on_all
+from holdfast.manager.retention import put_in_order
+from holdfast.saving.save import Saved, save_in
+from holdfast.state.objects import StateTree
+from holdfast.storage import objects, streams
+from holdfast.storage.bucket import UnansweredError
+from holdfast.storage.objects import ObjectStore
+from holdfast.storage.store import Store
+from interleavings import Actor, Ran, Wait, orders
+
+NAME = "step-5"
+
+OLD, NEW = 1, 2
+
+MANY = pytest.mark.slow, pytest.mark.timeout(3000)
+
+Mode = Literal["before", "after", "failed", "lost"]
+"""What happens at one request: the process dies before it or after it; the store does not execute
+it, or does and the answer is lost, so that the process goes on with an error."""
+
+MODES: tuple[Mode, ...] = ("before", "after", "failed", "lost")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Turn logging and pauses off: thousands of runs would log and wait."""
+    monkeypatch.setattr(objects, "PAUSE_S", 0.0)
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def state_of(value: int) -> dict[str, Any]:
+    return {"model": {"w": torch.full((50,), float(value))}, "value": value}
+
+
+def save(value: int, store: Store, *, overwrite: bool = False) -> Saved:
+    """Save as `holdfast.save` does."""
+    return save_in(Catalog(store), NAME, state_of(value), ranks=Solo(), overwrite=overwrite)
+
+
+def load(store: Store) -> int:
+    """Load as `holdfast.load` does. Fails on a mix of two checkpoints."""
+    state = state_of(0)
+
+    def read(opened: Opened) -> int:
+        load_tree(opened.source(store), StateTree(state), ranks=Solo())
+        value: int = state["value"]
+        assert torch.equal(state["model"]["w"], torch.full((50,), float(value))), "a mix"
+        return value
+
+    return read_on_all(Solo(), store, lambda: open_in(store, NAME), read)
+
+
+def delete(store: Store) -> None:
+    """Delete as retention does."""
+    store.remove(Catalog(store).set_aside_for_deletion(NAME))
+
+
+def clean_up(store: Store) -> list[str]:
+    """Clean up as a start does."""
+    return execute(store, plan_cleanup(store.list()))
+
+
+def store_in(bucket: ModelBucket, fail: Any = lambda *_: None) -> ObjectStore:
+    """A process's view of the bucket. Requests are sent one at a time, so that their order is the
+    same each time."""
+    return ObjectStore(bucket.client(fail), threads=1)
+
+
+def held_in(bucket: ModelBucket) -> int | None:
+    """Value of the state in the checkpoint; None if there is none. Every byte is read."""
+    store = store_in(bucket)
+    if f"{NAME}/" not in store.list():
+        return None
+    checkpoint = Checkpoint(Source(store, NAME, open_manifest(store, NAME)))
+    value: int = checkpoint.value("value")
+    assert torch.equal(checkpoint.read("model.w"), torch.full((50,), float(value))), "a mix"
+    return value
+
+
+def stock_reads(bucket: ModelBucket, folder: Path) -> int:
+    """Download the checkpoint, and load it by stock DCP."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for key, data in bucket.contents().items():
+        path = folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    state = {"model": {"w": torch.zeros(50)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Stock DCP warns about a single process.
+        stock_load(state, storage_reader=FileSystemReader(folder / NAME), no_dist=True)
+    (value,) = torch.unique(state["model"]["w"]).tolist()
+    return int(value)
+
+
+@dataclass
+class Cut:
+    """Disturbs the request of this number."""
+
+    at: int
+    mode: Mode
+    only: tuple[str, ...] = CHANGES
+    """Verbs of the requests that are counted."""
+
+    count: int = 0
+    done: bool = False
+    request: str = ""
+
+    def __call__(self, verb: str, key: str, when: str) -> None:
+        if self.done and self.mode in ("before", "after"):
+            raise Dead(self.request)
+        if verb not in self.only:
+            return
+        wanted = "before" if self.mode in ("before", "failed") else "after"
+        if when == wanted:
+            self.count += 1
+            if self.count > self.at and not self.done:
+                self.done, self.request = True, f"{verb} {key}"
+                if self.mode in ("before", "after"):
+                    raise Dead(self.request)
+                raise UnansweredError(f"no answer: {self.request}")
+
+    def __str__(self) -> str:
+        return f"request {self.at}, {self.mode}: {self.request}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation, and what a start may find after it was cut."""
+
+    act: Callable[[ObjectStore], object]
+    before: Callable[[ObjectStore], object]
+    found: tuple[int | None, ...]
+    """Values that a load may give once the operation was cut."""
+
+    done: int | None
+    """Value that a load gives once the operation has returned."""
+
+
+def left_by_a_killed_save(store: ObjectStore) -> None:
+    save(OLD, store)
+    for key in (f"{NAME}/0badcafe/__0_0.distcp", f"{NAME}/0badcafe/manifest.json"):
+        store._bucket.put(key, b"half")
+
+
+CASES = {
+    "a save": Case(partial(save, NEW), lambda _: None, (None, NEW), NEW),
+    "a replacing save": Case(
+        partial(save, NEW, overwrite=True), partial(save, OLD), (OLD, NEW), NEW
+    ),
+    "a deletion": Case(delete, partial(save, OLD), (OLD, None), None),
+    "a cleanup": Case(clean_up, left_by_a_killed_save, (OLD,), OLD),
+}
+
+
+def num_requests(case: Case, only: tuple[str, ...] = CHANGES) -> int:
+    """Requests of an operation that nothing disturbs."""
+    bucket = ModelBucket()
+    case.before(store_in(bucket))
+    counting = Cut(1 << 30, "after", only)
+    case.act(store_in(bucket, counting))
+    return counting.count
+
+
+def check_start(bucket: ModelBucket, case: Case, cut: Cut, *, returned: bool, folder: Path) -> None:
+    """Do what the next start does, once the leases of the dead process have lapsed."""
+    bucket.ahead += timedelta(hours=1)
+    bucket.lag = 0
+    value = held_in(bucket)
+    assert value in ((case.done,) if returned else case.found), str(cut)
+    store = store_in(bucket)
+    put_in_order(store)
+    assert held_in(bucket) == value, str(cut)
+    names = [name for name in store.list() if not name.startswith(".held-")]
+    assert names == ([] if value is None else [f"{NAME}/"]), str(cut)
+    left = {key.rpartition("/")[0] for key in bucket.contents() if not key.startswith(".held-")}
+    if value is None:
+        assert left == set(), str(cut)
+        return
+    pointed = id_in(bucket.contents()[f"{NAME}/manifest.json"])
+    assert left == {NAME, f"{NAME}/{pointed}"}, str(cut)
+    if f"{NAME}/{METADATA}" in bucket.contents():
+        assert stock_reads(bucket, folder) == value, str(cut)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_request_of_an_operation_may_be_cut(name: str, mode: Mode, tmp_path: Path) -> None:
+    """G1, G2. Method: each changing request of a save, a replacing save, a deletion and a cleanup:
+    the process dies before or after it, or the request fails, or its answer is lost. Then the next
+    start finds the old or the new checkpoint, whole, and cleans up everything else. An operation
+    that returned has taken effect."""
+    case = CASES[name]
+    for at in range(num_requests(case)):
+        bucket, cut = ModelBucket(), Cut(at, mode)
+        case.before(store_in(bucket))
+        returned = False
+        with suppress(Dead, HoldfastError):
+            # A cleanup reports what it could not do.
+            returned = case.act(store_in(bucket, cut)) in (None, []) or name != "a cleanup"
+        assert cut.done
+        check_start(bucket, case, cut, returned=returned, folder=tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_read_of_an_operation_may_fail(name: str, tmp_path: Path) -> None:
+    """G7, G11. Method: each listing, head and get fails once. The operation raises, or has taken
+    effect; nothing is lost."""
+    case, reads = CASES[name], ("list", "head", "get", "get_range")
+    for at in range(num_requests(case, reads)):
+        bucket, cut = ModelBucket(), Cut(at, "failed", reads)
+        case.before(store_in(bucket))
+        returned = False
+        with suppress(HoldfastError):
+            returned = case.act(store_in(bucket, cut)) in (None, []) or name != "a cleanup"
+        check_start(bucket, case, cut, returned=returned, folder=tmp_path / "copy")
+
+
+def test_a_save_whose_last_answer_is_lost_has_succeeded() -> None:
+    """G1. Method: the store publishes the checkpoint, and the answer to that request is lost."""
+
+    def lose(verb: str, key: str, when: str) -> None:
+        if (key, when) == (f"{NAME}/manifest.json", "after") and verb == "put_new" and not lost:
+            lost.append(key)
+            raise UnansweredError("no answer")
+
+    bucket, lost = ModelBucket(), list[str]()
+    save(NEW, store_in(bucket, lose))
+    assert lost
+    assert held_in(bucket) == NEW
+
+
+@pytest.mark.parametrize("lag", [1, 3, 10, 100])
+def test_listings_that_lag_harm_nothing(lag: int) -> None:
+    """G2. Method: listings without the last changes, while a checkpoint is saved, replaced and
+    loaded, and a start cleans up. A load gives one of them, or finds none in time. Once listings
+    show everything, the published checkpoint is there and loads."""
+
+    def load_if_listed() -> int | None:
+        with suppress(HoldfastError):
+            return load(store_in(bucket))
+        return None
+
+    bucket = ModelBucket(lag=lag)
+    save(OLD, store_in(bucket))
+    clean_up(store_in(bucket))
+    assert load_if_listed() in (OLD, None)
+    saved = False
+    with suppress(HoldfastError):
+        save(NEW, store_in(bucket), overwrite=True)
+        saved = True
+    bucket.ahead += timedelta(hours=1)
+    clean_up(store_in(bucket))
+    assert load_if_listed() in (NEW if saved else OLD, None)
+    bucket.lag = 0
+    clean_up(store_in(bucket))
+    assert held_in(bucket) == (NEW if saved else OLD)
+
+
+def test_an_upload_that_is_cut_leaves_no_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G1. Method: files sent in parts of 100 bytes; each request of the uploads is cut in every
+    way."""
+    monkeypatch.setattr(streams, "PART_BYTES", 100)
+    case = Case(partial(save, NEW), lambda _: None, (None, NEW), NEW)
+    uploads = ("upload", "part", "complete")
+    for mode in MODES:
+        for at in range(num_requests(case, uploads)):
+            bucket, cut, returned = ModelBucket(), Cut(at, mode, uploads), False
+            with suppress(Dead, HoldfastError):
+                save(NEW, store_in(bucket, cut))
+                returned = True
+            bucket.ahead += timedelta(hours=1)
+            assert held_in(bucket) == (NEW if returned else None), str(cut)
+            put_in_order(store_in(bucket))
+            assert held_in(bucket) == (NEW if returned else None), str(cut)
+
+
+# ------------------------------------------------------------------------------- two at once
+
+
+def view(bucket: ModelBucket, wait: Wait) -> ObjectStore:
+    """A store whose requests wait for their turn."""
+
+    def begin(verb: str, key: str, when: str) -> None:
+        if when == "before":
+            wait(verb, key)
+
+    return store_in(bucket, begin)
+
+
+def ran_in(
+    one: Actor, other: Actor, switches: int, before: Callable[[ObjectStore], object]
+) -> Iterator[Ran[ModelBucket]]:
+    """Run two actors in every order of their requests."""
+    first = ModelBucket()
+    before(store_in(first))
+    contents = first.contents()
+    return orders(lambda: ModelBucket(contents), view, one, other, switches_max=switches)
+
+
+def check(ran: Ran[Any], condition: object) -> None:
+    """Assert, with the order in the message."""
+    assert condition, str(ran)
+
+
+SWITCHES = pytest.mark.parametrize("switches", [1, pytest.param(2, marks=MANY)])
+
+
+@SWITCHES
+def test_of_two_saves_to_one_name_one_wins(switches: int) -> None:
+    """G16. Method: two saves to a free name; every order."""
+    for ran in ran_in(partial(save, OLD), partial(save, NEW), switches, lambda _: None):
+        kinds = sorted(type(outcome).__name__ for outcome in ran.outcomes)
+        check(ran, kinds == ["ExistsError", "Saved"])
+        check(ran, isinstance(ran.outcomes[(held_in(ran.store) or 0) - 1], Saved))
+
+
+@SWITCHES
+def test_of_two_saves_that_replace_one_checkpoint_a_winner_is_found(switches: int) -> None:
+    """G16. Method: two saves that overwrite; every order. The result is a winner's."""
+    one, other = (partial(save, value, overwrite=True) for value in (OLD, NEW))
+    for ran in ran_in(one, other, switches, partial(save, 9)):
+        won = [n for n, outcome in enumerate(ran.outcomes, 1) if isinstance(outcome, Saved)]
+        lost = [outcome for outcome in ran.outcomes if not isinstance(outcome, Saved)]
+        check(ran, won)
+        check(ran, all(isinstance(outcome, ExistsError) for outcome in lost))
+        check(ran, held_in(ran.store) in won)
+
+
+@SWITCHES
+def test_a_load_beside_a_replacing_save_gives_one_checkpoint(switches: int) -> None:
+    """G2, G16. Method: a load during a save that replaces the checkpoint and cleans up; every
+    order."""
+    for ran in ran_in(partial(save, NEW, overwrite=True), load, switches, partial(save, OLD)):
+        check(ran, isinstance(ran.outcomes[0], Saved))
+        check(ran, ran.outcomes[1] in (OLD, NEW))
+        check(ran, held_in(ran.store) == NEW)
+
+
+@SWITCHES
+def test_a_cleanup_spares_a_save_in_progress(switches: int) -> None:
+    """G16. Method: a save, new or replacing, during the cleanup of a start; every order."""
+    for ran in ran_in(
+        partial(save, NEW, overwrite=True), clean_up, switches, left_by_a_killed_save
+    ):
+        check(ran, isinstance(ran.outcomes[0], Saved))
+        check(ran, ran.outcomes[1] == [])
+        check(ran, held_in(ran.store) == NEW)
+
+
+@SWITCHES
+def test_a_deletion_beside_a_load_or_a_save(switches: int) -> None:
+    """G5, G16. Method: a deletion during a load, then during a replacing save; every order. The
+    load gives the whole checkpoint, or finds none."""
+    for ran in ran_in(delete, load, switches, partial(save, OLD)):
+        check(ran, ran.outcomes[0] is None)
+        check(ran, ran.outcomes[1] == OLD or isinstance(ran.outcomes[1], NotFoundError))
+    for ran in ran_in(delete, partial(save, NEW, overwrite=True), switches, partial(save, OLD)):
+        saved = isinstance(ran.outcomes[1], Saved)
+        check(ran, saved or isinstance(ran.outcomes[1], ExistsError))
+        value = held_in(ran.store)
+        check(ran, value in ((NEW, None) if saved else (OLD, None)))
+
+
+def test_a_holder_whose_lease_has_lapsed_publishes_nothing() -> None:
+    """G1, G16. Method: a save stops before it publishes; meanwhile its lease lapses, and a cleanup
+    deletes its attempt. The save raises, and nothing is published."""
+
+    def stop(verb: str, key: str, when: str) -> None:
+        if (verb, key, when) == ("put_new", f"{NAME}/manifest.json", "before"):
+            raise AssertionError("it must not be sent")
+        if key.endswith("/manifest.json") and when == "after" and verb == "put_new":
+            bucket.ahead += timedelta(hours=1)
+            clean_up(store_in(bucket))
+            lease.append(key)
+            for held in store._leases._held.values():
+                held._sent -= 3600
+
+    bucket, lease = ModelBucket(), list[str]()
+    store = store_in(bucket, stop)
+    with pytest.raises(HoldfastError, match=r"held by another|was deleted"):
+        save(NEW, store)
+    assert lease
+    assert held_in(bucket) is None
+
+
+def test_a_lock_is_taken_over_once_its_holder_is_dead() -> None:
+    """G16. Method: a lock whose process dies; refused before its lease lapses, free afterwards."""
+    bucket = ModelBucket()
+    dead = store_in(bucket)
+    with dead.lock(LOCK, "run 7"), suppress(HoldfastError):
+        with pytest.raises(ExistsError, match="run 7"), store_in(bucket).lock(LOCK, "run 8"):
+            pass
+        bucket.ahead += timedelta(hours=1)
+        with store_in(bucket).lock(LOCK, "run 9") as check_lock:
+            check_lock()
+            assert store_in(bucket).holder(LOCK) == "run 9"
+            for held in dead._leases._held.values():
+                held._sent -= 3600
+            with pytest.raises(ExistsError, match="run 9"):
+                dead._leases.held(LOCK).renew()  # type: ignore[union-attr]
+
+
+def test_steps_of_a_run_are_listed_newest_last() -> None:
+    """Method: three steps, one of them saved twice, and an attempt in progress."""
+    bucket = ModelBucket()
+    store = store_in(bucket)
+    for step in (2, 10, 9):
+        leaves = StateTree(state_of(step)).flatten()
+        save_leaves(Catalog(store), step_name(step), leaves, Solo(), step=step, kind="full")
+    with store.hold(".attempt-step-11-00000001"):
+        store._bucket.put("step-11/00000001/__0_0.distcp", b"half")
+        assert Catalog(store_in(bucket)).steps() == [2, 9, 10]
+        assert ".attempt-step-11-00000001/" in store_in(bucket).list()
