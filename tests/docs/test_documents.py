@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import holdfast
 from checkpoints import others, save_step
-from hf_folders import hf_tensors, low_rank, save_adapter, save_folder
+from hf_folders import PEFT, hf_tensors, low_rank, save_adapter, save_folder
 from holdfast.hf.flavors import MODELS, config_of
 from holdfast.trainer.arguments import read_config
 from pages import GUIDE, furnish, run_line
@@ -202,6 +202,7 @@ CONVERTING = (
     "holdfast convert path/to/hf outputs/seed/step-0",
     "holdfast convert outputs/seed/step-0 exported --to hf --hf-assets path/to/hf "
     "--dtype bfloat16 --max-shard-size 5GB",
+    "holdfast verify exported --as-export",
     "holdfast convert outputs/seed/step-0 checkpoint.pt --to torch --model-only",
     "holdfast convert checkpoint.pt outputs/again/step-0 --to dcp",
     "python ./scripts/checkpoint_conversion/convert_from_hf.py path/to/hf initial_load_path "
@@ -213,7 +214,15 @@ CONVERTING = (
     "python ./scripts/convert_to_hf.py initial_load_path_2 exported_again_2 "
     "--hf_assets_path path/to/hf",
     "holdfast convert path/to/adapter outputs/adapter/step-0 --hf-assets path/to/hf",
+    "holdfast convert outputs/adapter/step-0 exported-adapter --to hf "
+    "--adapter-config path/to/adapter/adapter_config.json --hf-assets path/to/hf",
+    "holdfast convert outputs/adapter/step-0 merged --to hf --merge "
+    "--adapter-config path/to/adapter --hf-assets path/to/hf",
+    "holdfast convert path/to/adapter merged-too --to hf --merge --hf-assets path/to/hf",
 )
+
+ADAPTED = "model.layers.0.self_attn.q_proj"
+"""Layer that has an adapter."""
 
 
 def test_the_commands_that_convert(tmp_path: Path) -> None:
@@ -222,9 +231,7 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
     config = config_of("llama3", MODELS["llama3"]["debugmodel"], 300)
     tensors = hf_tensors(config)
     save_folder(tmp_path / "path/to/hf", config, tensors, num_files=2)
-    save_adapter(
-        tmp_path / "path/to/adapter", low_rank(tensors, {"model.layers.0.self_attn.q_proj": 4})
-    )
+    save_adapter(tmp_path / "path/to/adapter", low_rank(tensors, {ADAPTED: 4}))
     for command in CONVERTING:
         words = shlex.split(command)
         if words[0] == "holdfast":
@@ -235,6 +242,13 @@ def test_the_commands_that_convert(tmp_path: Path) -> None:
     for folder in ("exported_again", "exported_again_2"):
         found = load_file(tmp_path / folder / "model.safetensors")
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    adapter = load_file(tmp_path / "exported-adapter/adapter_model.safetensors")
+    a, b = (adapter[f"{PEFT}{ADAPTED}.lora_{one}.weight"] for one in "AB")
+    # The adapter has rank 4 and `lora_alpha` 8.
+    wanted = {**tensors, f"{ADAPTED}.weight": tensors[f"{ADAPTED}.weight"] + 2 * (b @ a)}
+    for folder in ("merged", "merged-too"):
+        found = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.allclose(found[n], t, atol=1e-4) for n, t in wanted.items())
 
 
 OTHERS = (

@@ -13,7 +13,8 @@ from torch.nn.functional import kl_div
 import hf_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
-from holdfast.hf.flavors import MODELS, RopeScaling, config_of
+from holdfast.hf.flavors import MODELS, config_of
+from holdfast.hf.rope import RopeScaling
 from holdfast.loading.load import load
 from holdfast.saving.save import save
 from holdfast.trainer.model import Transformer

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import hf_models
-from hf_folders import hf_tensors, save_folder
+from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import FormatError
@@ -133,8 +135,6 @@ def test_an_unsupported_quantization_is_refused(tmp_path: Path) -> None:
     """Method: convert factors of the wrong shape, and fp8 without factors. Each error names the
     tensor."""
     source, wanted = fp8_folder(tmp_path / "hf")
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(source / "model.safetensors")
     first, second = [*wanted][:2]
     tensors[f"{first}_scale_inv"] = torch.ones(1)
@@ -144,3 +144,43 @@ def test_an_unsupported_quantization_is_refused(tmp_path: Path) -> None:
         plan(str(source), ConvertOptions(to="dcp"))
     assert f"`{first}` is" in str(raised.value)
     assert f"`{second}` is float8_e4m3fn, without" in str(raised.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bert"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
+def test_a_method_that_cannot_be_read_is_named_in_one_line(
+    model_type: str, method: str, tmp_path: Path
+) -> None:
+    """G6: whether the family has a table or not. Weights that are declared quantized and are not
+    are converted."""
+    config = {**LLAMA, "model_type": model_type, "quantization_config": {"quant_method": method}}
+    tensors = hf_tensors(LLAMA)
+    plan(str(save_folder(tmp_path / "plain", config, tensors)), ConvertOptions(to="hf"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    tensors[f"{name}_scale"] = torch.ones(48)
+    folder = save_folder(tmp_path / "hf", config, tensors)
+    with pytest.raises(FormatError) as raised:
+        plan(str(folder), ConvertOptions(to="hf", skip=("*_scale",)))
+    assert raised.value.what == (
+        f"the weights are quantized by '{method}', which cannot be read: 1 tensors, such as "
+        f"`{name}` int8"
+    )
+
+
+def test_experts_in_one_tensor_are_dequantized_by_the_blocks_of_each(tmp_path: Path) -> None:
+    """Method: a family without a table; blocks that the edge cuts, and a factor for every element
+    for comparison. The export has no scales and is not called quantized."""
+    scheme = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    config = {"model_type": "unknown", "text_config": {"quantization_config": scheme}}
+    weight, factors = torch.randn(3, 40, 48), torch.rand(3, 3, 2) + 0.5
+    tensors = {"experts.w": weight.to(torch.float8_e4m3fn), "experts.w_scale_inv": factors}
+    folder = save_folder(tmp_path / "hf", config, tensors)
+    notes = converted(folder, tmp_path / "back", ConvertOptions(to="hf", dtype="float32"))
+    assert "1 quantized tensors are dequantized" in notes
+    every = factors.repeat_interleave(16, 1)[:, :40].repeat_interleave(32, 2)[..., :48]
+    found = load_file(tmp_path / "back/model.safetensors")
+    assert found.keys() == {"experts.w"}
+    assert torch.equal(found["experts.w"], tensors["experts.w"].float() * every)
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    assert "quantization_config" not in written["text_config"]

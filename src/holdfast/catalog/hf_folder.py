@@ -153,7 +153,7 @@ def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
     return HFFolder(
         manifest=replace(manifest, values=values),
         config=None if config is None else of_language_model(config),
-        quantization={} if config is None else config.get("quantization_config") or {},
+        quantization={} if config is None else quantization_of(config),
         notes=(*weights.notes, *_notes_on_modules(store, name, present)),
         adapter=read_config(store, name, ADAPTER_CONFIG) if is_adapter else None,
         torch_files=torch_files,
@@ -215,9 +215,21 @@ def of_language_model(config: Config) -> Config:
     if not isinstance(text, dict):
         return config
     outer = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    # The outer configuration decides on tied embeddings and on the type.
-    tied = {key: outer[key] for key in ("tie_word_embeddings",) if key in outer}
-    return {**outer, **text, **tied, "model_type": config.get("model_type")}
+    # The outer configuration decides on tied embeddings, on the class and on the type.
+    whole = {key: outer[key] for key in ("tie_word_embeddings", "architectures") if key in outer}
+    return {**outer, **text, **whole, "model_type": config.get("model_type")}
+
+
+def quantization_of(config: Config) -> Mapping[str, Any]:
+    """The quantization of the weights, which multimodal models have in `text_config`; empty if
+    there is none."""
+    text = config.get("text_config")
+    for one in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if one.get(key):
+                found: Mapping[str, Any] = one[key]
+                return found
+    return {}
 
 
 def read_weights_index(store: ReadStore, name: str, file: str) -> dict[str, str]:

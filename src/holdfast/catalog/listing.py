@@ -111,7 +111,8 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
 def _links(store: ReadStore, key: str, manifest: Manifest) -> dict[str, str]:
     """The data files with several names. Only those of a run that deduplicates are looked at."""
     found: dict[str, str] = {}
-    store = store.beneath if isinstance(store, ListedStore) else store
+    if isinstance(store, ListedStore):
+        store = store.store
     if manifest.shared is not None and isinstance(store, Linking):
         for file in manifest.files:
             with suppress(HoldfastError):

@@ -78,6 +78,14 @@ class ConvertArguments(JsonOptions):
     """Rule THEIRS=OURS for the beginning of the model's tensor names, such as 'module=' or
     'encoder.{}.attn=layers.{}.attention'. May be repeated; the first rule that matches counts."""
 
+    adapter_config: str | None = None
+    """For --to hf from a checkpoint with PEFT adapters: their adapter_config.json. TARGET becomes a
+    folder of PEFT."""
+
+    merge: bool = False
+    """For --to hf from a checkpoint or folder with PEFT adapters: add them to their base, which is
+    in SOURCE or in --hf-assets. TARGET becomes a whole model."""
+
     overwrite: bool = False
     """Replace an existing TARGET."""
 
@@ -94,6 +102,8 @@ class ConvertArguments(JsonOptions):
             names=self.names,
             skip=self.skip,
             renames=self.rename,
+            adapter_config=self.adapter_config,
+            merge=self.merge,
             overwrite=self.overwrite,
         )
 

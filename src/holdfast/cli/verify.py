@@ -16,6 +16,7 @@ from holdfast.catalog.pieces import note_on
 from holdfast.catalog.seal import is_sealed, read_seal
 from holdfast.catalog.steady import is_deleted
 from holdfast.catalog.verify import VerifyTarget, failed, verify
+from holdfast.cli.exports import checked_export, raise_if_wrong, say_export
 from holdfast.cli.terminal import (
     POSITIONAL,
     JsonOptions,
@@ -52,6 +53,13 @@ class VerifyArguments(JsonOptions):
     quick: bool = False
     """Check indexes and file sizes only, no data."""
 
+    as_export: bool = False
+    """Also check a Hugging Face folder as the programs do that load it: configuration, index,
+    headers, names, tokenizer."""
+
+    against: str | None = None
+    """With --as-export: Hugging Face folder whose logits must be the same, by transformers."""
+
     mark: bool = False
     """Write a mark beside each damaged checkpoint, and delete it from each undamaged one: resumes,
     retention and `holdfast list` skip marked checkpoints."""
@@ -62,6 +70,8 @@ def run(arguments: Sequence[str]) -> int:
     options = parsed(VerifyArguments, "verify", arguments)
     if options.mark and options.quick:
         raise UsageError("`--mark` needs all data read: no `--quick`")
+    if options.against is not None and not options.as_export:
+        raise UsageError("`--against` needs `--as-export`")
     store, name = open_for_reading(options.path)
     holds_many = format_of(store, name) is None and is_folder(store, name)
     checkpoints = steps_in(store, name) if holds_many else []
@@ -76,9 +86,13 @@ def run(arguments: Sequence[str]) -> int:
         _mark(reports)
     marked = damaged_steps(store, name) if checkpoints else {}
     resume = resumable(reports, marked) if checkpoints else None
+    export = None
+    if options.as_export and all(report.good for report in reports):
+        export = checked_export(options.path, options.against)
     if options.json:
         result: dict[str, Any] = {"good": all(r.good for r in reports), "quick": options.quick}
         result |= {"resume": resume} if checkpoints else {}
+        result |= {} if export is None else {"export": asdict(export)}
         say_json(result | {"checkpoints": [asdict(r) | {"good": r.good} for r in reports]})
     else:
         is_file = not checkpoints and not is_folder(store, name)
@@ -88,7 +102,11 @@ def run(arguments: Sequence[str]) -> int:
                 say(f"  note: {marked[report.step]}; a resume skips it")
         if checkpoints:
             say(spelled_resume(resume))
+        if export is not None:
+            say_export(export, options.path)
     _raise_if_damaged(reports, in_folder=bool(checkpoints), marked=options.mark)
+    if export is not None:
+        raise_if_wrong(export, options.path)
     return 0
 
 

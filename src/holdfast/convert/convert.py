@@ -6,7 +6,9 @@ import platform
 import time
 from dataclasses import dataclass
 
+from holdfast.catalog.hf_folder import ADAPTER, ADAPTER_CONFIG
 from holdfast.catalog.steady import UNREADABLE
+from holdfast.convert.adapter import encoded_config
 from holdfast.convert.plan import ConvertPlan
 from holdfast.convert.stream import Advance
 from holdfast.convert.target import (
@@ -22,6 +24,8 @@ from holdfast.errors import NotFoundError
 from holdfast.format.manifest import Kind, Manifest, Path
 from holdfast.format.names import step_of
 from holdfast.format.structure import Node
+from holdfast.hf.assets import files_beside
+from holdfast.hf.shards import lay_out_single, shard
 from holdfast.release import installed_version
 
 
@@ -88,10 +92,16 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
     """Write the target. Returns its bytes."""
     outputs, options = planned.outputs, planned.options
     if options.to == "hf":
-        assert planned.config is not None, "an export is mapped, and so has a configuration"
+        infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
+        if planned.adapter is not None:
+            layout = lay_out_single(infos, ADAPTER)
+            contents = iter([(ADAPTER_CONFIG, encoded_config(planned.adapter))])
+            return write_hf(target, outputs, layout, contents, advance)
+        assert planned.config is not None, "an export has a configuration"
         assets = planned.assets or (planned.opened.where if planned.opened.has_config else None)
-        shard_bytes = options.max_shard_bytes
-        return write_hf(target, outputs, planned.config, assets, shard_bytes, advance)
+        layout = shard(infos, options.max_shard_bytes)
+        contents = files_beside(planned.config, assets, layout.dtype, layout.index)
+        return write_hf(target, outputs, layout, contents, advance)
     if options.to == "torch":
         return write_torch_file(target, outputs, values, advance)
     facts, structure = _facts(target, planned), _structure(planned, values)

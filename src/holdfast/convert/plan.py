@@ -7,18 +7,27 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from holdfast.catalog.hf_folder import CONFIG, of_language_model
+from holdfast.convert.adapter import (
+    adapter_config_of,
+    base_of,
+    has_adapter,
+    merged,
+    notes_on,
+    open_adapter,
+)
 from holdfast.convert.sizes import config_of_model
 from holdfast.convert.source import ConvertSource, fetched, open_source
 from holdfast.convert.stream import Output, Outputs, dtype_for
 from holdfast.convert.target_format import TargetFormat
+from holdfast.convert.towers import completed, other_names
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Path
 from holdfast.format.names import MANIFEST
 from holdfast.hf.adapter import adapter_mapping
 from holdfast.hf.check import HINT, check_fit, skipped
-from holdfast.hf.dialects import balances, renamed
-from holdfast.hf.families import family_of
-from holdfast.hf.family import Config, fused_experts, mapping_of
+from holdfast.hf.dialects import CORRECTION_BIAS, balances, renamed
+from holdfast.hf.families import family_of, no_table, table_of
+from holdfast.hf.family import Config, Family, fused_experts, mapping_of
 from holdfast.hf.shards import SHARD_BYTES
 from holdfast.tensors.lazy import Mapped, Renamed, Tensors, Zeros, only
 from holdfast.tensors.mapping import TensorMapping
@@ -66,6 +75,12 @@ class ConvertOptions:
     overwrite: bool = False
     """Whether to replace an existing target."""
 
+    adapter_config: str | None = None
+    """`adapter_config.json` of the adapters in the source, or its folder, for an export."""
+
+    merge: bool = False
+    """Whether an export adds the adapters to their base."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConvertPlan:
@@ -84,6 +99,8 @@ class ConvertPlan:
     """Path of the folder whose files an export copies."""
 
     notes: tuple[str, ...]
+    adapter: Mapping[str, Any] | None = None
+    """Contents of `adapter_config.json`, if the target is a folder of PEFT."""
 
     @property
     def nbytes(self) -> int:
@@ -94,9 +111,12 @@ class ConvertPlan:
 def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     """Plan a conversion, with all checks that need no data."""
     opened = open_source(source, options.renames)
-    assets = None if options.hf_assets is None else fetched(options.hf_assets, assets_only=True)
+    assets = None
+    if options.hf_assets is not None:
+        assets = fetched(options.hf_assets, assets_only=not options.merge)
     model: Tensors = opened.model
     notes = list(opened.notes)
+    left_out: set[str] = set()
     if options.skip:
         left_out = skipped(model.infos, options.skip)
         model = only(model, [name for name in model.infos if name not in left_out])
@@ -109,19 +129,26 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
             dict(opened.checkpoint.manifest.model),
             f"`{opened.checkpoint.where}/{MANIFEST}`",
         )
-    hf = opened.checkpoint.hf
-    if hf is not None and hf.adapter is not None:
-        outputs, note = _adapter(opened, hf.adapter, model, (config, config_from), options)
-        return ConvertPlan(opened, options, outputs, None, False, None, (*notes, note))
+    if planned := _adapter_plan(opened, model, (config, config_from), assets, options):
+        return replace(planned, notes=(*notes, *planned.notes))
     both = None
-    if config is not None and opened.dialect is not None:
+    keeps_names = config is not None and _keeps_names(opened, config)
+    if config is not None and opened.dialect is not None and not keeps_names:
         both = _both_dialects(opened, model, of_language_model(config), config_from)
         notes += both.notes
     to_hf, complete = options.to == "hf", False
-    if both is not None and to_hf:
-        outputs = _outputs(both.hf, options)
+    if keeps_names and config is not None:
+        outputs, complete = _with_own_names(opened, model, config, options)
+        notes.append(no_table(config))
+    elif both is not None and config is not None and to_hf:
+        is_hf = opened.dialect == "hf"
+        lost = other_names(both.family, [*left_out], hf=is_hf)
+        export = completed(both.family, config, both.towers, assets, lost)
+        names = {name: name.removeprefix(export.prefix) for name in both.hf.infos}
+        outputs = _outputs(Renamed(both.hf, names), options) | _kept(export.towers, options)
+        config, notes = export.config, [*notes, *export.notes]
     elif both is not None and opened.dialect == "hf":
-        outputs = _from_hf(both, options)
+        outputs = _from_hf(both, options) | _kept(both.towers, options)
     elif to_hf or (
         opened.dialect == "hf" and (options.names or opened.checkpoint.format == "safetensors")
     ):
@@ -141,15 +168,66 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     return ConvertPlan(opened, options, outputs, config, complete, assets, tuple(notes))
 
 
+def _keeps_names(opened: ConvertSource, config: Config) -> bool:
+    """Return whether the tensors have the names of a model without a table, which they keep."""
+    if table_of(config) is not None:
+        return False
+    if opened.checkpoint.hf is not None or opened.dialect not in ("meta", "titan"):
+        return True
+    # Native names need a table to become those of Hugging Face, unless the checkpoint itself says
+    # that its model has none: some published models have names like the native ones.
+    stored = opened.checkpoint.manifest.model
+    return bool(stored) and table_of(stored) is None
+
+
+def _with_own_names(
+    opened: ConvertSource, model: Tensors, config: Config, options: ConvertOptions
+) -> tuple[Outputs, bool]:
+    """Return outputs under the names that the tensors have, and whether they are complete."""
+    if options.names is not None:
+        raise UsageError(
+            f"`--names {options.names}` needs a table: {no_table(config)}",
+            hint="leave out `--names`",
+        )
+    model = only(model, [*model.infos])
+    for name, info in model.infos.items():
+        if name.endswith(CORRECTION_BIAS):
+            model.infos[name] = replace(info, fixed=True)
+    if options.to == "hf":
+        return _outputs(only(model, _first_names(opened, model)), options), False
+    return _native(opened, model, options), not options.model_only
+
+
+def _first_names(opened: ConvertSource, model: Tensors) -> list[str]:
+    """Return the names of the tensors without the second names of tied ones, which exports lack."""
+    first_names = dict[object, str]()
+    for name in model.infos:
+        first_names.setdefault(_stored(opened, opened.originals.get(name)) or name, name)
+    return [*first_names.values()]
+
+
+def _stored(opened: ConvertSource, original: str | None) -> object | None:
+    """Return a key that is equal for all names of one stored tensor; None: it has one name."""
+    entry = opened.checkpoint.manifest.tensors.get(original or "")
+    if entry is None or not entry.chunks or 0 in entry.shape:
+        return None
+    # Files of torch may store a matrix and its transpose once.
+    return entry.chunks, entry.shape, entry.dtype, opened.checkpoint.strides.get(original or "")
+
+
 @dataclass(frozen=True, slots=True)
 class _BothDialects:
     """A model that matches the table of its family, by native and by Hugging Face names."""
 
+    family: Family
     mapping: TensorMapping
     native: Tensors
     """Tensors by Meta's names."""
 
     hf: Tensors
+    towers: Tensors | None
+    """Other parts of a multimodal model, by their own names; None: there are none."""
+
     notes: Sequence[str]
 
 
@@ -159,6 +237,9 @@ def _both_dialects(
     """Check the model against its family's table. All differences are listed in one error."""
     family = family_of(config, where=config_from)
     mapping = mapping_of(family, config)
+    others = other_names(family, [*model.infos], hf=opened.dialect == "hf")
+    towers = only(model, others) if others else None
+    model = only(model, [name for name in model.infos if name not in {*others}])
     fused = opened.dialect == "hf" and fused_experts(family, config, model.infos)
     stored = mapping_of(family, config, fused_experts=True) if fused else mapping
     side: SideName = "hf" if opened.dialect == "hf" else "native"
@@ -171,10 +252,11 @@ def _both_dialects(
     )
     if side == "native":
         native: Tensors = only(model, mapping.names("native"))
-        return _BothDialects(mapping, native, Mapped(native, mapping, "hf"), notes)
+        hf: Tensors = Mapped(native, mapping, "hf")
+        return _BothDialects(family, mapping, native, hf, towers, notes)
     native = Mapped(model, stored, "native")
     hf = Mapped(native, mapping, "hf") if fused else _with_fixed_dtypes(model, mapping)
-    return _BothDialects(mapping, native, hf, notes)
+    return _BothDialects(family, mapping, native, hf, towers, notes)
 
 
 def _with_fixed_dtypes(model: Tensors, mapping: TensorMapping) -> Tensors:
@@ -195,7 +277,12 @@ def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
     }
 
 
-def _from_hf(both: _BothDialects, options: ConvertOptions) -> Outputs:
+def _kept(towers: Tensors | None, options: ConvertOptions) -> dict[str, Output]:
+    """Return the outputs of the other parts of a multimodal model."""
+    return {} if towers is None else _outputs(towers, options)
+
+
+def _from_hf(both: _BothDialects, options: ConvertOptions) -> dict[str, Output]:
     """Return the outputs of a Hugging Face model under native names."""
     outputs = _outputs(both.native, options)
     for name, first in both.mapping.aliases["native"].items():
@@ -203,7 +290,9 @@ def _from_hf(both: _BothDialects, options: ConvertOptions) -> Outputs:
     return _in_dialect(outputs, options.names or "meta", both.native)
 
 
-def _in_dialect(outputs: Outputs, dialect: Literal["meta", "titan"], model: Tensors) -> Outputs:
+def _in_dialect(
+    outputs: Outputs, dialect: Literal["meta", "titan"], model: Tensors
+) -> dict[str, Output]:
     """Return outputs under the names of another native dialect, with the balancing biases that
     TorchTitan expects."""
     keys = {str(key) for output in outputs.values() for key in output.path}
@@ -228,6 +317,50 @@ def _in_dialect(outputs: Outputs, dialect: Literal["meta", "titan"], model: Tens
     }
 
 
+def _adapter_plan(
+    opened: ConvertSource,
+    model: Tensors,
+    base: tuple[Config | None, str],
+    assets: str | None,
+    options: ConvertOptions,
+) -> ConvertPlan | None:
+    """Return the plan for a source with adapters, if they are treated differently from a model."""
+    hf, (config, config_from) = opened.checkpoint.hf, base
+    is_adapter = hf is not None and hf.adapter is not None
+    if options.merge and options.to != "hf":
+        raise UsageError("`--merge` writes a whole model, and needs `--to hf`")
+    if is_adapter and not options.merge:
+        outputs, note = _adapter(opened, hf.adapter, model, base, options)  # type: ignore[union-attr, arg-type]
+        return ConvertPlan(opened, options, outputs, None, False, None, (note,))
+    if options.to != "hf" or not has_adapter(model):
+        if options.merge or options.adapter_config is not None:
+            raise UsageError(
+                f"`{opened.checkpoint.where}` has no adapters to export",
+                hint="leave out `--merge` and `--adapter-config`, which need `--to hf`",
+            )
+        return None
+    adapter_config = adapter_config_of(opened, options.adapter_config)
+    table = None
+    if config is not None and table_of(config) is not None:
+        config_of_text = of_language_model(config)
+        table = mapping_of(family_of(config_of_text, where=config_from), config_of_text)
+    model = only(model, _first_names(opened, model))
+    adapter = open_adapter(opened, model, adapter_config, table)
+    notes = tuple(notes_on(adapter, is_merged=options.merge))
+    if not options.merge:
+        outputs = _outputs(adapter.tensors, options)
+        return ConvertPlan(opened, options, outputs, None, False, None, notes, adapter_config)
+    source = base_of(adapter, opened, assets)
+    outputs = _outputs(merged(adapter, source), options)
+    if config is None:
+        raise UsageError(
+            f"`{assets or opened.checkpoint.where}` has no `{CONFIG}` of the base",
+            hint=f"`--hf-assets` with the folder or name of the base: `{adapter.base_name}`",
+        )
+    notes += () if source is None else source.notes
+    return ConvertPlan(opened, options, outputs, config, False, assets, notes)
+
+
 def _adapter(
     opened: ConvertSource,
     adapter: Mapping[str, Any],
@@ -242,7 +375,7 @@ def _adapter(
     if options.to == "hf":
         raise UsageError(
             f"`{opened.checkpoint.where}` is a PEFT adapter, but `--to hf` writes a whole model",
-            hint="`--to dcp` or `--to torch`",
+            hint="`--to dcp` or `--to torch`; `--merge` adds it to its base in `--hf-assets`",
         )
     if config is None and options.names is not None:
         raise UsageError(
@@ -262,7 +395,7 @@ def _adapter(
     return _outputs(Mapped(model, mapping, "native"), options), note
 
 
-def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> Outputs:
+def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> dict[str, Output]:
     """Return outputs nested as in the source, renamed if requested, of all components."""
     if options.names is not None and opened.dialect is None:
         raise UsageError(
@@ -281,10 +414,8 @@ def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> O
             path = opened.path_of(name) if source is model else entries[original].path
         output = Output(source, name, dtype_for(source, name, dtype), path)
         full_name = _joined(path)
-        if original is not None and entries[original].chunks:
-            # Entries with the same chunks are names of one tensor.
-            chunks = (entries[original].chunks, output.shape, output.dtype)
-            first = first_names.setdefault(chunks, full_name)
+        if stored := _stored(opened, original):
+            first = first_names.setdefault((stored, output.dtype), full_name)
             output = replace(output, same_as=first if first != full_name else "")
         outputs[full_name] = output
     return outputs if options.names is None else _in_dialect(outputs, options.names, model)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from reprlib import repr as shortened
 from typing import Any
 
 from holdfast.catalog.hf_folder import CONFIG, of_language_model, read_config
 from holdfast.catalog.paths import open_for_reading
 from holdfast.convert.source import ConvertSource
 from holdfast.errors import MismatchError, UsageError
-from holdfast.hf.families import family_of
+from holdfast.hf.families import family_of, table_of
 from holdfast.hf.family import EMBEDDING, HF_EMBEDDING, Config, Family, count, flag, rows_and_axes
 from holdfast.hf.published import TYPES, flavors_of, published
 from holdfast.tensors.lazy import Tensors
@@ -90,6 +91,9 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
     """Check that two configurations, each with its origin, are of models of the same shapes."""
     origins = one[1], other[1]
     configs = of_language_model(one[0]), of_language_model(other[0])
+    if None in (table_of(one[0]), table_of(other[0])):
+        _check_alike_without_table(configs, origins)
+        return
     families = [family_of(c, where=where) for c, where in zip(configs, origins, strict=True)]
     wrong = []
     if families[0].rows != families[1].rows:
@@ -109,10 +113,25 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
         if tied[0] != tied[1]:
             wrong.append("tie_word_embeddings is {} and {}".format(*tied))
     if wrong:
-        raise MismatchError(
-            f"{origins[0]} and {origins[1]} are of different models:\n  " + "\n  ".join(wrong),
-            hint="leave out `--model-name` and `--model-flavor`, or give those of these weights",
-        )
+        raise _different(origins, wrong)
+
+
+def _check_alike_without_table(configs: tuple[Config, Config], origins: tuple[str, str]) -> None:
+    """Check the model types, and the sizes that both configurations have."""
+    wrong = [
+        f"{key} is {shortened(configs[0][key])} and {shortened(configs[1][key])}"
+        for key in ("model_type", *_COMPARED_AXES.values(), *_COMPARED_KEYS.split())
+        if all(key in config for config in configs) and configs[0][key] != configs[1][key]
+    ]
+    if wrong:
+        raise _different(origins, wrong)
+
+
+def _different(origins: tuple[str, str], wrong: Sequence[str]) -> MismatchError:
+    return MismatchError(
+        f"{origins[0]} and {origins[1]} are of different models:\n  " + "\n  ".join(wrong),
+        hint="leave out `--model-name` and `--model-flavor`, or give those of these weights",
+    )
 
 
 def _used_axes(family: Family, config: Config) -> Iterator[str]:

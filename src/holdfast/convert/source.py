@@ -126,7 +126,7 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
     names, others = _names_in_model(checkpoint)
     stored_names = {*names.values()}
     # PEFT's own names begin like those of a wrapper.
-    is_adapter = checkpoint.hf is not None and checkpoint.hf.adapter is not None
+    is_adapter = any(".lora_A." in name for name in stored_names)
     if renames:
         renamed_to = new_names(stored_names, renames, "--rename")
         names = {original: renamed_to[name] for original, name in names.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -18,9 +18,8 @@ from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Manifest, Path
 from holdfast.format.names import HiddenFolder, check_name, hidden_folder_of, step_name, step_of
 from holdfast.format.structure import Node
-from holdfast.hf.assets import files_beside, write_small
-from holdfast.hf.family import Config
-from holdfast.hf.shards import shard
+from holdfast.hf.assets import write_small
+from holdfast.hf.shards import ExportLayout
 from holdfast.planning.file_layout import lay_out, lay_out_file
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import GlobalPlan, LocalTensor, TensorChunks
@@ -193,14 +192,14 @@ def _attempts(store: Store, name: str) -> list[HiddenFolder]:
 def write_hf(
     target: ConvertTarget,
     outputs: Outputs,
-    config: Config,
-    assets: str | None,
-    max_shard_bytes: int,
+    export: ExportLayout,
+    contents: Iterable[tuple[str, bytes]],
     advance: Advance,
 ) -> int:
-    """Write a Hugging Face folder. Returns the bytes of its weights."""
-    infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
-    export = shard(infos, max_shard_bytes)
+    """Write a Hugging Face folder. Returns the bytes of its weights.
+
+    `contents`: name and bytes of each file besides the weights.
+    """
     order = [outputs[name] for layout in export.files.values() for name in layout.tensors]
     sizes = {file: layout.nbytes for file, layout in export.files.items()}
     with _attempt(target, sizes) as attempt:
@@ -210,7 +209,6 @@ def write_hf(
                     writer.write(0, [layout.header])
                     for name, span in layout.tensors.items():
                         _write_tensor(writer, span.offset, outputs[name], take)
-        contents = files_beside(config, assets, export.dtype, export.index)
         write_small(target.store, target.creating, str(attempt), contents)
         target.catalog.publish(attempt)
     execute(target.store, plan_cleanup(target.store.list(), only=target.name))

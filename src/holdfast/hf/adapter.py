@@ -67,6 +67,34 @@ def adapter_mapping(
     return mapping
 
 
+def native_adapter_mapping(infos: Mapping[str, TensorInfo], base: TensorMapping) -> TensorMapping:
+    """Return the mapping between the tensors of an adapter, under Meta's names, and PEFT's.
+
+    `infos` may have tensors that are no factors, which are mapped as in `base`.
+    """
+    hf_infos: dict[str, TensorInfo] = {}
+    wrong = []
+    for name, info in infos.items():
+        factor = _FACTOR.fullmatch(name)
+        weight = f"{factor[1]}.weight" if factor else name
+        relation = base.row_by_row("native", weight)
+        if relation is not None and factor is not None:
+            hf_name = relation.hf.name.removesuffix(".weight")
+            # The native left factor has the rows of the native weight, in another order only.
+            hf_infos[f"{PREFIX}{hf_name}.lora_{factor[2]}.weight"] = info
+        elif relation is not None:
+            hf_infos[PREFIX + relation.hf.name] = info
+        elif factor is not None:
+            wrong.append(f"`{name}` is a factor of an expert, a fused weight or an unknown one")
+    if wrong:
+        raise MismatchError(
+            f"the adapter has {len(wrong)} tensors without a name in PEFT:\n  "
+            + "\n  ".join(wrong),
+            hint="`--skip 'PATTERN'` leaves out tensors",
+        )
+    return adapter_mapping(hf_infos, base, names="meta", where="the adapter")
+
+
 def _misfits(infos: Mapping[str, TensorInfo], mapping: TensorMapping) -> Iterator[str]:
     for name in mapping.names("hf"):
         found, expected = infos[name].shape, mapping.shape("hf", name)

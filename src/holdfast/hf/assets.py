@@ -18,6 +18,9 @@ _WEIGHTS = (
 )
 """Patterns of files that an export does not copy: weights in any format."""
 
+_QUANTIZATION = ("quantization_config", "compression_config")
+"""Keys of a quantization, which an export has no more."""
+
 _TEMPLATES = "additional_chat_templates/"
 
 COPIED_BYTES_MAX = 200_000_000
@@ -59,7 +62,7 @@ def config_bytes(config: Mapping[str, Any], dtype: str) -> bytes:
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    changed = {key: value for key, value in config.items() if key != "quantization_config"}
+    changed = {key: value for key, value in config.items() if key not in _QUANTIZATION}
     # transformers 5 renamed the key, and reads both.
     keys = [key for key in ("dtype", "torch_dtype") if key in changed]
     nested = isinstance(changed.get("text_config"), dict)

@@ -32,19 +32,31 @@ GATE, BALANCE = "moe.router.gate.weight", "moe.expert_bias"
 """Router weight, and the buffer beside it by which TorchTitan balances the experts of every family.
 The buffer starts as zeros. Most families have no Hugging Face tensor for it."""
 
+CORRECTION_BIAS = "e_score_correction_bias"
+"""End of Hugging Face's names for biases that correct the scores of experts. Exports keep their
+dtype: rounding them would route tokens to other experts."""
+
 _LATENT = "attention.wkv_a"
 """Weight that only models with latent attention have. TorchTitan 0.3 did not rename their `wq`."""
 
 
+_EMBEDDING = re.compile(r"(?:^|\.)tok_embeddings\.weight$")
+
+
 def dialect_of(names: Collection[str]) -> Dialect | None:
     """Return the dialect of these names, or None if it is unknown."""
-    if any("embed_tokens." in name or ".self_attn." in name for name in names):
+    # The other parts of a multimodal model have Hugging Face's names in every dialect.
+    native = any(_EMBEDDING.search(name) for name in names)
+    if not native and any("embed_tokens." in name or ".self_attn." in name for name in names):
         return "hf"
-    titan = _any_of(_RENAMED.values())
-    if any(titan.search(name) for name in names):
-        return "titan"
+    titan, head = _any_of(_RENAMED.values()), _RENAMED["output.weight"]
     meta = re.compile(r"(?:^|\.)(tok_embeddings\.weight|attention\.w[qk]\w*\.|feed_forward\.w1\.)")
-    return "meta" if any(meta.search(name) for name in names) else None
+    found = {match[0] for name in names if (match := titan.search(name))}
+    is_native = any(meta.search(name) for name in names)
+    # Many models of transformers have a head of the same name beside layers of other names.
+    if found - {head} or (found and is_native):
+        return "titan"
+    return "meta" if is_native else None
 
 
 def renamed(names: Collection[str], dialect: Literal["meta", "titan"]) -> dict[str, str]:

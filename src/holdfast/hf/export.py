@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -29,6 +29,7 @@ from holdfast.hf.check import differences, listed
 from holdfast.hf.dialects import is_balance, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
+from holdfast.hf.own_names import check_export, keeps_names, own_dtypes, own_names_mapping
 from holdfast.hf.shards import ExportLayout, shard
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.index import Index
@@ -53,6 +54,10 @@ class HFModel:
 
     assets: str | None = None
     """Path of a folder whose other files an export copies: tokenizer, templates."""
+
+    exact: bool = False
+    """Whether weights whose configuration has another rotary base, epsilon or routing are refused;
+    false: each difference is logged as a warning."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Mapping):
@@ -101,6 +106,9 @@ class Exported:
     lost: tuple[str, ...]
     """Names of nonzero biases that balance experts and have no Hugging Face tensor."""
 
+    note: str = ""
+    """Line for the log on tensors that keep the names of the live model; empty: none does."""
+
 
 def export(
     snapshot: ExportSnapshot,
@@ -116,25 +124,53 @@ def export(
     Collective: every rank calls this with its part. An error on one rank aborts the attempt and is
     raised on all.
     """
-    mapping = model.mapping
-    layout = shard(
-        {
-            name: (mapping.dtype("hf", name) or dtype, mapping.shape("hf", name))
-            for name in mapping.names("hf")
-        }
-    )
-    job = _Job(snapshot, mapping, layout, folder_store(catalog.store.url), attempt)
     try:
+        named = run_on_rank_0(ranks, lambda: _own_names(snapshot, model))
+        mapping = model.mapping if named is None else own_names_mapping(named.infos)
+        dtypes = None if named is None else own_dtypes(named.infos, dtype)
+        layout = shard(
+            dtypes
+            or {
+                name: (mapping.dtype("hf", name) or dtype, mapping.shape("hf", name))
+                for name in mapping.names("hf")
+            }
+        )
+        store = folder_store(catalog.store.url)
+        job = _Job(snapshot, mapping, layout, store, attempt, renames=named is None)
         run_on_rank_0(ranks, job.create_files)
         result = capture(job.write)
-        return gather_and_run(
+        exported = gather_and_run(
             ranks, result, lambda results: _publish(layout, model, catalog, attempt, results)
         )
+        return replace(exported, note="" if named is None else named.note)
     except HoldfastError:
         if ranks.rank == 0:
             with suppress(HoldfastError):
                 catalog.abort(attempt)
         raise
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnNames:
+    """A live model that is exported under the names it has."""
+
+    infos: Mapping[str, TensorInfo]
+    note: str
+
+
+def _own_names(snapshot: ExportSnapshot, model: HFModel) -> _OwnNames | None:
+    """Return the tensors of a model that keeps its names; None for a model with native names."""
+    assert snapshot.index is not None, "rank 0 has it"
+    plan = snapshot.index.plan
+    infos = {
+        placed.name: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
+        for placed in plan.tensors
+        if placed.tensor.path[0] not in snapshot.others
+    }
+    config = of_language_model(model.config)
+    if not keeps_names(infos, config):
+        return None
+    return _OwnNames(infos, check_export(infos, config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,12 +182,19 @@ class _Job:
     layout: ExportLayout
     store: LocalStore
     attempt: HiddenFolder
+    renames: bool
+    """Whether the mapping has Meta's names, not those of the live model."""
+
+    def _native_names(self, names: Collection[str]) -> Mapping[str, str]:
+        return renamed(names, "meta") if self.renames else {name: name for name in names}
 
     def create_files(self) -> None:
         """Check that the model fits the mapping, and create every file with its header."""
         assert self.snapshot.index is not None, "rank 0 has it"
         plan = self.snapshot.index.plan
-        native_names = renamed([*(placed.name for placed in plan.tensors), *plan.aliases], "meta")
+        native_names = self._native_names(
+            [*(placed.name for placed in plan.tensors), *plan.aliases]
+        )
         infos = {
             native_names[placed.name]: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
             for placed in plan.tensors
@@ -175,7 +218,7 @@ class _Job:
             for name, span in layout.tensors.items()
         }
         exported, items = {*self.mapping.names("native")}, self.snapshot.file_layout.tensors
-        native_names = renamed({item.name for item in items}, "meta")
+        native_names = self._native_names({item.name for item in items})
         nbytes, lost = 0, []
         with ExitStack() as stack:
 

@@ -35,6 +35,10 @@ class Family:
     prefix: str = ""
     """Prefix of the Hugging Face names, if the language model is a part of a larger model."""
 
+    alone: tuple[str, str] | None = None
+    """`model_type` and class of the language model without that larger model; None: unknown, or
+    there is no larger model."""
+
     def with_defaults(self, config: Config) -> Config:
         """Return the configuration with values for missing keys."""
         return {**_DEFAULTS, **self.defaults, **config}

@@ -5,22 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """Scaling of rotary frequencies in Llama 3.1, from 8192 to 131072 positions."""
-
-    factor: float
-    """Factor by which long wavelengths are stretched."""
-
-    low_freq_factor: float = 1.0
-    """Wavelengths above `original_seq_len / low_freq_factor` are stretched by the full `factor`."""
-
-    high_freq_factor: float = 4.0
-    """Wavelengths below `original_seq_len / high_freq_factor` are not stretched."""
-
-    original_seq_len: int = 8192
-    """Number of positions before the scaling."""
+from holdfast.hf.rope import DynamicScaling, RopeScaling, Scaling, rope_scaling_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +20,9 @@ class ExpertFlavor:
 
     hidden_dim: int
     """Width inside an expert."""
+
+    normalized: bool = True
+    """Whether the weights of a token's experts sum to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +53,7 @@ class Flavor:
     rope_theta: float = 500000.0
     """Base of the rotary frequencies."""
 
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
     """Scaling of the rotary frequencies for longer sequences, or None."""
 
     rope_halves: bool = False
@@ -113,6 +101,8 @@ def config_of(name: str, flavor: Flavor, vocab_size: int) -> dict[str, Any]:
     if flavor.rope_scaling is not None:
         config["rope_scaling"] = rope_scaling_of(flavor.rope_scaling)
         config["max_position_embeddings"] = 131072
+    if isinstance(flavor.rope_scaling, DynamicScaling):
+        config["max_position_embeddings"] = flavor.rope_scaling.original_seq_len
     if name == "qwen3_moe" and flavor.experts is not None:
         config |= {
             "architectures": ["Qwen3MoeForCausalLM"],
@@ -120,23 +110,13 @@ def config_of(name: str, flavor: Flavor, vocab_size: int) -> dict[str, Any]:
             "num_experts": flavor.experts.num_experts,
             "num_experts_per_tok": flavor.experts.num_active,
             "moe_intermediate_size": flavor.experts.hidden_dim,
-            "norm_topk_prob": True,
+            "norm_topk_prob": flavor.experts.normalized,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
-            "max_position_embeddings": 40960,
         }
+        if flavor.rope_scaling is None:
+            config["max_position_embeddings"] = 40960
     return config
-
-
-def rope_scaling_of(scaling: RopeScaling) -> dict[str, Any]:
-    """Return `rope_scaling` of `config.json`."""
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_seq_len,
-    }
 
 
 LLAMA3: dict[str, Flavor] = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
 from holdfast.hf.check import check_fit
 from holdfast.hf.dialects import balances, dialect_of, is_balance, renamed
-from holdfast.hf.families import family_of
+from holdfast.hf.families import family_of, table_of
 from holdfast.hf.family import Config, fused_experts, mapping_of
+from holdfast.hf.own_names import keeps_names, tensors_for
 from holdfast.loading.load import Loaded, load_tree
 from holdfast.loading.read import THREADS_MAX, Wanted
-from holdfast.state.layout import box_of
+from holdfast.state.layout import box_of, local_of
 from holdfast.state.objects import StateTree
 from holdfast.state.shard import Piece
+from holdfast.state.tree import Leaf
 from holdfast.storage.store import ReadStore
 from holdfast.tensors.blocks import blocks
 from holdfast.tensors.lazy import Joined, Mapped, Renamed, Tensors, Zeros
@@ -45,11 +48,14 @@ def load_folder(
     ranks: Ranks,
     config: Config | None = None,
     partial_load: bool = False,
+    check_config: Callable[[Config, str], None] = lambda _, __: None,
 ) -> tuple[Loaded, tuple[str, ...]]:
     """Load the weights of a Hugging Face folder into the model in `tree`. Returns notes too.
 
-    `config` is used if the folder has no `config.json`. `partial_load`: see `load_tree`. Quantized
-    weights are dequantized. The model may have Meta's or TorchTitan's names.
+    `config` is used if the folder has no `config.json`. `partial_load`: see `load_tree`.
+    `check_config` is called with the `config.json` of the folder, if it has one, and its path; an
+    error that it raises ends the load. Quantized weights are dequantized. The model may have Meta's
+    or TorchTitan's names, Hugging Face's, or names of its own that are those of the folder.
 
     Collective: every rank calls this. Ranks exchange only headers; an error on one rank is raised
     on all.
@@ -62,16 +68,28 @@ def load_folder(
     folder = run_on_rank_0(ranks, lambda: _opened(store, name))
     source = Source(store, name, folder.manifest)
     leaves = run_on_all(ranks, lambda: tree.flatten().leaves)
-    has_balance = any(map(is_balance, leaves))
+    if folder.config is not None:
+        check_config(folder.config, source.url)
+    config = folder.config or config
     # Ranks may have different leaves, as in a pipeline, and must agree.
-    flags = [float(dialect_of([*leaves]) == "titan"), float(has_balance)]
-    titan, has_balance = (flag > 0 for flag in ranks.all_reduce_max(flags))
-    hf_tensors, mapping, config_from = run_on_all(ranks, lambda: _open(source, folder, config))
-    notes = run_on_rank_0(
+    own_names, titan, has_balance = _agreed(
         ranks,
-        lambda: check_fit(hf_tensors, mapping, "hf", where=source.url, config_from=config_from),
+        keeps_names(leaves, config),
+        dialect_of(leaves) == "titan",
+        any(map(is_balance, leaves)),
     )
-    tensors = _native(hf_tensors, mapping, titan=titan, has_balance=has_balance)
+    hf_tensors = run_on_all(ranks, lambda: _open(source, folder))
+    notes: Sequence[str] = ()
+    if not own_names or (config is not None and table_of(config) is not None):
+        mapping, config_from = run_on_all(ranks, lambda: _table(source, folder, config, hf_tensors))
+        notes = run_on_rank_0(
+            ranks,
+            lambda: check_fit(hf_tensors, mapping, "hf", where=source.url, config_from=config_from),
+        )
+    if own_names:
+        tensors = tensors_for(hf_tensors, leaves, _tied(leaves), config)
+    else:
+        tensors = _native(hf_tensors, mapping, titan=titan, has_balance=has_balance)
     entries = {
         name: TensorEntry(info.write_dtype, info.shape, (), (name,))
         for name, info in tensors.infos.items()
@@ -87,27 +105,49 @@ def _opened(store: ReadStore, name: str) -> HFFolder:
     return open_hf_folder(store, name)
 
 
-def _open(
-    source: Source, folder: HFFolder, config: Config | None
-) -> tuple[Dequantized, TensorMapping, str]:
-    """Return the tensors of the folder, their mapping, and the origin of the configuration."""
+def _open(source: Source, folder: HFFolder) -> Dequantized:
     if folder.adapter is not None:
         raise UsageError(
             f"`{source.url}` is a PEFT adapter, expected: a base model",
             hint=f"its base is `{folder.adapter.get('base_model_name_or_path')}`",
         )
-    config_from = "the configuration of this run"
-    if folder.config is not None:
-        config, config_from = folder.config, f"`{source.url}/{CONFIG}`"
+    files = folder.torch_files.values()
+    strides = {name: one for file in files for name, one in file.strides.items()}
+    return Dequantized(StoredTensors(source, strides), folder.quantization)
+
+
+def _table(
+    source: Source, folder: HFFolder, config: Config | None, tensors: Tensors
+) -> tuple[TensorMapping, str]:
+    """Return the mapping of the folder's tensors, and the origin of the configuration."""
     if config is None:
         raise UsageError(
             f"`{source.url}` has no `{CONFIG}`, which has the sizes of the model",
             hint=f"put the `{CONFIG}` of these weights into the folder",
         )
-    tensors = Dequantized(StoredTensors(source, {}), folder.quantization)
+    config_from = "the configuration of this run"
+    if folder.config is not None:
+        config_from = f"`{source.url}/{CONFIG}`"
     family = family_of(config, where=config_from)
     fused = fused_experts(family, config, tensors.infos)
-    return tensors, mapping_of(family, config, fused_experts=fused), config_from
+    return mapping_of(family, config, fused_experts=fused), config_from
+
+
+def _agreed(ranks: Ranks, *flags: bool) -> list[bool]:
+    """Return, for each flag, whether it is set on any rank. Collective."""
+    return [flag > 0 for flag in ranks.all_reduce_max([float(flag) for flag in flags])]
+
+
+def _tied(leaves: Mapping[str, Leaf]) -> list[tuple[str, str]]:
+    """Return every ordered pair of names of one tensor."""
+    names: dict[object, list[str]] = {}
+    for name, leaf in leaves.items():
+        if isinstance(leaf.value, torch.Tensor) and leaf.value.device.type != "meta":
+            local = local_of(leaf.value)
+            if local.numel():
+                memory = local.data_ptr(), local.shape, local.stride(), local.device
+                names.setdefault(memory, []).append(name)
+    return [pair for group in names.values() for pair in permutations(group, 2)]
 
 
 def _native(

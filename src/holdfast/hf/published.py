@@ -10,14 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.hf.family import Config
-from holdfast.hf.flavors import (
-    MODELS,
-    ExpertFlavor,
-    RopeScaling,
-    config_of,
-    qwen3_moe,
-    rope_scaling_of,
-)
+from holdfast.hf.flavors import MODELS, ExpertFlavor, config_of, qwen3_moe
+from holdfast.hf.rope import RopeScaling, rope_scaling_of
 
 TYPES: Mapping[str, tuple[str, ...]] = {
     "llama2": ("llama",),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.safetensors import SINGLE, SafetensorsLayout, encode_index, lay_out
+from holdfast.tensors.numbers import is_floating
 
 SHARD_BYTES = 5_000_000_000
 """Default for the most bytes in one file, as in `save_pretrained` of transformers."""
@@ -26,7 +27,8 @@ class ExportLayout:
     """Contents of `model.safetensors.index.json`; None for a single file."""
 
     dtype: str
-    """Dtype with the most bytes."""
+    """Floating-point dtype with the most bytes, which `config.json` gets. float32 if no tensor has
+    one."""
 
     dtypes: Mapping[str, str]
     """Dtype of each tensor."""
@@ -39,7 +41,7 @@ class ExportLayout:
 def shard(tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYTES) -> ExportLayout:
     """Assign whole tensors to files, one file after the other, in the given order."""
     groups: list[dict[str, DtypeAndShape]] = [{}]
-    group_nbytes, nbytes_by_dtype = 0, dict[str, int]()
+    group_nbytes = 0
     for name, (dtype, shape) in tensors.items():
         nbytes = prod(shape) * dtype_of(dtype).itemsize
         if groups[-1] and group_nbytes + nbytes > max_shard_bytes:
@@ -47,13 +49,24 @@ def shard(tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYT
             group_nbytes = 0
         groups[-1][name] = (dtype, shape)
         group_nbytes += nbytes
-        nbytes_by_dtype[dtype] = nbytes_by_dtype.get(dtype, 0) + nbytes
-    most = max(nbytes_by_dtype, key=lambda dtype: nbytes_by_dtype[dtype], default="float32")
-    dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
     if len(groups) == 1:
-        return ExportLayout({SINGLE: lay_out(groups[0])}, None, most, dtypes)
+        return lay_out_single(tensors, SINGLE)
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     files = {file: lay_out(group) for file, group in zip(names, groups, strict=True)}
     index = {name: file for file, layout in files.items() for name in layout.tensors}
-    total = sum(nbytes_by_dtype.values())
-    return ExportLayout(files, encode_index(index, total), most, dtypes)
+    single = lay_out_single(tensors, SINGLE)
+    total = sum(span.nbytes for span in single.files[SINGLE].tensors.values())
+    return replace(single, files=files, index=encode_index(index, total))
+
+
+def lay_out_single(tensors: Mapping[str, DtypeAndShape], file: str) -> ExportLayout:
+    """Assign all tensors to one file."""
+    nbytes_by_dtype: dict[str, int] = {}
+    for dtype, shape in tensors.values():
+        # Small models may have more bytes in tables of indices than in weights.
+        if is_floating(dtype):
+            nbytes = prod(shape) * dtype_of(dtype).itemsize
+            nbytes_by_dtype[dtype] = nbytes_by_dtype.get(dtype, 0) + nbytes
+    most = max(nbytes_by_dtype, key=lambda dtype: nbytes_by_dtype[dtype], default="float32")
+    dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
+    return ExportLayout({file: lay_out({**tensors})}, None, most, dtypes)

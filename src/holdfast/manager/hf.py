@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+from torch import nn
+
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
-from holdfast.comm import Ranks, run_on_rank_0
-from holdfast.errors import UsageError
+from holdfast.comm import Ranks, run_on_all, run_on_rank_0
+from holdfast.errors import MismatchError, UsageError
 from holdfast.format.names import step_name
 from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.load import load_folder
+from holdfast.hf.own_names import check_no_adapters
+from holdfast.hf.values import value_differences
 from holdfast.loading.load import Loaded
 from holdfast.manager.components import differences
 from holdfast.manager.context import RunContext
@@ -37,24 +41,33 @@ class HFFormat:
     Collective: every rank makes one and calls its methods in the same order.
     """
 
-    def __init__(self, run: RunContext, model: HFModel | None) -> None:
-        """Raises a UsageError if the settings ask for exports, and `model` is None or the run saves
-        to an object store."""
+    def __init__(
+        self, run: RunContext, model: HFModel | None, live: Sequence[nn.Module] = ()
+    ) -> None:
+        """`live`: this rank's parts of the model.
+
+        Raises a UsageError if the settings ask for exports, and `model` is None or has adapters, or
+        the run saves to an object store.
+        """
         self._run, self._config, self._ranks, self._model = run, run.config, run.ranks, model
         self.planner: Planner = Planner(run.ranks)
-        exports = run.config.last_save_in_hf or run.config.hf_export_interval
-        if exports and is_url(run.catalog.store.url):
+        if not run.config.last_save_in_hf and not run.config.hf_export_interval:
+            return
+        if is_url(run.catalog.store.url):
             raise UsageError(
                 f"`{run.catalog.store.url}` is in an object store, where other programs would find "
                 "half of a Hugging Face folder while it is written",
                 hint="`last_save_in_hf = false` and `hf_export_interval = 0`; `holdfast convert` "
                 "writes the folder afterwards, to a disk",
             )
-        if model is None and exports:
+        if model is None:
             raise UsageError(
                 "Hugging Face folders need to know the model: its `config.json`",
                 hint="`hub=HFModel(config, assets)` of CheckpointManager",
             )
+        # Known only at the first export otherwise, after hours of training.
+        names = [name for part in live for name, _ in part.named_parameters()]
+        run_on_all(run.ranks, lambda: check_no_adapters(names))
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -80,6 +93,25 @@ class HFFormat:
             return None
         return "beside" if saved else "alone"
 
+    def check_values(self, config: Mapping[str, Any], where: str) -> None:
+        """Check that weights of `where`, trained with `config`, suit the values of this model.
+
+        Raises:
+            MismatchError: they do not, and the model is `exact`. All differences are listed.
+        """
+        lines = value_differences(config, self.config)
+        if not lines or self._model is None:
+            return
+        if self._model.exact:
+            raise MismatchError(
+                f"`{where}` was trained with other values than this run has (the second of each):"
+                "\n  " + "\n  ".join(lines),
+                hint="set `model.hf_assets_path` to a folder with the `config.json` of these "
+                "weights; to change a value on purpose, `holdfast convert --model-only --hf-assets "
+                "FOLDER` makes a new start with the `config.json` there",
+            )
+        self._run.warn(*(f"{where} was trained with another value: {line}" for line in lines))
+
     def load(self, path: str | None, tree: StateTree) -> Loaded:
         """Load the model from `path`, or from the assets of the model."""
         model = self._model
@@ -95,6 +127,7 @@ class HFFormat:
             ranks=self._ranks,
             config=model.config if model is not None else None,
             partial_load=not self._config.initial_load_strict,
+            check_config=self.check_values,
         )
         quantized = any("dequantized" in note for note in notes)
         if self._config.initial_load_in_hf_quantized and not quantized:
@@ -139,6 +172,8 @@ class HFFormat:
         speed = rate(exported.nbytes, time.perf_counter() - started)
         where, lost = catalog.where(attempt.name), exported.lost
         self._run.info(f"saved step {step} for Hugging Face: {speed}, {where}")
+        if exported.note:
+            self._run.info(f"{where}: {exported.note}")
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             self._run.warn(

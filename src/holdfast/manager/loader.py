@@ -181,6 +181,7 @@ class Loader:
         step, manifest = opened.step, opened.manifest
         assert step is not None, "only checkpoints of this folder are resumed from"
         source = opened.source(self._catalog.store if fetched is None else fetched.store)
+        self._hf.check_values(manifest.model, source.url)
         # Step 0 may be a seed, or TorchTitan's first step: only its model is loaded.
         is_full = step > 0 or manifest.kind == "full"
         self._load_components(source, self._resumed_names if is_full else [MODEL], step, fetched)
@@ -223,6 +224,7 @@ class Loader:
         manifest = in_dialect_of(opened.manifest, self._whole_model.state_dict())
         manifest = rename(manifest, self._config.initial_load_renames)
         source = replace(opened.source(store), manifest=manifest)
+        self._hf.check_values(manifest.model, source.url)
         if self._config.initial_load_model_only:
             tree = self._model(ignored_names(manifest, [MODEL]))
             self._load_tree(source, tree, 0, partial_load=not self._config.initial_load_strict)

@@ -147,7 +147,7 @@ class CheckpointManager:
         names = [name for name in components if name != MODEL]
         catalog = Catalog(store_to_save(folder or "") if store is None else store)
         self._run = RunContext(catalog, self.config, ranks, names, on_saved=on_saved)
-        hf = HFFormat(self._run, hub)
+        hf = HFFormat(self._run, hub, models)
         self._calls = threading.RLock()
         self._lifetime = Lifetime()
         self._stop_signals = StopSignals(())

@@ -52,7 +52,7 @@ def index_files(
     checkpoint's bytes. See `publish`."""
     encoded = index.encoded()
     writing = [result for result in results if result.file]
-    stored = [file for result in results for file in result.files()]
+    data = [file for result in results for file in result.files()]
     # Without its tensors, which `encoded` has.
     manifest = replace(
         facts,
@@ -61,9 +61,9 @@ def index_files(
             for result in writing
             for name, (item, checksum) in result.values.items()
         },
-        files={file.name: file.nbytes for file in stored},
-        tables={file.name: file.table for file in stored},
-        shared={file.name: file.num_links for file in stored if file.num_links}
+        files={file.name: file.nbytes for file in data},
+        tables={file.name: file.table for file in data},
+        shared={file.name: file.num_links for file in data if file.num_links}
         if any(result.places is not None for result in results)
         else None,
         kind=facts.kind or kind_with(encoded.nbytes),

@@ -17,29 +17,29 @@ class ListedStore:
     """
 
     def __init__(self, store: ReadStore) -> None:
-        self._store = self.beneath = store
+        self.store = store
         self._listed: dict[str, Sequence[str]] = {}
 
     @property
     def url(self) -> str:
-        return self._store.url
+        return self.store.url
 
     def list(self, folder: str = "") -> Sequence[str]:
         if folder not in self._listed:
-            self._listed[folder] = _Names(self._store.list(folder))
+            self._listed[folder] = _Names(self.store.list(folder))
         return self._listed[folder]
 
     def size(self, key: str) -> int:
-        return self._store.size(key)
+        return self.store.size(key)
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        return self._store.read(key, start, stop)
+        return self.store.read(key, start, stop)
 
     def open(self, key: str) -> AbstractContextManager[FileReader]:
-        return self._store.open(key)
+        return self.store.open(key)
 
     def leads_out(self, folder: str, file: str) -> bool:
-        return self._store.leads_out(folder, file)
+        return self.store.leads_out(folder, file)
 
 
 class _Names(tuple[str, ...]):

@@ -9,12 +9,14 @@ factor in `X.weight_scale_inv`), and the OCP Microscaling Formats specification 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
 
 from holdfast.errors import FormatError
 from holdfast.format.region import Region
+from holdfast.spelling import listed
 from holdfast.tensors.lazy import TensorInfo, Tensors
 from holdfast.tensors.numbers import Array, Floats, floats
 
@@ -36,6 +38,15 @@ _PAIR_OF_BYTE = np.array(
 )
 """The two values in each byte, the one in the low half first."""
 
+LISTED_MAX = 10
+"""Most tensors in one error."""
+
+READABLE = (None, "fp8", "mxfp4")
+"""Values of `quant_method` whose tensors can be read."""
+
+_PACKED = ("int8", "uint8", "int32", "float8", "float4")
+"""First letters of the dtypes that quantized weights have."""
+
 GROUP = 32
 """MXFP4 elements that share an exponent; they take 16 bytes."""
 
@@ -46,10 +57,11 @@ class Dequantized:
     def __init__(self, source: Tensors, config: Mapping[str, Any]) -> None:
         """`config`: `quantization_config` of the folder, or empty."""
         self._source = source
+        infos, unsupported = source.infos, list[str]()
+        _check_method(infos, config)
         self._block = _block_in(config)
         self.infos: dict[str, TensorInfo] = {}
         self.num_quantized = 0
-        infos, unsupported = source.infos, []
         for name, info in infos.items():
             if name.endswith(SCALE) and name.removesuffix(SCALE) in infos:
                 continue
@@ -71,7 +83,8 @@ class Dequantized:
             self.infos[name] = TensorInfo("float32", shape, PREFERRED)
         if unsupported:
             raise FormatError(
-                "unsupported quantization:\n  " + "\n  ".join(unsupported),
+                f"unsupported quantization of {len(unsupported)} tensors:"
+                + listed(unsupported, LISTED_MAX),
                 hint="fp8 in blocks (DeepSeek) and MXFP4 (gpt-oss) can be read",
             )
 
@@ -89,17 +102,21 @@ class Dequantized:
         return self._source.read(name, region)
 
     def _read_fp8(self, name: str, region: Region) -> Floats:
+        """Read a box of a weight `[..., r, c]` with one factor per block of its last two dims."""
         bits = self._source.read(name, region)
-        first = tuple(start // size for start, size in zip(region.start, self._block, strict=True))
-        last = tuple(-(-stop // size) for stop, size in zip(region.stop, self._block, strict=True))
+        outer = len(region.start) - len(self._block)
+        inner = region.start[outer:], region.stop[outer:]
+        first = tuple(start // size for start, size in zip(inner[0], self._block, strict=True))
+        last = tuple(-(-stop // size) for stop, size in zip(inner[1], self._block, strict=True))
+        box = Region((*region.start[:outer], *first), (*region.stop[:outer], *last))
         scale = self._source.infos[name + SCALE].dtype
-        factors = floats(self._source.read(name + SCALE, Region(first, last)), scale)
-        rows = np.arange(region.start[0], region.stop[0]) // self._block[0] - first[0]
-        columns = np.arange(region.start[1], region.stop[1]) // self._block[1] - first[1]
+        factors = floats(self._source.read(name + SCALE, box), scale)
+        rows = np.arange(inner[0][0], inner[1][0]) // self._block[0] - first[0]
+        columns = np.arange(inner[0][1], inner[1][1]) // self._block[1] - first[1]
         values = floats(bits, self._source.infos[name].dtype)
-        for block in range(factors.shape[0]):
+        for block in range(factors.shape[-2]):
             # One row of blocks at a time: a factor for every element would double the memory.
-            values[rows == block] *= factors[block][columns]
+            values[..., rows == block, :] *= factors[..., block, None, :][..., columns]
         return values
 
     def _read_mxfp4(self, name: str, region: Region) -> Array:
@@ -116,10 +133,13 @@ class Dequantized:
 
     def _check_fp8(self, name: str) -> list[str]:
         weight, scale = self._source.infos[name], self._source.infos[name + SCALE]
-        if len(weight.shape) == 2:
-            sizes = zip(weight.shape, self._block, strict=True)
-            expected = tuple(-(-size // block) for size, block in sizes)
-            if scale.shape == expected and weight.dtype.startswith("float8"):
+        outer = len(weight.shape) - len(self._block)
+        if outer >= 0:
+            sizes = zip(weight.shape[outer:], self._block, strict=True)
+            blocks = (-(-size // block) for size, block in sizes)
+            if scale.shape == (*weight.shape[:outer], *blocks) and weight.dtype.startswith(
+                "float8"
+            ):
                 return []
         return [
             f"`{name}` is {weight.dtype} {list(weight.shape)}, its `{SCALE}` {list(scale.shape)}, "
@@ -136,6 +156,21 @@ class Dequantized:
             f"`{name}` is {blocks.dtype} {list(blocks.shape)}, `{scales_name}` {scales.dtype} "
             f"{list(scales.shape)}"
         ]
+
+
+def _check_method(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> None:
+    """Raise a FormatError if the weights are quantized by a method that cannot be read."""
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    if method in READABLE:
+        return
+    packed = [name for name, info in infos.items() if info.dtype.startswith(_PACKED)]
+    if packed:
+        raise FormatError(
+            f"the weights are quantized by {shortened(method)}, which cannot be read: "
+            f"{len(packed)} tensors, such as `{packed[0]}` {infos[packed[0]].dtype}",
+            hint="convert the weights that they were made from; fp8 in blocks and MXFP4 can be "
+            "read",
+        )
 
 
 def _block_in(config: Mapping[str, Any]) -> tuple[int, int]:

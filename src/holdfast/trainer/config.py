@@ -340,8 +340,10 @@ class Config:
         default_factory=ActivationCheckpointConfig
     )
 
-    def check(self, world_size: int) -> None:
+    def check(self, world_size: int, flavor: Flavor | None = None) -> None:
         """Check that these settings can run on `world_size` workers.
+
+        `flavor` replaces that of the settings.
 
         Raises:
             UsageError: they cannot, for the reason given.
@@ -360,7 +362,8 @@ class Config:
         self._check_sequences_and_heads(degrees)
         self._check_experts(degrees)
         if degrees["pp"] > 1:
-            self._check_pipeline(degrees["pp"], batch // self.training.local_batch_size)
+            num_microbatches = batch // self.training.local_batch_size
+            self._check_pipeline(degrees["pp"], num_microbatches, flavor or self.model.shape)
 
     def _check_sequences_and_heads(self, degrees: Mapping[str, int]) -> None:
         tp, cp, shape = degrees["tp"], degrees["cp"], self.model.shape
@@ -408,8 +411,8 @@ class Config:
                 f"{math.gcd(ep, num_ranks, experts.num_experts)} divides both",
             )
 
-    def _check_pipeline(self, pp: int, num_microbatches: int) -> None:
-        shape, schedule = self.model.shape, self.parallelism.pipeline_parallel_schedule
+    def _check_pipeline(self, pp: int, num_microbatches: int, shape: Flavor) -> None:
+        schedule = self.parallelism.pipeline_parallel_schedule
         num_stages = pp * self.parallelism.stages_per_rank
         if shape.tied:
             raise UsageError(

@@ -27,7 +27,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from holdfast.hf.flavors import Flavor, RopeScaling
+from holdfast.hf.flavors import Flavor
+from holdfast.hf.rope import DynamicScaling, LinearScaling, RopeScaling, Scaling, YarnScaling
 from holdfast.trainer.config import ActivationCheckpointConfig
 from holdfast.trainer.moe import MixtureOfExperts
 
@@ -232,13 +233,27 @@ class RMSNorm(nn.Module):
         return (full_BTD * scale_BT1).type_as(x_BTD) * self.weight
 
 
-def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Compute cosine and sine of `position * frequency`, of shape TP2."""
+def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: Scaling | None) -> Tensor:
+    """Compute cosine and sine of `position * frequency`, of shape TP2, as transformers does.
+
+    A `DynamicScaling` depends on `seq_len`: a shorter sequence is rotated like one of that length.
+    """
+    if isinstance(scaling, DynamicScaling):
+        length = max(seq_len, scaling.original_seq_len) / scaling.original_seq_len
+        growth = scaling.factor * length - (scaling.factor - 1)
+        theta *= growth ** (head_dim / (head_dim - 2))
     frequency_P = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is not None:
-        frequency_P = _scale_frequencies(frequency_P, scaling)
+    match scaling:
+        case RopeScaling():
+            frequency_P = _scale_frequencies(frequency_P, scaling)
+        case LinearScaling():
+            frequency_P = frequency_P / scaling.factor
+        case YarnScaling():
+            kept_P = _kept_by_yarn(head_dim, theta, scaling)
+            frequency_P = frequency_P * (kept_P + (1 - kept_P) / scaling.factor)
     angle_TP = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency_P)
-    return torch.stack((angle_TP.cos(), angle_TP.sin()), dim=-1)
+    table_TP2 = torch.stack((angle_TP.cos(), angle_TP.sin()), dim=-1)
+    return table_TP2 * scaling.attention_factor if isinstance(scaling, YarnScaling) else table_TP2
 
 
 def _scale_frequencies(frequency_P: Tensor, scaling: RopeScaling) -> Tensor:
@@ -247,6 +262,23 @@ def _scale_frequencies(frequency_P: Tensor, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
     return frequency_P * (kept_P + (1 - kept_P) / scaling.factor)
+
+
+def _kept_by_yarn(head_dim: int, theta: float, scaling: YarnScaling) -> Tensor:
+    """Return the share of each frequency that is kept: 1 for high ones, 0 for low ones."""
+
+    def index_of(num_turns: float) -> float:
+        turns_per_radian = scaling.original_seq_len / (num_turns * 2 * math.pi)
+        return head_dim * math.log(turns_per_radian) / (2 * math.log(theta))
+
+    low, high = index_of(scaling.beta_fast), index_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp_P = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)
+    return 1 - ramp_P.clamp(0, 1)
 
 
 def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:

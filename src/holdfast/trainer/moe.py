@@ -43,17 +43,20 @@ class MixtureOfExperts(nn.Module):
 
 
 class Router(nn.Module):
-    """Choice of each token's experts, with weights that sum to 1."""
+    """Choice of each token's experts, and their weights."""
 
     def __init__(self, dim: int, flavor: ExpertFlavor) -> None:
         super().__init__()
         self.num_active: int = flavor.num_active
+        self.normalized: bool = flavor.normalized
         self.gate: nn.Linear = nn.Linear(dim, flavor.num_experts, bias=False)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         share_NX = self.gate(x_ND).float().softmax(-1)
         weight_NC, expert_NC = share_NX.topk(self.num_active, dim=-1)
-        return weight_NC / weight_NC.sum(-1, keepdim=True), expert_NC
+        if self.normalized:
+            weight_NC = weight_NC / weight_NC.sum(-1, keepdim=True)
+        return weight_NC, expert_NC
 
 
 class Experts(nn.Module):

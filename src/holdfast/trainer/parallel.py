@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from holdfast.errors import RankError, UsageError
+from holdfast.hf.flavors import Flavor
 from holdfast.trainer.config import Config
 from holdfast.trainer.context import context_parallel_attention, sequence_slice
 from holdfast.trainer.model import Attention, Transformer
@@ -178,19 +179,22 @@ def _device(local_rank: int, config: Config) -> torch.device:
     return device
 
 
-def build_model(config: Config, parallel: ParallelContext, vocab_size: int) -> list[nn.Module]:
+def build_model(
+    config: Config, parallel: ParallelContext, vocab_size: int, *, flavor: Flavor | None = None
+) -> list[nn.Module]:
     """Build this process's stages of the model, with their initial weights.
 
-    Allocates only this process's shards.
+    `flavor` replaces that of the settings. Allocates only this process's shards.
     """
+    flavor = flavor or config.model.shape
     stages: list[nn.Module] = []
     cp_mesh, tp_mesh, ep_mesh = parallel.mesh("cp"), parallel.mesh("tp"), parallel.mesh("ep")
-    seq_len, num_layers = config.training.seq_len, config.model.shape.num_layers
+    seq_len, num_layers = config.training.seq_len, flavor.num_layers
     pp_index, pp_degree = parallel.index("pp"), parallel.degree("pp")
     for layers in stages_of_rank(num_layers, config.parallelism, pp_index, pp_degree):
         with torch.device("meta"):
             model = Transformer(
-                config.model.shape,
+                flavor,
                 vocab_size=vocab_size,
                 seq_len=seq_len,
                 recompute=config.activation_checkpoint,

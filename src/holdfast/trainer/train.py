@@ -16,13 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from holdfast.catalog.hf_folder import CONFIG, read_config
-from holdfast.catalog.paths import open_for_reading
-from holdfast.convert.sizes import check_alike
 from holdfast.dashboard.history import MetricsRow
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.hf.export import HFModel
-from holdfast.hf.flavors import config_of
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.storage.opening import is_url, local_path
@@ -45,6 +40,7 @@ from holdfast.trainer.parallel import (
     raise_from_rank_0,
     sum_over_data,
 )
+from holdfast.trainer.published import PublishedModel, published_model
 
 logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
@@ -77,7 +73,8 @@ class Run:
         self.config, self.parallel = config, parallel
         tokenizer, tokens = _open_data(config, parallel)
         self.vocab_size = _vocab_size(config, tokenizer)
-        self.stages = build_model(config, parallel, self.vocab_size)
+        self.published = _published(config, parallel, self.vocab_size)
+        self.stages = build_model(config, parallel, self.vocab_size, flavor=self.published.flavor)
         self.optimizers = build_optimizers(self.stages, config.optimizer)
         self.schedulers = build_schedulers(
             self.optimizers, config.lr_scheduler, config.training.steps
@@ -118,7 +115,7 @@ def train(config: Config, parallel: ParallelContext) -> None:
         states={"train_state": run.state},
         # Without `enable` no other key has an effect, as `arguments.prepare_start` prints.
         config=config.checkpoint if config.checkpoint.enable else CheckpointConfig(),
-        hub=hf_model(config, run.vocab_size),
+        hub=run.published.hf_model,
     ) as manager:
         if is_finished(config, manager.final_step()):
             return
@@ -151,30 +148,12 @@ def _folders(config: Config) -> tuple[Path, str]:
     return Path(dump_folder), local_path(os.path.join(dump_folder, config.checkpoint.folder))  # noqa: PTH118 - keeps `//`
 
 
-def hf_model(config: Config, vocab_size: int) -> HFModel:
-    """Return the Hugging Face description of the configured model.
-
-    Its `config.json` is the one in `model.hf_assets_path` if that describes this model, else one
-    derived from `model.name` and `model.flavor`.
-    """
-    assets = config.model.hf_assets_path
-    derived = config_of(config.model.name, config.model.shape, vocab_size)
-    if assets is None or not (Path(assets) / CONFIG).exists():
-        return HFModel(derived, assets)
-    try:
-        given = read_config(*open_for_reading(assets))
-        check_alike((derived, f"flavor {config.model.flavor}"), (given, f"`{assets}/{CONFIG}`"))
-    except HoldfastError as error:
-        if config.checkpoint.last_save_in_hf or config.checkpoint.hf_export_interval:
-            logger.warning("exports get a `%s` of their own: %s", CONFIG, error.what)
-        return HFModel(derived, assets)
-    return HFModel(given, assets)
-
-
 def create_seed(config: Config, parallel: ParallelContext) -> None:
     """Save the whole model's initial weights as the checkpoint of step 0, without any data."""
     tokenizer = open_tokenizer(config.model.hf_assets_path)
-    stages = build_model(config, parallel, _vocab_size(config, tokenizer))
+    vocab_size = _vocab_size(config, tokenizer)
+    flavor = _published(config, parallel, vocab_size).flavor
+    stages = build_model(config, parallel, vocab_size, flavor=flavor)
     _, folder = _folders(config)
     checkpoint = replace(config.checkpoint, on_save_error="raise", async_mode="disabled")
     with CheckpointManager(folder, model=stages, config=checkpoint) as manager:
@@ -264,6 +243,14 @@ def _open_data(config: Config, parallel: ParallelContext) -> tuple[Tokenizer, To
 def _tokenizer_and_tokens(config: Config) -> tuple[Tokenizer, Tokens]:
     tokenizer = open_tokenizer(config.model.hf_assets_path)
     return tokenizer, open_tokens(config, tokenizer)
+
+
+def _published(config: Config, parallel: ParallelContext, vocab_size: int) -> PublishedModel:
+    """Return the model to train, checked against the number of workers again if its heads differ
+    from the flavor's."""
+    published = published_model(config, vocab_size)
+    config.check(parallel.world_size, published.flavor)
+    return published
 
 
 def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:

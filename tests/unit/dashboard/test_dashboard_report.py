@@ -194,7 +194,9 @@ def test_markup_in_names_is_escaped(saved: Path) -> None:
     history = HistoryReader(str(saved / "outputs/checkpoint")).read()
     rows = [
         CheckpointRow(evil, 7, "damaged", problem=evil),
-        CheckpointRow("step-8", 8, "good", "full", 5, "", {evil: 1}, files={evil: 3}),
+        CheckpointRow(
+            "step-8", 8, "good", "full", nbytes=5, created="", layout={evil: 1}, files={evil: 3}
+        ),
     ]
     made = dataclasses.replace(history, where=evil, rows=rows)
     found = Checked(page(made, NOW))

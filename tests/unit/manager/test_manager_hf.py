@@ -177,3 +177,36 @@ def test_a_failed_load_or_export_changes_nothing(tmp_path: Path) -> None:
 def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="checkpoint"):
         CheckpointConfig(enable=True, **settings)
+
+
+def test_weights_with_other_values_are_refused_or_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G10. Method: a Hugging Face folder and a checkpoint, both trained with other values, as
+    initial weights; the checkpoint to resume from. A run whose model has exactly the values of its
+    configuration refuses them; another one warns. Every value is named."""
+    trained = {**CONFIG, "rope_theta": 10000.0, "rms_norm_eps": 1e-3}
+    folder = save_folder(tmp_path / "hf", trained, hf_tensors(CONFIG))
+    with manager_of(tmp_path / "run", model_of(), HFModel(trained)) as manager:
+        manager.save(2)
+    starts: list[dict[str, Any]] = [
+        {"initial_load_in_hf": True, "initial_load_path": str(folder)},
+        {"initial_load_path": str(tmp_path / "run/step-2")},
+        {},
+    ]
+    for number, settings in enumerate(starts):
+        where = tmp_path / ("run" if not settings else f"other-{number}")
+        hub = HFModel(CONFIG, exact=True)
+        with (
+            manager_of(where, model_of(), hub, **settings) as manager,
+            pytest.raises(MismatchError, match="trained with other values") as raised,
+        ):
+            manager.load()
+        for line in ("`rms_norm_eps` is 0.001 and 1e-05", "`rope_theta` is 10000.0 and 500000.0"):
+            assert line in str(raised.value)
+        caplog.clear()
+        with manager_of(where, model_of(), HFModel(CONFIG), **settings) as manager:
+            manager.load()
+        assert caplog.text.count("was trained with another value") == 2
+        with manager_of(where, model_of(), HFModel(trained, exact=True), **settings) as manager:
+            manager.load()

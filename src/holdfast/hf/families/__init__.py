@@ -3,6 +3,7 @@ or by `register_family`."""
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import entry_points
 from reprlib import repr as shortened
 
@@ -30,6 +31,9 @@ FAMILIES: tuple[Family, ...] = (
 GROUP = "holdfast.families"
 """Entry points of other packages. The name of each is a `model_type`, its object a `Family`."""
 
+_OTHER_HEAD = re.compile(r"(?<!LMHead)Model|\w+For(?!CausalLM|ConditionalGeneration)\w+")
+"""Classes of transformers without the tensors of a language model's head, or with another head."""
+
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 
@@ -50,17 +54,41 @@ def register_family(family: Family) -> None:
     _BY_TYPE.update(dict.fromkeys(family.model_types, family))
 
 
+def table_of(config: Config) -> Family | None:
+    """Return the family whose table describes the tensors of a configuration.
+
+    None: no table has its model type; or its `architectures` names a class without the head of a
+    language model, such as a classifier. Such tensors keep the names that they have.
+    """
+    classes = config.get("architectures")
+    first = classes[0] if isinstance(classes, list) and classes else None
+    if isinstance(first, str) and re.search(rf"(?:{_OTHER_HEAD.pattern})$", first):
+        return None
+    return _registered(config)
+
+
+def no_table(config: Config) -> str:
+    """Return a note on tensors that keep their names, for a configuration without a table."""
+    classes = config.get("architectures")
+    kind = classes[0] if isinstance(classes, list) and classes else config.get("model_type")
+    return f"no table has the names of {str(kind)[:100]!r}: the tensors keep theirs"
+
+
 def family_of(config: Config, *, where: str) -> Family:
     """Return the family of a configuration. `where` names its file in errors, with backticks."""
-    model_type = str(config.get("model_type"))
-    if model_type not in _BY_TYPE:
-        # Looked up only now, since reading the metadata of all packages takes long.
-        for entry_point in entry_points(group=GROUP, name=model_type):
-            register_family(entry_point.load())
-    family = _BY_TYPE.get(model_type)
+    family = _registered(config)
     if family is None:
         raise FormatError(
             f"{where} has an unsupported model_type: {shortened(config.get('model_type'))}",
             hint=f"supported: {', '.join(sorted(_BY_TYPE))}; docs/families.md shows how to add one",
         )
     return family
+
+
+def _registered(config: Config) -> Family | None:
+    model_type = str(config.get("model_type"))
+    if model_type not in _BY_TYPE:
+        # Looked up only now, since reading the metadata of all packages takes long.
+        for entry_point in entry_points(group=GROUP, name=model_type):
+            register_family(entry_point.load())
+    return _BY_TYPE.get(model_type)

@@ -23,4 +23,9 @@ DEFAULTS: dict[str, Any] = {"tie_word_embeddings": True, "head_dim": 256}
 
 GEMMA2 = Family(("gemma2",), lambda _: ROWS, defaults=DEFAULTS)
 GEMMA3 = Family(("gemma3_text",), lambda _: (*ROWS, *HEAD_NORMS), defaults=DEFAULTS)
-GEMMA3_IN_A_LARGER_MODEL = replace(GEMMA3, model_types=("gemma3",), prefix="language_model.")
+GEMMA3_IN_A_LARGER_MODEL = replace(
+    GEMMA3,
+    model_types=("gemma3",),
+    prefix="language_model.",
+    alone=("gemma3_text", "Gemma3ForCausalLM"),
+)

@@ -40,4 +40,9 @@ def _axes(config: Config) -> dict[str, Sequence[int]]:
 
 
 LLAMA4 = Family(("llama4_text",), _rows, _axes, {"head_dim": 128})
-LLAMA4_IN_A_LARGER_MODEL = replace(LLAMA4, model_types=("llama4",), prefix="language_model.")
+LLAMA4_IN_A_LARGER_MODEL = replace(
+    LLAMA4,
+    model_types=("llama4",),
+    prefix="language_model.",
+    alone=("llama4_text", "Llama4ForCausalLM"),
+)

@@ -1,0 +1,67 @@
+"""`holdfast verify --as-export`: check a folder as the programs do that load it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from holdfast.cli.terminal import say
+from holdfast.errors import MismatchError
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedExport:
+    """Result for one folder."""
+
+    wrong: tuple[str, ...]
+    """Reasons for a loader to fail, or to compute something else."""
+
+    notes: tuple[str, ...]
+    logits: str | None
+    """Difference of the logits from those of another folder; None if they were not compared."""
+
+
+def checked_export(path: str, against: str | None) -> CheckedExport:
+    """Check a folder, and its logits against those of the folder `against`."""
+    from holdfast.convert.export_check import check_export
+
+    report = check_export(path)
+    if against is None or report.wrong:
+        return CheckedExport(report.wrong, report.notes, None)
+    from holdfast.convert.export_logits import compare_logits
+
+    try:
+        found = compare_logits(path, against)
+    except MismatchError as error:
+        return CheckedExport((error.what,), report.notes, None)
+    logits = (
+        f"largest difference {found.difference:.1e} of the largest logit, KL divergence "
+        f"{found.divergence:.1e} per token"
+    )
+    wrong = () if found.good else (f"the logits differ from those of `{against}`: {logits}",)
+    return CheckedExport(wrong, report.notes, logits)
+
+
+def say_export(export: CheckedExport, path: str) -> None:
+    """Print the result."""
+    if not export.wrong:
+        say(f"{path}: loaders find everything in place")
+    for line in export.wrong:
+        say(f"  {line}")
+    if export.logits is not None:
+        say(f"  logits: {export.logits}")
+    for note in export.notes:
+        say(f"  note: {note}")
+
+
+def raise_if_wrong(export: CheckedExport, path: str) -> None:
+    """Do nothing for a good export.
+
+    Raises:
+        MismatchError: there are reasons for a loader to fail.
+    """
+    if not export.wrong:
+        return
+    raise MismatchError(
+        f"`{path}` has {len(export.wrong)} reasons for a loader to fail",
+        hint="`holdfast convert SOURCE FOLDER --to hf --hf-assets ASSETS` writes a new export",
+    )

@@ -1,0 +1,96 @@
+"""Other parts of a multimodal model than its language model: kept, copied or left out.
+
+A loader gives random values to tensors that a folder lacks, so an export never lacks a part that
+its `config.json` has, unless a note says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.catalog.hf_folder import of_language_model
+from holdfast.convert.source import open_source
+from holdfast.errors import NotFoundError
+from holdfast.hf.family import Config, Family
+from holdfast.tensors.lazy import Tensors, only
+
+_NATIVE = re.compile(r"(?:tok_embeddings|layers\.\d+|norm|output|lm_head|rope)\..*|freqs_cis")
+"""Native names, and Hugging Face's name of the head, which some native dialects share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Contents of an export besides the tensors of the language model."""
+
+    towers: Tensors | None
+    """Tensors of the other parts; None: there are none."""
+
+    prefix: str
+    """Prefix that is removed from the Hugging Face names of the language model."""
+
+    config: Config
+    notes: tuple[str, ...] = ()
+
+
+def other_names(family: Family, names: Sequence[str], *, hf: bool) -> list[str]:
+    """Return the names that do not belong to the language model of a multimodal family.
+
+    `hf`: whether the language model has Hugging Face's names.
+    """
+    if not family.prefix:
+        return []
+    if hf:
+        return [name for name in names if not name.startswith(family.prefix)]
+    return [name for name in names if not _NATIVE.fullmatch(name)]
+
+
+def completed(
+    family: Family,
+    config: Config,
+    towers: Tensors | None,
+    assets: str | None,
+    skipped: Sequence[str],
+) -> Export:
+    """Return other parts, names and configuration for an export of a multimodal model.
+
+    `towers`: the other parts in the source; `skipped`: names of such tensors that were left out.
+    """
+    if not family.prefix:
+        return Export(None, "", config)
+    if towers is not None:
+        lost = [f"left out {len(skipped)} tensors: loaders give them random values"]
+        return Export(towers, "", config, tuple(lost if skipped else ()))
+    copied = None if skipped or assets is None else _towers_in(assets, family)
+    if copied is not None:
+        note = f"{len(copied.infos)} tensors of other parts are copied from `{assets}`"
+        return Export(copied, "", config, (note,))
+    if family.alone is None:
+        lost = ["only the language model is exported: loaders give the other parts random values"]
+        return Export(None, "", config, tuple(lost))
+    note = f"only the language model is exported, as {family.alone[1]}: no other part is given"
+    return Export(None, family.prefix, _alone(family, config), (note,))
+
+
+def _towers_in(folder: str, family: Family) -> Tensors | None:
+    """Return the tensors of the other parts in a folder, or None if it has none."""
+    try:
+        opened = open_source(folder)
+    except NotFoundError:
+        return None
+    if opened.checkpoint.hf is None:
+        return None
+    names = other_names(family, [*opened.model.infos], hf=True)
+    return only(opened.model, names) if names else None
+
+
+def _alone(family: Family, config: Config) -> dict[str, Any]:
+    """Return the configuration of the language model alone."""
+    assert family.alone is not None, "checked by the caller"
+    text = config.get("text_config")
+    model_type, architecture = family.alone
+    kept = {*(text if isinstance(text, dict) else {}), "tie_word_embeddings", "dtype"}
+    flat = {key: value for key, value in of_language_model(config).items() if key in kept}
+    return {**flat, "architectures": [architecture], "model_type": model_type}

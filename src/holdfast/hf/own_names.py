@@ -1,0 +1,108 @@
+"""Live models that have Hugging Face's names, or names that no table maps: names as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from holdfast.errors import MismatchError, UsageError
+from holdfast.hf.check import DERIVED, differences, listed
+from holdfast.hf.dialects import CORRECTION_BIAS, dialect_of
+from holdfast.hf.families import no_table, table_of
+from holdfast.hf.family import Config, fused_experts, mapping_of
+from holdfast.hf.shards import DtypeAndShape
+from holdfast.tensors.lazy import Mapped, Renamed, TensorInfo, Tensors
+from holdfast.tensors.mapping import TensorMapping
+from holdfast.tensors.numbers import is_floating
+from holdfast.tensors.relation import Dim, Relation, Side
+
+_ADAPTER = (".lora_A.", ".lora_B.", ".base_layer.")
+"""Parts of names that only models with PEFT adapters have."""
+
+
+def check_no_adapters(names: Iterable[str]) -> None:
+    """Check that a live model can be exported.
+
+    Raises:
+        UsageError: it has adapters, whose tensors no export has.
+    """
+    adapter = next((name for name in names if any(part in name for part in _ADAPTER)), None)
+    if adapter is not None:
+        raise UsageError(
+            f"a model with adapters cannot be exported during training: it has `{adapter}`",
+            hint="`holdfast convert STEP FOLDER --to hf --adapter-config FILE` makes a folder of "
+            "PEFT from a checkpoint, with `--merge` a whole model",
+        )
+
+
+def keeps_names(names: Collection[str], config: Config | None) -> bool:
+    """Return whether a live model with these names is loaded and exported without a table."""
+    dialect = dialect_of(names)
+    if dialect == "hf":
+        return True
+    return dialect is None and config is not None and table_of(config) is None
+
+
+def own_names_mapping(infos: Mapping[str, TensorInfo]) -> TensorMapping:
+    """Return the mapping of every tensor to itself."""
+    relations, axes = list[Relation](), dict[str, range]()
+    for name, info in infos.items():
+        # One axis per dim and size: both sides of a relation need distinct axes.
+        sizes = {f"dim{dim}_{size}": range(size) for dim, size in enumerate(info.shape)}
+        axes.update(sizes)
+        side = Side(name, tuple(Dim(((axis,),)) for axis in sizes))
+        relations.append(Relation(side, side))
+    return TensorMapping(relations, axes)
+
+
+def own_dtypes(infos: Mapping[str, TensorInfo], dtype: str) -> dict[str, DtypeAndShape]:
+    """Return dtype and shape of every tensor of an export in `dtype`."""
+    kept = {n for n, i in infos.items() if n.endswith(CORRECTION_BIAS) or not is_floating(i.dtype)}
+    return {n: (i.dtype if n in kept else dtype, i.shape) for n, i in infos.items()}
+
+
+def check_export(infos: Mapping[str, TensorInfo], config: Config) -> str:
+    """Check that the tensors are those of the configuration, as far as a table says. Returns a note
+    for the log.
+
+    Raises:
+        MismatchError: the table of the configuration has other tensors.
+    """
+    family = table_of(config)
+    if family is None:
+        return no_table(config)
+    fused = fused_experts(family, config, infos)
+    mapping = mapping_of(family, config, fused_experts=fused)
+    wrong = differences(infos, mapping, "hf", "the configuration")
+    if wrong:
+        raise MismatchError(
+            f"the model cannot be exported:{listed(wrong)}",
+            hint="check that the `config.json` of the export belongs to this model",
+        )
+    if fused:
+        return (
+            "the experts of a layer are in one tensor, as in the memory of transformers; `holdfast "
+            "convert` of the export writes the published names"
+        )
+    return "the model has the names of Hugging Face, which the export keeps"
+
+
+def tensors_for(
+    hf_tensors: Tensors,
+    names: Collection[str],
+    tied: Collection[tuple[str, str]],
+    config: Config | None,
+) -> Tensors:
+    """Return the tensors of a folder for a live model that has `names`.
+
+    `tied`: pairs of names of one tensor; a folder may have it by one of them only.
+    """
+    family = None if config is None else table_of(config)
+    if family is not None and config is not None:
+        here, there = (fused_experts(family, config, one) for one in (names, hf_tensors.infos))
+        if here != there:
+            stored = mapping_of(family, config, fused_experts=there)
+            native = Mapped(hf_tensors, stored, "native")
+            hf_tensors = Mapped(native, mapping_of(family, config, fused_experts=here), "hf")
+    kept = {n: n for n in hf_tensors.infos if n in names or not DERIVED.fullmatch(n)}
+    aliases = {name: other for name, other in tied if name not in kept and other in kept}
+    return Renamed(hf_tensors, kept, aliases)

@@ -1,0 +1,200 @@
+"""Rotary frequencies of a model, from its `config.json` and back.
+
+The kinds of scaling and their keys are those of transformers (`modeling_rope_utils.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from reprlib import repr as shortened
+from typing import Any
+
+from holdfast.errors import FormatError
+
+Config = Mapping[str, Any]
+"""Contents of `config.json`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Scaling of rotary frequencies in Llama 3.1, from 8192 to 131072 positions."""
+
+    factor: float
+    """Factor by which long wavelengths are stretched."""
+
+    low_freq_factor: float = 1.0
+    """Wavelengths above `original_seq_len / low_freq_factor` are stretched by the full `factor`."""
+
+    high_freq_factor: float = 4.0
+    """Wavelengths below `original_seq_len / high_freq_factor` are not stretched."""
+
+    original_seq_len: int = 8192
+    """Number of positions before the scaling."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Division of all rotary frequencies."""
+
+    factor: float
+    """Divisor of the frequencies."""
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicScaling:
+    """Larger base of the rotary frequencies for sequences beyond the original length."""
+
+    factor: float
+    """Growth of the base: see `trainer.model.rotary_table`."""
+
+    original_seq_len: int
+    """Number of positions up to which the frequencies are not scaled."""
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): low frequencies are divided, high ones kept."""
+
+    factor: float
+    """Divisor of the low frequencies."""
+
+    original_seq_len: int
+    """Number of positions before the scaling."""
+
+    attention_factor: float
+    """Factor of cosines and sines."""
+
+    beta_fast: float = 32.0
+    """Frequencies with more turns than this over the original positions are kept."""
+
+    beta_slow: float = 1.0
+    """Frequencies with fewer turns than this are divided by the full `factor`."""
+
+    truncate: bool = True
+    """Whether the ramp between both begins and ends at whole frequency numbers."""
+
+
+Scaling = RopeScaling | LinearScaling | DynamicScaling | YarnScaling
+"""Scaling of rotary frequencies."""
+
+THETA = 10000.0
+"""Base of the rotary frequencies in a `config.json` without one."""
+
+
+def rope_of(config: Config, *, max_positions: int) -> tuple[float, Scaling | None]:
+    """Return base and scaling of the rotary frequencies.
+
+    `max_positions`: positions of the model if the configuration does not say.
+
+    Raises:
+        FormatError: the kind of scaling is not supported, or a value is missing or absurd.
+    """
+    # transformers 5 has all values in one dict, version 4 has the base beside `rope_scaling`.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise _absurd("rope_parameters", "an object", rope)
+    theta = _number(rope, "rope_theta", _number(config, "rope_theta", THETA))
+    partial = _number(rope, "partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
+    if partial != 1.0:
+        raise _absurd("partial_rotary_factor", "1", partial)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if not isinstance(kind, str) or kind not in _PARSERS:
+        raise _absurd("rope_type", f"default, {', '.join(_PARSERS)}", kind)
+    positions = int(_number(config, "max_position_embeddings", max_positions))
+    original = rope.get("original_max_position_embeddings", positions)
+    original = config.get("original_max_position_embeddings", original)
+    known = {**rope, "max_position_embeddings": positions, "original": original}
+    return theta, _PARSERS[kind](known)
+
+
+def rope_scaling_of(scaling: Scaling) -> dict[str, Any]:
+    """Return `rope_scaling` of `config.json`."""
+    match scaling:
+        case LinearScaling():
+            return {"rope_type": "linear", "factor": scaling.factor}
+        case DynamicScaling():
+            # The original length is `max_position_embeddings`.
+            return {"rope_type": "dynamic", "factor": scaling.factor}
+        case YarnScaling():
+            return {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "attention_factor": scaling.attention_factor,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "truncate": scaling.truncate,
+                "original_max_position_embeddings": scaling.original_seq_len,
+            }
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_seq_len,
+    }
+
+
+def _linear(rope: Config) -> Scaling:
+    return LinearScaling(_number(rope, "factor"))
+
+
+def _dynamic(rope: Config) -> Scaling:
+    return DynamicScaling(_number(rope, "factor"), int(_number(rope, "max_position_embeddings")))
+
+
+def _llama3(rope: Config) -> Scaling:
+    return RopeScaling(
+        factor=_number(rope, "factor"),
+        low_freq_factor=_number(rope, "low_freq_factor"),
+        high_freq_factor=_number(rope, "high_freq_factor"),
+        original_seq_len=int(_number(rope, "original")),
+    )
+
+
+def _yarn(rope: Config) -> Scaling:
+    original = int(_number(rope, "original"))
+    factor = _number(rope, "factor", rope["max_position_embeddings"] / max(original, 1))
+    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    attention = _mscale(factor, 1.0)
+    if mscale and mscale_all:
+        attention = _mscale(factor, _number(rope, "mscale")) / _mscale(
+            factor, _number(rope, "mscale_all_dim")
+        )
+    return YarnScaling(
+        factor=factor,
+        original_seq_len=original,
+        attention_factor=_number(rope, "attention_factor", attention),
+        beta_fast=_number(rope, "beta_fast", 32.0) or 32.0,
+        beta_slow=_number(rope, "beta_slow", 1.0) or 1.0,
+        truncate=rope.get("truncate", True) is not False,
+    )
+
+
+_PARSERS: Mapping[str, Callable[[Config], Scaling]] = {
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+"""Function that reads each kind of scaling."""
+
+
+def _mscale(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+
+def _number(config: Config, key: str, default: Any = None) -> float:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise _absurd(key, "a number of at least 0", value)
+    return float(value)
+
+
+def _absurd(key: str, expected: str, found: object) -> FormatError:
+    return FormatError(f"`{key}` must be {expected}, found: {shortened(found)}")

@@ -1,0 +1,133 @@
+"""Values of a model that its tensors do not show: rotary frequencies, epsilon, routing.
+
+Weights that are loaded into a model with other values give other logits, without any error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from reprlib import repr as shortened
+from typing import Any
+
+from holdfast.errors import FormatError, MismatchError
+from holdfast.hf.flavors import Flavor
+from holdfast.hf.rope import rope_of
+
+Config = Mapping[str, Any]
+"""Contents of `config.json`."""
+
+MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
+    "llama3": ("llama", "mistral"),
+    "qwen3_moe": ("qwen3_moe",),
+}
+"""Values of `model_type` that a native model computes, by its name in `flavors.MODELS`."""
+
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 4096 * 32, "sliding_window": 4096},
+    "qwen3_moe": {
+        "max_position_embeddings": 32768,
+        "norm_topk_prob": False,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+    },
+}
+"""Values of transformers for keys that a `config.json` lacks, by model type."""
+
+_FIXED: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+"""Values that native models have, whatever the configuration."""
+
+_COMPARED = "rms_norm_eps norm_topk_prob num_experts_per_tok hidden_act sliding_window"
+
+
+def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
+    """Return a flavor with the values of a configuration.
+
+    `where` names the configuration in errors, with backticks.
+
+    Raises:
+        MismatchError: the native model cannot compute it. All such values are listed.
+    """
+    config = {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+    wrong = [
+        f"`{key}` is {shortened(config[key])}, expected: {expected}"
+        for key, expected in _FIXED.items()
+        if config.get(key) is not None and config[key] != expected
+    ]
+    wrong += _sliding(config)
+    eps, head_dim = config.get("rms_norm_eps", 1e-6), config.get("head_dim")
+    theta, scaling = flavor.rope_theta, flavor.rope_scaling
+    try:
+        theta, scaling = rope_of(config, max_positions=config.get("max_position_embeddings", 0))
+    except FormatError as error:
+        wrong.append(error.what)
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        wrong.append(f"`rms_norm_eps` must be a number above 0, found: {shortened(eps)}")
+    experts = flavor.experts
+    if experts is not None:
+        num_active = config.get("num_experts_per_tok")
+        if type(num_active) is not int or not 0 < num_active <= experts.num_experts:
+            wrong.append(
+                f"`num_experts_per_tok` must be a number of the {experts.num_experts} experts, "
+                f"found: {shortened(num_active)}"
+            )
+        else:
+            normalized = config.get("norm_topk_prob") is True
+            experts = replace(experts, num_active=num_active, normalized=normalized)
+    if wrong:
+        raise MismatchError(
+            f"{where} has values that the native model does not compute:\n  " + "\n  ".join(wrong),
+            hint="train the model by its own code, with `CheckpointManager(..., hub=HFModel(config"
+            "))`; for the tokenizer alone, use a folder without `config.json`",
+        )
+    return replace(
+        flavor,
+        norm_eps=float(eps),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tied=config.get("tie_word_embeddings") is True,
+        head_width=head_dim if type(head_dim) is int else None,
+        experts=experts,
+    )
+
+
+def _sliding(config: Config) -> Iterator[str]:
+    """Yield a line if attention is limited to a window."""
+    window = config.get("sliding_window")
+    is_used = config.get("use_sliding_window", config.get("model_type") == "mistral")
+    if is_used and window is not None:
+        yield f"`sliding_window` is {shortened(window)}, expected: null"
+
+
+def value_differences(one: Config, other: Config) -> list[str]:
+    """Return one line per value that differs, if both configurations have it."""
+    values = _values(one), _values(other)
+    return [
+        f"`{key}` is {shortened(value)} and {shortened(values[1][key])}"
+        for key, value in values[0].items()
+        if key in values[1] and values[1][key] != value
+    ]
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """Return the values of a configuration by name, and those that transformers uses for missing
+    keys of the models that can be trained here."""
+    defaults = _DEFAULTS.get(str(config.get("model_type")), {})
+    known = {**({"rms_norm_eps": 1e-6, **defaults} if defaults else {}), **config}
+    values = {key: known[key] for key in _COMPARED.split() if key in known}
+    if not known.get("use_sliding_window", True):
+        values["sliding_window"] = None
+    has_rope = {"rope_theta", "rope_parameters", "rope_scaling"} & config.keys()
+    if has_rope or defaults:
+        with suppress(FormatError):
+            positions = known.get("max_position_embeddings") or 0
+            values["rope_theta"], values["rope_scaling"] = rope_of(known, max_positions=positions)
+    return values
