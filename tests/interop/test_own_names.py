@@ -14,6 +14,7 @@ from torch import Tensor
 
 import hf_models
 import hub_classes
+from extent import some
 from holdfast.cli.main import main
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
@@ -119,7 +120,9 @@ def test_a_second_name_of_a_tied_tensor_is_not_exported(tmp_path: Path) -> None:
         assert_same(tensors_in(back), tensors_in(source))
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama-tied", "qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", some(["gpt2", "qwen3-moe", "bert", "t5", "llama-tied", "gpt-oss"], 2)
+)
 def test_a_live_model_with_names_of_its_own_is_exported_and_loaded(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import hf_models
 import hub_classes
+from extent import some
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import HoldfastError, MismatchError, UsageError
@@ -89,7 +90,7 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some([*KINDS], 2))
 def test_a_checkpoint_becomes_a_peft_folder_or_a_merged_model(kind: str, tmp_path: Path) -> None:
     """G10. Method: save the model of a run with an adapter, whole and without its frozen base. The
     folder of PEFT has what `save_pretrained` writes, and gives the logits of the run on its base.
