@@ -1,7 +1,7 @@
 """Bytes and time of the saves of a LoRA run, with `deduplicate` and without:
 `python -m benchmarks.deduplicate --mb 200`.
 
-The model is frozen linear layers with adapters of rank 8, which AdamW trains. A tensor counts as
+The model is frozen linear layers with adapters of rank 16, which AdamW trains. A tensor counts as
 changed if its bytes differ from those in the checkpoint before the previous one, whose files a save
 links. The first two saves write everything, and are shown apart.
 """
@@ -21,8 +21,8 @@ from torch import nn
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.format.names import step_name
 
-WIDTH = 1024
-RANK = 8
+WIDTH = 2048
+RANK = 16
 FIRST = 2
 """Saves that have no checkpoint to link files of."""
 

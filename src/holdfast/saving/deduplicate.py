@@ -91,7 +91,8 @@ class Deduplicator:
         self._saved = [
             files_of_rank(self._rank, name, manifest)
             for name, manifest in earlier
-            if manifest.block_bytes == checksum.BLOCK_BYTES
+            # With `index.bin`, every rank would read the rows of all ranks to find its own.
+            if manifest.block_bytes == checksum.BLOCK_BYTES and manifest.rows is None
         ]
 
     def can_link(self, name: str) -> bool:

@@ -38,8 +38,8 @@ def publish(
         StorageError: rank 0 does not see another rank's file, or an index cannot be written.
     """
     for result in results:
-        if result.file:
-            _check_shared(catalog.store, str(attempt), result.file, result.nbytes)
+        for file in result.files():
+            _check_shared(catalog.store, str(attempt), file.name, file.nbytes)
     files, nbytes = index_files(results, index, facts)
     publish_with(attempt, files, catalog)
     return nbytes
