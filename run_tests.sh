@@ -16,9 +16,9 @@ if [ "${1:-}" = --all ]; then
     export HOLDFAST_TESTS_COLD=1
     shift
 fi
-# One process more than cores, since tests wait for processes and disks; tests/conftest.py divides
+# Two processes more than cores, since tests wait for processes and disks; tests/conftest.py divides
 # the tests. One process if the caller chooses the tests.
-workers=(--numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+workers=(--numprocesses $(($(nproc) + 2)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     [ "${argument:0:1}" = - ] || workers=()
 done

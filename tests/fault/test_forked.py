@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,10 +20,10 @@ import torch
 from torch import nn
 
 import holdfast
+from extent import every, some
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.manager import lifetime
 from holdfast.storage.local import LocalStore
-from warm import python
 
 SOON_S = 20.0
 """Far below the life of the children here, far above what anything takes."""
@@ -141,8 +142,11 @@ with CheckpointManager(folder, model=model, config=config) as manager:
 
 @contextmanager
 def running(how: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a run with children, and wait for its first step. Kill its session at the end."""
-    command = [python(), "-c", RUN, how, str(folder)]
+    """Start a run with children, and wait for its first step. Kill its session at the end.
+
+    It starts afresh: a signal to a warm `python` reaches the run later, and not its children.
+    """
+    command = [sys.executable, "-c", RUN, how, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
             assert process.stdout is not None
@@ -153,7 +157,7 @@ def running(how: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("how", ["fork", "loader"])
+@pytest.mark.parametrize("how", some(["loader", "fork"], 1))
 def test_a_signal_ends_a_run_that_has_children(how: str, tmp_path: Path) -> None:
     """G12, G17. Method: SIGTERM to the run only, whose children live on."""
     with running(how, tmp_path) as process:
@@ -163,7 +167,7 @@ def test_a_signal_ends_a_run_that_has_children(how: str, tmp_path: Path) -> None
         assert process.wait(SOON_S) == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("how", ["fork", "loader", "spawn", "forkserver"])
+@pytest.mark.parametrize("how", every(2, ["fork", "loader", "forkserver", "spawn"]))
 def test_children_of_a_killed_run_do_not_block_the_next_start(how: str, tmp_path: Path) -> None:
     """G17. Method: SIGKILL to the run only; its children live on while the next one saves."""
     with running(how, tmp_path) as process:

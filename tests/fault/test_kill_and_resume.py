@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import holdfast
 from checkpoints import contents, differing
 from runs import kill_all, losses, start, train, wait_for_step
@@ -39,6 +41,7 @@ def test_ten_steps_kill_and_ten_more_equal_twenty_at_once(tmp_path: Path) -> Non
     assert sorted(losses(broken / "outputs")) == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
     """G9. Method: 4 ranks (2 x 2) are killed; 1 rank continues, and reports which state starts
     afresh."""

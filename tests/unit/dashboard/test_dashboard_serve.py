@@ -328,6 +328,7 @@ def test_wrong_arguments_and_missing_packages_are_errors(
         assert line in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_an_open_page_shows_new_saves_and_new_damage(tmp_path: Path) -> None:
     """Method: open a page before the first checkpoint; a real run of two ranks saves, then a file
