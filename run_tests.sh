@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs on first use, then checks style, types and layers, and runs the tests.
 #
-#   ./run_tests.sh             all tests except slow ones, 14 minutes on 2 cores
+#   ./run_tests.sh             all tests except slow ones, 13 minutes on 2 cores
 #   ./run_tests.sh --fast      checks, and the tests that start no process: about 90 seconds
 #   ./run_tests.sh --all       slow tests too, with new random examples; every command starts afresh
 #   ./run_tests.sh tests/unit  other arguments are passed on to pytest
@@ -16,9 +16,9 @@ if [ "${1:-}" = --all ]; then
     export HOLDFAST_TESTS_COLD=1
     shift
 fi
-# Two processes more than cores, since tests wait for processes and disks; tests/conftest.py divides
+# One process more than cores, since tests wait for processes and disks; tests/conftest.py divides
 # the tests. One process if the caller chooses the tests.
-workers=(--numprocesses $(($(nproc) + 2)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+workers=(--numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     [ "${argument:0:1}" = - ] || workers=()
 done
