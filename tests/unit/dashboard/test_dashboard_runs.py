@@ -62,7 +62,7 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def wait_for(found: Callable[[], object], expected: object, *, timeout_s: float = 30) -> None:
+def wait_for(found: Callable[[], object], expected: object, *, timeout_s: float = 120) -> None:
     """Wait until a function returns the expected value."""
     deadline = time.monotonic() + timeout_s
     while found() != expected and time.monotonic() < deadline:
