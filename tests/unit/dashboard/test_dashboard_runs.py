@@ -62,7 +62,7 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def wait_for(found: Callable[[], object], expected: object, *, timeout_s: float = 120) -> None:
+def wait_for(found: Callable[[], object], expected: object, *, timeout_s: float = 30) -> None:
     """Wait until a function returns the expected value."""
     deadline = time.monotonic() + timeout_s
     while found() != expected and time.monotonic() < deadline:
@@ -240,7 +240,9 @@ def test_numbers_of_runs_stay(tmp_path: Path) -> None:
     with watched(tmp_path / "later", single, single) as fleet:
         assert states(fleet) == {"later": "never saved", "single": "good"}
         assert not fleet.is_single
-        add_run(tmp_path / "later/x", now=now, age_s=5)
+        # Appears whole: a search in the middle would number the folder above the run.
+        add_run(tmp_path / "made/x", now=now, age_s=5)
+        (tmp_path / "made").rename(tmp_path / "later")
         # 0 becomes a folder above runs. 2 is the same as 1.
         wait_for(lambda: [*fleet.runs], [1, 3])
         assert fleet.runs[3].folder == f"{tmp_path}/later/x/checkpoint"
