@@ -52,7 +52,9 @@ class SaveCost(NamedTuple):
 def train(folder: Path, nbytes: int, num_saves: int, *, deduplicate: bool) -> list[SaveCost]:
     """Train one step before each save. Returns the cost of each save."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(Adapted() for _ in range(max(1, nbytes // (4 * WIDTH * WIDTH)))))
+    num_layers = max(1, nbytes // (4 * WIDTH * WIDTH))
+    layers = [Adapted() for _ in range(num_layers)]
+    model = nn.Sequential(*layers)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     config = CheckpointConfig(enable=True, interval=1, keep_latest_k=3, deduplicate=deduplicate)

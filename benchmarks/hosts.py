@@ -47,7 +47,8 @@ WIDTH = 1024
 def network(nbytes: int) -> nn.Sequential:
     """Linear layers which have, with two AdamW moments, about `nbytes` bytes of state."""
     count = max(1, round(nbytes / (12 * WIDTH * WIDTH)))
-    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(count)))
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(count)]
+    return nn.Sequential(*layers)
 
 
 def figures_of(saves: dict[str, tuple[Save, Wait]], rounds: int) -> dict[str, list[Figure]]:

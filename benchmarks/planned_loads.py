@@ -75,7 +75,8 @@ class RecordingRanks(Solo):
 
     def gather(self, item: T) -> list[T]:
         message = pickle.dumps(item)
-        return [item, *(pickle.loads(message) for _ in range(1, self.size))]
+        from_others = [pickle.loads(message) for _ in range(1, self.size)]
+        return [item, *from_others]
 
     def scatter(self, items: list[T]) -> T:
         self.sent.append(pickle.dumps(items[1]))

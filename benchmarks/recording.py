@@ -76,8 +76,23 @@ def write_tree(tree: Tree, folder: str | os.PathLike[str]) -> None:
 
 
 _HOOKED = (
-    *("open", "close", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate", "fsync"),
-    *("fdatasync", "mkdir", "rmdir", "unlink", "remove", "rename", "replace", "link", "sendfile"),
+    "open",
+    "close",
+    "write",
+    "pwrite",
+    "pwritev",
+    "ftruncate",
+    "posix_fallocate",
+    "fsync",
+    "fdatasync",
+    "mkdir",
+    "rmdir",
+    "unlink",
+    "remove",
+    "rename",
+    "replace",
+    "link",
+    "sendfile",
 )
 _REAL: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in _HOOKED}
 _REAL_OPEN = io.open

@@ -35,7 +35,8 @@ def command(part: str, options: BenchmarkOptions) -> list[str]:
         load = ["--load"] if part == "planning_loads" else []
         return [*start, *load, "--sizes", *sizes, *out]
     if part == "many_checkpoints":
-        return [*start, *(["--count", "200"] if options.quick else []), *out]
+        count = ["--count", "200"] if options.quick else []
+        return [*start, *count, *out]
     return [*start, part, *options.arguments()]
 
 

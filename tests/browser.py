@@ -17,8 +17,14 @@ CHROMIUM = next(
 """Path of the browser; None if there is none, and then the tests that need it are skipped."""
 
 QUIET = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 )
 """Options for a browser that shows no window and makes no connections of its own."""
 

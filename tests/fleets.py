@@ -126,8 +126,15 @@ def _date_seal(path: Path, created: float) -> None:
 
 
 GOOD = (
-    *("llama3-8b-base", "llama3-8b-long", "llama3-70b-sft", "qwen3-4b-lr3e-4", "qwen3-4b-lr1e-4"),
-    *("moe-8x7b-a", "moe-8x7b-b", "vit-l-16-aug", "whisper-small-de"),
+    "llama3-8b-base",
+    "llama3-8b-long",
+    "llama3-70b-sft",
+    "qwen3-4b-lr3e-4",
+    "qwen3-4b-lr1e-4",
+    "moe-8x7b-a",
+    "moe-8x7b-b",
+    "vit-l-16-aug",
+    "whisper-small-de",
 )
 """Names of the runs without problems."""
 

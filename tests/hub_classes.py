@@ -42,8 +42,19 @@ PARAMETERS_MAX = 16_000_000
 """Largest model that is built: larger ones would take too long."""
 
 DEFAULT = (
-    *("gpt2", "t5", "bert", "mamba", "vit", "whisper", "clip", "llava", "qwen2_moe", "olmo2"),
-    *("modernbert", "wav2vec2", "convnext"),
+    "gpt2",
+    "t5",
+    "bert",
+    "mamba",
+    "vit",
+    "whisper",
+    "clip",
+    "llava",
+    "qwen2_moe",
+    "olmo2",
+    "modernbert",
+    "wav2vec2",
+    "convnext",
 )
 """Architectures of each kind that are tested by default."""
 

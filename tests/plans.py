@@ -52,7 +52,9 @@ def save_by_plan(
         index = Index(plan, layouts) if ranks.rank == 0 else None
         layout = lay_out_file(ranks.rank, items, [])
         result = write(
-            *(store, str(attempt), layout),
+            store,
+            str(attempt),
+            layout,
             lambda item: host_windows(box_of(tensors[item.name], item.region), item.dtype),
         )
         facts = Manifest({}, {}, step=step, kind="full")

@@ -17,8 +17,16 @@ import warm
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "train_configs" / "debug_model.toml"
 SMALL = (
-    *("--training.seq_len", "32", "--training.local_batch_size", "2", "--metrics.log_freq", "1"),
-    *("--model.flavor", "debugmodel", "--training.dataset_path", "corpus.txt"),
+    "--training.seq_len",
+    "32",
+    "--training.local_batch_size",
+    "2",
+    "--metrics.log_freq",
+    "1",
+    "--model.flavor",
+    "debugmodel",
+    "--training.dataset_path",
+    "corpus.txt",
 )
 
 

@@ -23,8 +23,13 @@ this one, and the one that ends in `_FRAMEWORKS`. Workers of one test run share 
 each server takes seconds to start."""
 
 FRAMEWORKS = (
-    *("transformers", "transformers.trainer", "peft", "trl", "trl.trainer.sft_trainer"),
-    *("accelerate.commands.accelerate_cli", "pytorch_lightning"),
+    "transformers",
+    "transformers.trainer",
+    "peft",
+    "trl",
+    "trl.trainer.sft_trainer",
+    "accelerate.commands.accelerate_cli",
+    "pytorch_lightning",
 )
 """Modules that commands with `frameworks` find imported, where they are installed."""
 
@@ -61,6 +66,7 @@ def python(*, frameworks: bool = False) -> str:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
     listener.listen(64)
+    preloaded = FRAMEWORKS if frameworks else ()
     server = subprocess.Popen(
         [
             sys.executable,
@@ -69,7 +75,7 @@ def python(*, frameworks: bool = False) -> str:
             str(HERE / "warm_server.py"),
             str(listener.fileno()),
             str(client),
-            *(FRAMEWORKS if frameworks else ()),
+            *preloaded,
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,

@@ -21,8 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PRELOADED = (
-    *("torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.run"),
-    *("holdfast", "holdfast.trainer.worker", "holdfast.trainer.launch", "holdfast.cli.main"),
+    "torch",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
+    "holdfast",
+    "holdfast.trainer.worker",
+    "holdfast.trainer.launch",
+    "holdfast.cli.main",
 )
 """Modules that commands find imported."""
 

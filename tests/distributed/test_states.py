@@ -155,8 +155,12 @@ CASES = [
     (kind, wrapper, mode)
     for number, (kind, wrapper) in enumerate(
         (
-            *(("adamw", "fsdp2"), ("joined", "fsdp2"), ("container", "fsdp2")),
-            *(("joined", "ddp"), ("container", "ddp"), ("zero", "ddp")),
+            ("adamw", "fsdp2"),
+            ("joined", "fsdp2"),
+            ("container", "fsdp2"),
+            ("joined", "ddp"),
+            ("container", "ddp"),
+            ("zero", "ddp"),
         )
     )
     for mode in every(2, ("disabled", "async_with_pinned_mem"), start=number)

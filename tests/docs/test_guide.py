@@ -18,7 +18,7 @@ from pages import GUIDE, INTERPRETER, blocks, environment, follow, furnish, run_
 from runs import ROOT, kill_all, wait_for_step
 from s3_server import s3_server
 
-AFTER_A_RUN = {*("keeping", "practices", "resuming", "single-file", "structure", "torchtune")}
+AFTER_A_RUN = {"keeping", "practices", "resuming", "single-file", "structure", "torchtune"}
 """Pages that start with the checkpoints of a run of 20 steps."""
 
 

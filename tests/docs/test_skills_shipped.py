@@ -54,8 +54,12 @@ with the same bits.
 """
 
 SHORT = (
-    *("--training.seq_len", "16", "--training.global_batch_size", "4"),
-    *("--training.dataset_path", "train.txt"),
+    "--training.seq_len",
+    "16",
+    "--training.global_batch_size",
+    "4",
+    "--training.dataset_path",
+    "train.txt",
 )
 
 

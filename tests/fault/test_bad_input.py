@@ -16,7 +16,10 @@ import holdfast
 from runs import kill_all, start, train, wait_for_step
 
 FOUR = (
-    *("--training.steps", "4", "--checkpoint.interval", "2"),
+    "--training.steps",
+    "4",
+    "--checkpoint.interval",
+    "2",
     "--checkpoint.no-last_save_model_only",
 )
 
@@ -95,7 +98,9 @@ def test_a_checkpoint_of_another_model(run_folder: Path) -> None:
     for ranks in (1, 2):
         said = refused(
             run_folder,
-            *(*arguments, "--checkpoint.exclude_from_loading", "dataloader"),
+            *arguments,
+            "--checkpoint.exclude_from_loading",
+            "dataloader",
             ranks=ranks,
             status=6,
         )

@@ -60,8 +60,11 @@ def test_a_finished_run_says_so_and_more_steps_go_on_from_the_newest_full_one(
     """G4. Method: a run whose last checkpoint has the model only; a start with more steps resumes
     from the full one before."""
     arguments = (
-        *("--checkpoint.interval", "4", "--checkpoint.last_save_model_only"),
-        *("--checkpoint.export_dtype", "bfloat16"),
+        "--checkpoint.interval",
+        "4",
+        "--checkpoint.last_save_model_only",
+        "--checkpoint.export_dtype",
+        "bfloat16",
     )
     assert train(*arguments, "--training.steps", "6", cwd=tmp_path).returncode == 0
     last = holdfast.open(tmp_path / "outputs/checkpoint/step-6")

@@ -84,7 +84,11 @@ def cases() -> list[Any]:
 FLAVORS = {
     "llama3": Flavor(64, 2, 4, 2, 96, vocab_size=None),
     "qwen3_moe": Flavor(
-        *(64, 2, 4, 2, 48),
+        64,
+        2,
+        4,
+        2,
+        48,
         vocab_size=None,
         rope_halves=True,
         head_norm=True,

@@ -16,8 +16,16 @@ ONE, OTHER = torch.zeros(4), torch.zeros(4)
 ALIKE = st.sampled_from([ONE, ONE.detach(), OTHER])
 ANY = st.sampled_from(
     [
-        *(torch.zeros(2, 2), torch.zeros(0), torch.zeros(0), torch.zeros(4, dtype=torch.int64)),
-        *(ONE.view(2, 2), ONE[:2], ONE.bfloat16(), 1, 1.5, "text"),
+        torch.zeros(2, 2),
+        torch.zeros(0),
+        torch.zeros(0),
+        torch.zeros(4, dtype=torch.int64),
+        ONE.view(2, 2),
+        ONE[:2],
+        ONE.bfloat16(),
+        1,
+        1.5,
+        "text",
     ]
 )
 NAMES = st.sampled_from(["a", "b", "b.c", "d.e"])

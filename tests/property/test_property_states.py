@@ -18,8 +18,17 @@ from holdfast.testing import round_trip
 from kept import Kept
 
 DTYPES = [
-    *(torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32),
-    *(torch.uint8, torch.bool, torch.complex64, torch.uint16, torch.float8_e5m2),
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.uint16,
+    torch.float8_e5m2,
 ]
 
 TENSORS = st.builds(

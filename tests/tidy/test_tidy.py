@@ -50,6 +50,17 @@ def _undocumented(tree: ast.Module) -> Iterator[str]:
                 yield node.name
 
 
+def test_no_literal_is_unpacked_where_its_elements_could_be_written() -> None:
+    """Method: look for `*(a, b)` and `*[a, b]` in the syntax of every file."""
+    found = [
+        f"{_id(path)}:{node.lineno}"
+        for path in [*FILES, *sorted((ROOT / "benchmarks").glob("*.py"))]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Starred) and isinstance(node.value, ast.Tuple | ast.List)
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize("path", FILES, ids=_id)
 def test_a_file_and_its_functions_fit_on_the_pages_they_are_given(path: Path) -> None:
     """Method: count the lines of the file, and of each function without its docstring."""

@@ -33,9 +33,27 @@ class Opaque:
 
 
 NO_STEPS: list[Any] = [
-    *(10.0, True, False, -1, 10**18, 2**63, 10**19, 10**5000, "7", None, float("nan"), [3], {}),
-    *(np.float64(3), np.bool_(True), np.array([3]), np.uint64(2**64 - 1)),
-    *(torch.tensor(3.0), torch.tensor(True), torch.tensor([1, 2]), torch.tensor(3, device="meta")),
+    10.0,
+    True,
+    False,
+    -1,
+    10**18,
+    2**63,
+    10**19,
+    10**5000,
+    "7",
+    None,
+    float("nan"),
+    [3],
+    {},
+    np.float64(3),
+    np.bool_(True),
+    np.array([3]),
+    np.uint64(2**64 - 1),
+    torch.tensor(3.0),
+    torch.tensor(True),
+    torch.tensor([1, 2]),
+    torch.tensor(3, device="meta"),
     Opaque(),
 ]
 
@@ -93,8 +111,21 @@ def test_a_message_quotes_short_values_and_names_the_type_of_others() -> None:
 
 
 WRONG: list[Any] = [
-    *(object(), "no such value", 1.5, True, float("nan"), float("inf"), None, [1], {"a": 1}, b"x"),
-    *(-7, 10**400, Path("a"), np.float32(0.5), torch.zeros(2)),
+    object(),
+    "no such value",
+    1.5,
+    True,
+    float("nan"),
+    float("inf"),
+    None,
+    [1],
+    {"a": 1},
+    b"x",
+    -7,
+    10**400,
+    Path("a"),
+    np.float32(0.5),
+    torch.zeros(2),
 ]
 
 
@@ -169,8 +200,12 @@ def test_settings_are_converted_to_their_types() -> None:
     )
     expected = (True, 5, 3, 7.0, ("optimizer",), "a/b")
     converted = (
-        *(config.enable, config.interval, config.keep_latest_k, config.mtbf_hours),
-        *(config.exclude_from_loading, config.folder),
+        config.enable,
+        config.interval,
+        config.keep_latest_k,
+        config.mtbf_hours,
+        config.exclude_from_loading,
+        config.folder,
     )
     assert converted == expected
     assert [type(one) for one in converted] == [type(one) for one in expected]

@@ -100,12 +100,12 @@ def weights_in(store: ReadStore, name: str) -> Weights:
     check_inside(store, name, index_file)
     files = {*read_weights_index(store, name, index_file).values()}
     if single in present and single not in files:
-        note = f"`{index_file}` does not name `{single}`, and is ignored, as by transformers"
-        ignored = [file for file in weights if file != single]
-        return Weights((single,), "", (note, *(f"`{file}` is ignored too" for file in ignored)))
+        notes = [f"`{index_file}` does not name `{single}`, and is ignored, as by transformers"]
+        notes += [f"`{file}` is ignored too" for file in weights if file != single]
+        return Weights((single,), "", tuple(notes))
     ignored = [file for file in weights if file not in files]
-    notes = tuple(f"`{file}` is not in the index, and is ignored" for file in ignored)
-    return Weights(tuple(sorted(files)), index_file, notes)
+    notes = [f"`{file}` is not in the index, and is ignored" for file in ignored]
+    return Weights(tuple(sorted(files)), index_file, tuple(notes))
 
 
 def open_hf_folder(store: ReadStore, name: str) -> HFFolder:

@@ -123,13 +123,14 @@ def open_any(
     if is_folder(store, name):
         folder = open_hf_folder(store, name)
         contents = folder.torch_files
+        notes_of_files = [note for part in contents.values() for note in notes_on(part)]
         return OpenCheckpoint(
             form,
             Source(store, name, folder.manifest),
             {n: strides for part in contents.values() for n, strides in part.strides.items()},
             hf=folder,
             values={n: value for part in contents.values() for n, value in part.values.items()},
-            notes=(*folder.notes, *(n for part in contents.values() for n in notes_on(part))),
+            notes=(*folder.notes, *notes_of_files),
         )
     return _open_file(store, name, form)
 

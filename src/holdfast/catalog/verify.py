@@ -186,7 +186,9 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
     elif not target.quick:
         refused = {finding.file for finding in findings if finding.concern == "file"}
         findings += run(check_containers(manifest, refused, target.reader))
-    known = {MANIFEST, METADATA, LOCK, *([ROWS] if manifest.rows else []), *manifest.files}
+    known = {MANIFEST, METADATA, LOCK, *manifest.files}
+    if manifest.rows is not None:
+        known.add(ROWS)
     notes = [f"`{name}` is not part of the checkpoint" for name in names if name not in known]
     return _report(target, manifest, findings, notes)
 
@@ -278,8 +280,10 @@ def _verify_torch_folder(target: VerifyTarget) -> VerifyReport:
     if is_zero:
         files = [f for f in names if ZERO_OPTIMIZER.fullmatch(f) or ZERO_MODEL.fullmatch(f)]
     findings: list[Finding] = []
-    notes: list[str] = []
-    for file in [*files, *([] if chosen.index else safetensors.missing_shards(files))]:
+    notes: list[str] = [] if is_zero else [*chosen.notes]
+    # An index names all files itself.
+    unnamed = [] if chosen.index else safetensors.missing_shards(files)
+    for file in [*files, *unnamed]:
         if file not in names:
             findings.append(Finding("file", file, "is missing"))
             continue
@@ -294,7 +298,7 @@ def _verify_torch_folder(target: VerifyTarget) -> VerifyReport:
             manifest, *_ = open_zero_folder(store, name)
         else:
             manifest = open_hf_folder(store, name).manifest
-    return _report(target, manifest, findings, [*(() if is_zero else chosen.notes), *notes])
+    return _report(target, manifest, findings, notes)
 
 
 @dataclass(frozen=True, slots=True)

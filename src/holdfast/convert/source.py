@@ -135,6 +135,7 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
     stored = StoredTensors(checkpoint.source, checkpoint.strides)
     quantization = {} if checkpoint.hf is None else checkpoint.hf.quantization
     model = Dequantized(Renamed(stored, names), quantization)
+    of_model = () if checkpoint.hf is None else model.notes
     return ConvertSource(
         checkpoint=checkpoint,
         model=model,
@@ -142,7 +143,7 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
         stored=stored,
         originals={new: old for old, new in names.items()},
         others=others,
-        notes=(*found, *checkpoint.notes, *(model.notes if checkpoint.hf is not None else ())),
+        notes=(*found, *checkpoint.notes, *of_model),
         fingerprint=opened_as,
     )
 

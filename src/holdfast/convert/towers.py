@@ -91,6 +91,8 @@ def _alone(family: Family, config: Config) -> dict[str, Any]:
     assert family.alone is not None, "checked by the caller"
     text = config.get("text_config")
     model_type, architecture = family.alone
-    kept = {*(text if isinstance(text, dict) else {}), "tie_word_embeddings", "dtype"}
+    kept = {"tie_word_embeddings", "dtype"}
+    if isinstance(text, dict):
+        kept |= text.keys()
     flat = {key: value for key, value in of_language_model(config).items() if key in kept}
     return {**flat, "architectures": [architecture], "model_type": model_type}

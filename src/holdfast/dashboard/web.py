@@ -124,11 +124,12 @@ def app_of(fleet: Fleet, names: Collection[str], limits: Limits, token: str | No
     def script(request: Request) -> Response:
         return Response(SCRIPTS[request.url.path[1:]], media_type="text/javascript")
 
+    scripts = [Route(f"/{name}", script) for name in SCRIPTS]
     routes = [
         Route("/", start),
         Route("/runs", runs),
         Route("/runs/{number}", of_run(_page)),
-        *(Route(f"/{name}", script) for name in SCRIPTS),
+        *scripts,
         Route("/api/runs", api),
         Route("/api/runs/{number}", of_run(api_of_run)),
         Route("/metrics", metrics),

@@ -20,8 +20,13 @@ from holdfast.errors import FormatError
 from holdfast.format.dtypes import BY_NAME
 
 INVALID = (
-    *(ValueError, LookupError, TypeError, AttributeError),
-    *(EOFError, struct.error, pickle.UnpicklingError),
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    struct.error,
+    pickle.UnpicklingError,
 )
 """Errors of `Unpickler` about bytes that are no whole pickle."""
 

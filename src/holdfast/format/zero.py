@@ -282,7 +282,8 @@ def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Region]:
         index, within = divmod(start, row)
         whole = 0 if within else (stop - start) // row
         if whole:
-            yield Region((index, *[0] * (len(shape) - 1)), (index + whole, *shape[1:]))
+            origin = (0,) * len(shape[1:])
+            yield Region((index, *origin), (index + whole, *shape[1:]))
             start += whole * row
             continue
         last = min(stop - index * row, row)

@@ -192,9 +192,8 @@ class _Job:
         """Check that the model fits the mapping, and create every file with its header."""
         assert self.snapshot.index is not None, "rank 0 has it"
         plan = self.snapshot.index.plan
-        native_names = self._native_names(
-            [*(placed.name for placed in plan.tensors), *plan.aliases]
-        )
+        names = [placed.name for placed in plan.tensors]
+        native_names = self._native_names([*names, *plan.aliases])
         infos = {
             native_names[placed.name]: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
             for placed in plan.tensors

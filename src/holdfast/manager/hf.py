@@ -110,7 +110,8 @@ class HFFormat:
                 "weights; to change a value on purpose, `holdfast convert --model-only --hf-assets "
                 "FOLDER` makes a new start with the `config.json` there",
             )
-        self._run.warn(*(f"{where} was trained with another value: {line}" for line in lines))
+        for line in lines:
+            self._run.warn(f"{where} was trained with another value: {line}")
 
     def load(self, path: str | None, tree: StateTree) -> Loaded:
         """Load the model from `path`, or from the assets of the model."""

@@ -151,7 +151,9 @@ class Loader:
 
         steps = [found.step for found in self._local_checkpoints()]
         step = run_on_rank_0(self._ranks, find)
-        return max([*steps, *([] if step is None else [step])], default=None)
+        if step is not None:
+            steps.append(step)
+        return max(steps, default=None)
 
     def _local_checkpoints(self) -> list[LocalCheckpoint]:
         """The checkpoints of the fast tier, newest first. The same on all ranks."""

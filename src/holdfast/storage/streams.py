@@ -102,7 +102,7 @@ class ObjectWriter:
     def _put_small(self) -> None:
         assert self._small is not None
         data = bytes(self._small)
-        for last in (*[False] * (_TRIES - 1), True):
+        for number in range(1, _TRIES + 1):
             try:
                 self._bucket.put_new(self._key, data)
                 return
@@ -113,7 +113,7 @@ class ObjectWriter:
                     found, _ = self._bucket.get(self._key, len(data) + 1)
                     if found == data:
                         return
-                if last:
+                if number == _TRIES:
                     raise
 
     def _taken(self) -> StorageError:

@@ -92,7 +92,8 @@ def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
             sizes |= part.files
             for file in part.files:
                 owners[file] = (*owners.get(file, ()), rank)
-        if not frozenset().union(*(part.missing for _, part in group)) - owners.keys():
+        # Each host misses files of others; no file may be missing on all of them.
+        if all(part.missing <= owners.keys() for _, part in group):
             found.append(LocalCheckpoint(step, digest, created, sizes, owners))
     return found
 
@@ -149,7 +150,10 @@ class UnionStore:
     def list(self, folder: str = "") -> Sequence[str]:
         if folder == self.folder:
             return sorted(self.sizes)
-        return sorted({*self.beneath.list(folder), *([] if folder else [f"{self.folder}/"])})
+        names = {*self.beneath.list(folder)}
+        if not folder:
+            names.add(f"{self.folder}/")
+        return sorted(names)
 
     def size(self, key: str) -> int:
         folder, _, file = key.rpartition("/")

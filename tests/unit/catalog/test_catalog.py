@@ -62,8 +62,16 @@ def test_steps_are_listed_by_number_and_other_names_ignored() -> None:
     """G5. Method: steps that sort differently as text, folders and files with similar names."""
     store = MemoryStore()
     for folder in (
-        *("step-10", "step-9", "step-100", "step-030", "best-step-20", "step-30.bak", "hf"),
-        *("old-step-7-keep", ".attempt-step-11-00000000", ".replaced-step-9-00000000"),
+        "step-10",
+        "step-9",
+        "step-100",
+        "step-030",
+        "best-step-20",
+        "step-30.bak",
+        "hf",
+        "old-step-7-keep",
+        ".attempt-step-11-00000000",
+        ".replaced-step-9-00000000",
     ):
         store.make_folder(folder)
     put(store, "step-12", b"a file")
@@ -183,8 +191,13 @@ def aside(role: str, step: int, number: int) -> str:
 def test_a_cleanup_plan_has_a_reason_for_each_folder() -> None:
     """G1, G2. Method: one folder of each role, with and without a successor."""
     names = [
-        *("step-1/", "step-2/", aside("attempt", 3, 1), aside("replaced", 2, 2)),
-        *(aside("replaced", 4, 3), aside("removing", 1, 4), aside("removing", 9, 5)),
+        "step-1/",
+        "step-2/",
+        aside("attempt", 3, 1),
+        aside("replaced", 2, 2),
+        aside("replaced", 4, 3),
+        aside("removing", 1, 4),
+        aside("removing", 9, 5),
     ]
     plan = {action.folder: action for action in plan_cleanup(names)}
     assert {a.verb for a in plan.values()} == {"delete", "restore"}

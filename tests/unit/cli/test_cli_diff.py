@@ -28,8 +28,19 @@ from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.tensors.stored import StoredTensors
 
 DTYPES = (
-    *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"),
-    *("bool", "complex64", "float8_e4m3fn", "float8_e5m2"),
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+    "complex64",
+    "float8_e4m3fn",
+    "float8_e5m2",
 )
 
 

@@ -90,7 +90,11 @@ def test_pinned_and_damaged_checkpoints_and_the_newest_two_stay(
     mark_damaged(LocalStore(steps), 60, "a block")
     run(capsys, steps, "--keep-latest-k", "1")
     assert [name for name in there(steps) if not name.startswith(".")] == [
-        *("step-10", "step-20", "step-40", "step-50", "step-60")
+        "step-10",
+        "step-20",
+        "step-40",
+        "step-50",
+        "step-60",
     ]
     said = run(capsys, steps, "--damaged")[1]
     assert "no rule given" in said

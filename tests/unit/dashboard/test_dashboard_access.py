@@ -19,8 +19,16 @@ from holdfast.errors import UsageError
 
 TOKEN = "correct-horse-battery"
 PATHS = (
-    *("/", "/runs", "/runs/0", "/api/runs", "/api/runs/0", "/metrics", "/healthz"),
-    *("/runs.js", "/live.js", "/none"),
+    "/",
+    "/runs",
+    "/runs/0",
+    "/api/runs",
+    "/api/runs/0",
+    "/metrics",
+    "/healthz",
+    "/runs.js",
+    "/live.js",
+    "/none",
 )
 
 
@@ -31,9 +39,14 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> ASGIApp:
 
 
 WRONG: tuple[dict[str, str], ...] = (
-    *({}, {"authorization": "Bearer"}, {"authorization": f"Basic {TOKEN}"}),
-    *({"authorization": f"Bearer {TOKEN}x"}, {"authorization": f"Bearer {TOKEN[:-1]}"}),
-    *({"authorization": "Bearer \xff\xfe"}, {"cookie": TOKEN}, {"cookie": f"holdfast={TOKEN}"}),
+    {},
+    {"authorization": "Bearer"},
+    {"authorization": f"Basic {TOKEN}"},
+    {"authorization": f"Bearer {TOKEN}x"},
+    {"authorization": f"Bearer {TOKEN[:-1]}"},
+    {"authorization": "Bearer \xff\xfe"},
+    {"cookie": TOKEN},
+    {"cookie": f"holdfast={TOKEN}"},
 )
 
 

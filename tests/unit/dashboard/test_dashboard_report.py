@@ -172,7 +172,14 @@ def test_a_folder_without_metrics_has_a_page(
 NO_SAVES: list[Any] = [[{}], [1], [{"step": 1, "seconds": 1, "stages": {}}], [{"stages": []}]]
 INVALID_LINES = (
     *(json.dumps({**row(3, 1003.0), "saves": saves}) for saves in NO_SAVES),
-    *("", "{", "[]", "{}", '{"step": "1"}', '{"step": 1e999}', "\x00", "[" * 100_000),
+    "",
+    "{",
+    "[]",
+    "{}",
+    '{"step": "1"}',
+    '{"step": 1e999}',
+    "\x00",
+    "[" * 100_000,
 )
 
 
@@ -246,9 +253,13 @@ def test_a_browser_shows_the_page_in_light_and_dark_and_on_a_phone(
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
     subprocess.run(
         [
-            *(str(CHROMIUM), *QUIET),
-            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600", *scheme),
-            *(f"--screenshot={tmp_path / 'page.png'}", out.as_uri()),
+            str(CHROMIUM),
+            *QUIET,
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},1600",
+            *scheme,
+            f"--screenshot={tmp_path / 'page.png'}",
+            out.as_uri(),
         ],
         check=True,
         capture_output=True,

@@ -164,10 +164,23 @@ def test_a_run_is_unhealthy_if_its_newest_checkpoint_is_too_old(steps: Path) -> 
 
 
 PATHS = (
-    *("/../secret", "/%2e%2e/secret", "/%2e%2e%2fsecret", "/..%5csecret", "/runs/../../secret"),
-    *("/runs/0/../../../secret", "/runs/0%2f..%2f..%2fsecret", "/%252e%252e%252fsecret"),
-    *("/..%c0%afsecret", "//secret", "/runs/%00", "/runs/-1", "/runs/0x0", "/runs/9" + "9" * 5000),
-    *("/runs/step-10/manifest.json", "/static/..%2f..%2fsecret", "http://evil.example/secret"),
+    "/../secret",
+    "/%2e%2e/secret",
+    "/%2e%2e%2fsecret",
+    "/..%5csecret",
+    "/runs/../../secret",
+    "/runs/0/../../../secret",
+    "/runs/0%2f..%2f..%2fsecret",
+    "/%252e%252e%252fsecret",
+    "/..%c0%afsecret",
+    "//secret",
+    "/runs/%00",
+    "/runs/-1",
+    "/runs/0x0",
+    "/runs/9" + "9" * 5000,
+    "/runs/step-10/manifest.json",
+    "/static/..%2f..%2fsecret",
+    "http://evil.example/secret",
 )
 
 
@@ -288,7 +301,9 @@ def test_the_server_ends_with_a_last_line(steps: Path, number: signal.Signals) -
     """Method: send a signal while a client holds a connection open. The server listens beyond this
     machine: with the token that it prints, and once with `--open`."""
     is_open = number is signal.SIGTERM
-    options = ["--host", "0.0.0.0", *(["--open"] if is_open else [])]
+    options = ["--host", "0.0.0.0"]
+    if is_open:
+        options.append("--open")
     with (
         serving(steps, *options) as server,
         socket.create_connection(("127.0.0.1", server.port)),

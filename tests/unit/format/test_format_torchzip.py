@@ -28,8 +28,20 @@ from holdfast.format.torchzip import (
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 SHAPES: list[tuple[int, ...]] = [
-    *((), (0,), (1,), (5,), (0, 3), (3, 0), (2, 3), (4, 0, 2), (2, 3, 4), (1, 1, 1, 1)),
-    *((2, 1, 3, 2, 1), (300, 7), (70000,), (256, 256)),
+    (),
+    (0,),
+    (1,),
+    (5,),
+    (0, 3),
+    (3, 0),
+    (2, 3),
+    (4, 0, 2),
+    (2, 3, 4),
+    (1, 1, 1, 1),
+    (2, 1, 3, 2, 1),
+    (300, 7),
+    (70000,),
+    (256, 256),
 ]
 
 

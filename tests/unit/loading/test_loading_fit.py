@@ -15,8 +15,26 @@ from holdfast.errors import MismatchError
 from holdfast.format.dtypes import BY_NAME
 
 NUMBERS = (
-    *(0, 1, -1, 3, 17, 255, 500, 65_536, 2**31, 2**62, 460.0, 465.0, 250.0, 61_000.0, 1e5),
-    *(1e30, 1e300, math.inf, -math.inf, math.nan),
+    0,
+    1,
+    -1,
+    3,
+    17,
+    255,
+    500,
+    65_536,
+    2**31,
+    2**62,
+    460.0,
+    465.0,
+    250.0,
+    61_000.0,
+    1e5,
+    1e30,
+    1e300,
+    math.inf,
+    -math.inf,
+    math.nan,
 )
 
 

@@ -18,8 +18,12 @@ from memory import extra_mib
 LIMIT_MIB = 64
 
 CASTS = [
-    *(("float32", "float32"), ("float32", "bfloat16"), ("float64", "float16")),
-    *(("complex64", "complex64"), ("int64", "int64"), ("bool", "bool")),
+    ("float32", "float32"),
+    ("float32", "bfloat16"),
+    ("float64", "float16"),
+    ("complex64", "complex64"),
+    ("int64", "int64"),
+    ("bool", "bool"),
 ]
 """Dtype of the tensor, and dtype that is stored."""
 

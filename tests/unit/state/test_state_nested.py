@@ -29,7 +29,13 @@ def container_of(kind: str, model: Any, optimizer: Any) -> Any:
 
 
 NESTED = (
-    *("dict", "list", "tuple", "dict in list", "list in list", "dict in lists", "tuple in dict"),
+    "dict",
+    "list",
+    "tuple",
+    "dict in list",
+    "list in list",
+    "dict in lists",
+    "tuple in dict",
     "beside a tensor",
 )
 

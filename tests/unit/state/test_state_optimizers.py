@@ -118,8 +118,18 @@ TORCH: dict[str, Make] = {
     **{
         name: lambda m, name=name: getattr(torch.optim, name)(m.parameters(), lr=0.01)  # type: ignore[misc]
         for name in (
-            *("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam"),
-            *("RAdam", "RMSprop", "Rprop", "SGD"),
+            "Adadelta",
+            "Adafactor",
+            "Adagrad",
+            "Adam",
+            "AdamW",
+            "Adamax",
+            "ASGD",
+            "NAdam",
+            "RAdam",
+            "RMSprop",
+            "Rprop",
+            "SGD",
         )
     },
     "SGD momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9),
@@ -198,8 +208,21 @@ def pytorch_optimizer(name: str) -> Make:
 @pytest.mark.parametrize(
     "name",
     [
-        *("Adan", "Prodigy", "SOAP", "ScheduleFreeAdamW", "ScheduleFreeSGD", "Muon", "Shampoo"),
-        *("Lion", "Ranger", "DAdaptAdam", "AdEMAMix", "CAME", "APOLLO", "Lookahead", "SM3"),
+        "Adan",
+        "Prodigy",
+        "SOAP",
+        "ScheduleFreeAdamW",
+        "ScheduleFreeSGD",
+        "Muon",
+        "Shampoo",
+        "Lion",
+        "Ranger",
+        "DAdaptAdam",
+        "AdEMAMix",
+        "CAME",
+        "APOLLO",
+        "Lookahead",
+        "SM3",
     ],
 )
 def test_optimizers_of_a_package_continue_bit_for_bit(name: str, tmp_path: Path) -> None:
