@@ -18,7 +18,7 @@ from holdfast.errors import ExistsError
 from holdfast.storage import leases, locks
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import FolderStore
-from holdfast.testing.stores import StoreSuite, put
+from holdfast.testing.stores import FolderStoreSuite, put
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "SKEW_S", 1.0)
 
 
-class TestLocalStoreWithoutFlock(StoreSuite):
+class TestLocalStoreWithoutFlock(FolderStoreSuite):
     """A local folder of a file system without flock."""
 
     folder: Path
