@@ -21,7 +21,7 @@ from holdfast.catalog.catalog import Catalog, location, verify_hint
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.contents import Advance, RecordReader, run
 from holdfast.catalog.findings import Finding, summary_of
-from holdfast.catalog.paths import open_for_saving
+from holdfast.catalog.paths import open_folder_for_saving
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import seal as seals
 from holdfast.format.checksum import block_checksums, checksum_of_parts
@@ -103,7 +103,7 @@ def begin(
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is no checkpoint.
     """
-    catalog, name = open_for_saving(path)
+    catalog, name = open_folder_for_saving(path)
     store = catalog.store
     store.make_folder("")
     execute(store, plan_cleanup(store.list()))
