@@ -9,6 +9,7 @@ from typing import Literal
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import (
+    TAKING,
     HiddenFolder,
     HiddenRole,
     held_of,
@@ -16,7 +17,6 @@ from holdfast.format.names import (
     mark_of,
     step_name,
 )
-from holdfast.storage.leases import TAKING
 from holdfast.storage.store import Store
 
 _WHY: dict[HiddenRole, str] = {

@@ -18,6 +18,7 @@ import threading
 import time
 from contextlib import suppress
 
+from holdfast.format.names import TAKING
 from holdfast.storage.forks import leave_in_children, no_fork_between
 from holdfast.storage.plain import open_plain
 
@@ -37,9 +38,6 @@ MARKER = "\nlease\n"
 """End of the content of a lease. A lock file without it is free."""
 
 NOTE_BYTES_MAX = 1024 - len(MARKER)
-
-TAKING = ".taking"
-"""Suffix of the file of a process that takes a lease."""
 
 
 class Lease:

@@ -15,6 +15,7 @@ import pytest
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.errors import ExistsError
+from holdfast.format.names import TAKING
 from holdfast.storage import leases, locks
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import FolderStore
@@ -174,8 +175,8 @@ def test_of_many_that_take_a_lapsed_lease_one_gets_it(tmp_path: Path) -> None:
             thread.join()
         assert len(taken) == 1
         taken[0].release()
-    (tmp_path / f"file{leases.TAKING}").touch()
-    os.utime(f"{path}{leases.TAKING}", (0, 0))
+    (tmp_path / f"file{TAKING}").touch()
+    os.utime(f"{path}{TAKING}", (0, 0))
     assert leases.take_lease(path, waits=False) is None
     lease = leases.take_lease(path, waits=False)
     assert lease is not None
