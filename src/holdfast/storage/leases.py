@@ -6,8 +6,9 @@ process that takes one writes a file beside it, `NAME.taking`, which only one pr
 looks at the lease once more, and renames that file to it.
 
 flock ends with its process, a lease does not: a restart waits until the lease of a killed run on
-another host lapses. A holder that could not renew, because it was suspended, may find that it has
-lost its lease; therefore it looks before each change (`Lease.is_at`).
+another machine lapses. The lease names its process, so that nobody waits for one of this machine
+that has ended. A holder that could not renew, because it was suspended, may find that it has lost
+its lease; therefore it looks before each change (`Lease.is_at`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contextlib import suppress
 from holdfast.format.names import TAKING
 from holdfast.storage.forks import leave_in_children, no_fork_between
 from holdfast.storage.plain import open_plain
+from holdfast.storage.processes import runs, this_process
 
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """Errors of flock on file systems that have no locks."""
@@ -37,7 +39,11 @@ SKEW_S = 60.0
 MARKER = "\nlease\n"
 """End of the content of a lease. A lock file without it is free."""
 
-NOTE_BYTES_MAX = 1024 - len(MARKER)
+CONTENT_BYTES_MAX = 1024
+"""Longest content of a lock file."""
+
+_PROCESS = "process "
+"""Start of the line before the last one of a lease: it names the holder."""
 
 
 class Lease:
@@ -101,10 +107,11 @@ class Lease:
             self._touch()
 
 
-def take_lease(path: str, *, waits: bool, has_ended: bool = False) -> Lease | None:
+def take_lease(path: str, *, waits: bool) -> Lease | None:
     """Take the lease at `path`. Return None if another process holds it.
 
-    `waits`: if the lease is not renewed, wait until it lapses. `has_ended`: take it at once.
+    A process of this machine that has ended does not hold its lease. `waits`: if the lease of
+    another one is not renewed, wait until it lapses.
 
     Raises:
         OSError: the file cannot be written.
@@ -112,7 +119,7 @@ def take_lease(path: str, *, waits: bool, has_ended: bool = False) -> Lease | No
     deadline = time.monotonic() + LEASE_S + RENEW_S
     first = _renewed_at(path)
     while True:
-        lease = _try_to_take(path, has_ended=has_ended)
+        lease = _try_to_take(path)
         if lease is not None or not waits:
             return lease
         if _renewed_at(path) != first or time.monotonic() >= deadline:
@@ -125,13 +132,28 @@ def is_lease(content: str) -> bool:
     return content.endswith(MARKER)
 
 
-def has_lapsed(path: str) -> bool:
-    """Whether the lease at `path` has lapsed, as far as the clock of this host tells."""
+def note_in(content: str) -> str:
+    """Return the note of the holder of a lock file."""
+    return _note_and_process(content)[0].strip()
+
+
+def has_ended(path: str, content: str) -> bool:
+    """Whether the lease at `path` is free: it has lapsed, as far as the clock of this host tells,
+    or its holder is a process of this machine that has ended."""
     renewed_at = _renewed_at(path)
-    return renewed_at is None or time.time() - renewed_at > LEASE_S + SKEW_S
+    has_lapsed = renewed_at is None or time.time() - renewed_at > LEASE_S + SKEW_S
+    return has_lapsed or runs(_note_and_process(content)[1]) is False
 
 
-def _try_to_take(path: str, *, has_ended: bool) -> Lease | None:
+def _note_and_process(content: str) -> tuple[str, str]:
+    body = content.removesuffix(MARKER)
+    note, _, process = body.rpartition("\n")
+    if is_lease(content) and process.startswith(_PROCESS):
+        return note, process.removeprefix(_PROCESS)
+    return body, ""
+
+
+def _try_to_take(path: str) -> Lease | None:
     taking = path + TAKING
     with no_fork_between():
         try:
@@ -143,7 +165,7 @@ def _try_to_take(path: str, *, has_ended: bool) -> Lease | None:
         try:
             _write(descriptor, "")
             os.fsync(descriptor)
-            if not has_ended and _is_taken(path, now=os.fstat(descriptor).st_mtime):
+            if _is_taken(path, now=os.fstat(descriptor).st_mtime):
                 os.unlink(taking)
                 os.close(descriptor)
                 return None
@@ -168,7 +190,8 @@ def _is_taken(path: str, *, now: float) -> bool:
     with suppress(FileNotFoundError):
         descriptor = open_plain(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            return is_lease(os.pread(descriptor, 1024, 0).decode(errors="replace"))
+            content = os.pread(descriptor, CONTENT_BYTES_MAX, 0).decode(errors="replace")
+            return is_lease(content) and runs(_note_and_process(content)[1]) is not False
         finally:
             os.close(descriptor)
     return False
@@ -182,7 +205,8 @@ def _remove_left_behind(taking: str) -> None:
 
 
 def _write(descriptor: int, note: str) -> None:
-    data = note.encode(errors="replace")[:NOTE_BYTES_MAX] + MARKER.encode()
+    end = f"\n{_PROCESS}{this_process()}{MARKER}".encode()
+    data = note.encode(errors="replace")[: CONTENT_BYTES_MAX - len(end)] + end
     os.pwrite(descriptor, data, 0)
     os.ftruncate(descriptor, len(data))
 

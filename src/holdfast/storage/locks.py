@@ -19,10 +19,8 @@ from pathlib import Path
 from holdfast.errors import StorageError
 from holdfast.storage import leases
 from holdfast.storage.forks import leave_in_children, leavers, no_fork_between
-from holdfast.storage.leases import Lease, take_lease
+from holdfast.storage.leases import CONTENT_BYTES_MAX, Lease, take_lease
 from holdfast.storage.plain import kind_of
-
-NOTE_BYTES_MAX = 1024
 
 _TRIES = 100
 """Most attempts to lock a file. Each fails only if another process removed the file meanwhile."""
@@ -55,7 +53,7 @@ class Lock:
     def write_note(self, note: str) -> None:
         """Replace the content of the file by `note`. Does nothing if the lock is released."""
         if self.is_held:
-            data = note.encode(errors="replace")[:NOTE_BYTES_MAX]
+            data = note.encode(errors="replace")[:CONTENT_BYTES_MAX]
             os.pwrite(self._descriptor, data, 0)
             os.ftruncate(self._descriptor, len(data))
 
@@ -108,7 +106,7 @@ def lock_file(path: str, *, waits: bool = False) -> AnyLock | None:
             raise
     if is_held_here(path):
         return None
-    return take_lease(path, waits=waits, has_ended=has_ended(read_note(path)))
+    return take_lease(path, waits=waits)
 
 
 def _flock_file(path: str) -> Lock | None:
@@ -162,9 +160,9 @@ def holder_of(path: str) -> str | None:
     file = _file_at(path)
     if file is None:
         return None
-    if leases.is_lease(_content(path)):
-        note = read_note(path)
-        return None if leases.has_lapsed(path) or has_ended(note) else note
+    content = _content(path)
+    if leases.is_lease(content):
+        return None if leases.has_ended(path, content) else leases.note_in(content)
     device = f"{os.major(file[0]):02x}:{os.minor(file[0]):02x}:{file[1]}"
     try:
         # One lock per line: number, FLOCK, ADVISORY, WRITE, process, device and inode, range.
@@ -178,24 +176,26 @@ def holder_of(path: str) -> str | None:
 
 def read_note(path: str) -> str:
     """Return the note in a lock file; empty if it has none, or if it is no plain file."""
-    return _content(path).removesuffix(leases.MARKER).strip()
+    return leases.note_in(_content(path))
 
 
 def _content(path: str) -> str:
     with suppress(OSError, StorageError):
         descriptor = _open_lock_file(path, os.O_RDONLY)
         try:
-            note = os.pread(descriptor, NOTE_BYTES_MAX, 0)
+            note = os.pread(descriptor, CONTENT_BYTES_MAX, 0)
         finally:
             os.close(descriptor)
         return note.decode(errors="replace")
     return ""
 
 
-def has_ended(note: str) -> bool:
-    """Whether `note` names a process of this host that has ended."""
-    holder = _HOLDER.search(note)
-    if holder is None or holder[1] != os.uname().nodename:
+def has_ended(path: str) -> bool:
+    """Whether the process that has locked `path` was one of this host, and has ended. False for a
+    lease, which no forked child keeps."""
+    content = _content(path)
+    holder = _HOLDER.search(content)
+    if leases.is_lease(content) or holder is None or holder[1] != os.uname().nodename:
         return False
     try:
         os.kill(int(holder[2]), 0)
