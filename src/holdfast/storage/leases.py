@@ -20,7 +20,8 @@ import time
 from contextlib import suppress
 
 from holdfast.format.names import TAKING
-from holdfast.storage.forks import leave_in_children, no_fork_between
+from holdfast.storage.forks import no_fork_between
+from holdfast.storage.held import HeldFile
 from holdfast.storage.plain import open_plain
 from holdfast.storage.processes import runs, this_process
 
@@ -54,35 +55,32 @@ class Lease:
 
     def __init__(self, path: str, descriptor: int) -> None:
         """`descriptor`: the file at `path`, which this process has just renamed to it."""
-        self._path, self._descriptor, self._pid = path, descriptor, os.getpid()
-        status = os.fstat(descriptor)
-        self.file = (status.st_dev, status.st_ino)
-        """Device and inode."""
+        self._path, self._held = path, HeldFile(descriptor)
         self._released = threading.Event()
         threading.Thread(target=self._renew, name="holdfast-lease", daemon=True).start()
 
     @property
     def is_held(self) -> bool:
         """Whether this process holds the lease: False once released, and in a forked child."""
-        return self._descriptor >= 0 and self._pid == os.getpid()
+        return self._held.is_held
 
     def is_at(self, path: str) -> bool:
         """Whether the file at this path is still the one of this lease. Renews it first."""
         self._touch()
-        return self.file == _file_at(path)
+        return self._held.is_at(path)
 
     def write_note(self, note: str) -> None:
         """Replace the note in the file. Does nothing if the lease is released."""
         if self.is_held:
-            _write(self._descriptor, note)
+            _write(self._held.descriptor, note)
 
     def release(self) -> None:
         """Delete the file. Does nothing if released already, or in a forked child."""
         if self.is_held:
             self._released.set()
-            descriptor, self._descriptor = self._descriptor, -1
+            descriptor = self._held.give_up()
             with suppress(OSError):
-                if self.file == _file_at(self._path):
+                if self._held.is_at(self._path):
                     os.unlink(self._path)
             os.close(descriptor)
 
@@ -91,16 +89,10 @@ class Lease:
         self._path = path
         self.release()
 
-    def leave(self) -> None:
-        """Close this process's copy of the file, which keeps the parent's lease (see `forks`)."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
     def _touch(self) -> None:
         # An error means that the file system fails. The lease then lapses, if that lasts.
         with suppress(OSError):
-            os.utime(self._descriptor)
+            os.utime(self._held.descriptor)
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_S):
@@ -171,7 +163,6 @@ def _try_to_take(path: str) -> Lease | None:
                 return None
             os.rename(taking, path)
             lease = Lease(path, descriptor)
-            leave_in_children(lease)
         except BaseException:
             with suppress(OSError):
                 os.unlink(taking)
@@ -216,11 +207,3 @@ def _renewed_at(path: str) -> float | None:
         return os.lstat(path).st_mtime
     except OSError:
         return None
-
-
-def _file_at(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

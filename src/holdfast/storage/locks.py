@@ -18,7 +18,8 @@ from pathlib import Path
 
 from holdfast.errors import StorageError
 from holdfast.storage import leases
-from holdfast.storage.forks import leave_in_children, leavers, no_fork_between
+from holdfast.storage.forks import leavers, no_fork_between
+from holdfast.storage.held import HeldFile, file_at
 from holdfast.storage.leases import CONTENT_BYTES_MAX, Lease, take_lease
 from holdfast.storage.plain import kind_of
 
@@ -35,32 +36,28 @@ class Lock:
     """A lock of this process on a file or folder, until `release` or the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._pid = os.getpid()
-        status = os.fstat(descriptor)
-        self.file = (status.st_dev, status.st_ino)
-        """Device and inode."""
+        self._held = HeldFile(descriptor)
 
     @property
     def is_held(self) -> bool:
         """Whether this process holds the lock: False once released, and in a forked child."""
-        return self._descriptor >= 0 and self._pid == os.getpid()
+        return self._held.is_held
 
     def is_at(self, path: str) -> bool:
         """Whether the locked file still has this path."""
-        return self.file == _file_at(path)
+        return self._held.is_at(path)
 
     def write_note(self, note: str) -> None:
         """Replace the content of the file by `note`. Does nothing if the lock is released."""
         if self.is_held:
             data = note.encode(errors="replace")[:CONTENT_BYTES_MAX]
-            os.pwrite(self._descriptor, data, 0)
-            os.ftruncate(self._descriptor, len(data))
+            os.pwrite(self._held.descriptor, data, 0)
+            os.ftruncate(self._held.descriptor, len(data))
 
     def release(self) -> None:
         """Unlock. Does nothing if released already, or in a forked child."""
         if self.is_held:
-            descriptor, self._descriptor = self._descriptor, -1
+            descriptor = self._held.give_up()
             # `close` is not enough: a child forked by native code may keep the file open.
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -72,12 +69,6 @@ class Lock:
             with suppress(FileNotFoundError):
                 os.unlink(path)
             self.release()
-
-    def leave(self) -> None:
-        """Close this process's copy of the file, which keeps the parent's lock (see `forks`)."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # When the interpreter ends, the globals of this module are gone, and the system unlocks.
@@ -146,9 +137,8 @@ def lock_folder(path: str) -> Lock | None:
 
 def is_held_here(path: str) -> bool:
     """Whether this process holds the lock on the file at `path`."""
-    file = _file_at(path)
-    held = (lock for lock in leavers() if isinstance(lock, AnyLock) and lock.is_held)
-    return any(lock.file == file for lock in held)
+    files = (one for one in leavers() if isinstance(one, HeldFile) and one.is_held)
+    return any(file.is_at(path) for file in files)
 
 
 def holder_of(path: str) -> str | None:
@@ -157,7 +147,7 @@ def holder_of(path: str) -> str | None:
     Reads `/proc/locks` instead of locking, so that a check never makes a run fail. The holder of a
     lease may be on any machine.
     """
-    file = _file_at(path)
+    file = file_at(path)
     if file is None:
         return None
     content = _content(path)
@@ -208,7 +198,7 @@ def has_ended(path: str) -> bool:
 
 def processes_with(path: str) -> list[int]:
     """Return the processes that have `path` open, among those this user may inspect."""
-    file = _file_at(path)
+    file = file_at(path)
     processes = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -248,7 +238,6 @@ def _locked(descriptor: int) -> Lock | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock = Lock(descriptor)
-        leave_in_children(lock)
     except BlockingIOError:
         os.close(descriptor)
         return None
@@ -256,11 +245,3 @@ def _locked(descriptor: int) -> Lock | None:
         os.close(descriptor)
         raise
     return lock
-
-
-def _file_at(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
