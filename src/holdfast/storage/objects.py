@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
@@ -164,13 +164,13 @@ class ObjectStore:
         if start >= stop:
             self.size(key)
             return b""
-        return bytes(self._read(key, lambda found: self._bucket.get_range(found, start, stop)))
+        return bytes(self._range(key, start, stop))
 
     def open(self, key: str) -> ObjectReader:
-        def read(start: int, stop: int) -> Buffer:
-            return self._read(key, lambda found: self._bucket.get_range(found, start, stop))
+        return ObjectReader(partial(self._range, key), self._threads)
 
-        return ObjectReader(read, self._threads)
+    def _range(self, key: str, start: int, stop: int) -> Buffer:
+        return self._read(key, lambda found: self._bucket.get_range(found, start, stop))
 
     def leads_out(self, folder: str, file: str) -> bool:  # noqa: ARG002 - there are no links
         return False
@@ -234,7 +234,7 @@ class ObjectStore:
         marker, data = _join(name, MANIFEST), encode_pointer(attempt.id)
         expected = self._replaced.get(name) if replace else None
         if replace and expected is None:
-            expected = self._held_version(name)
+            expected = self._pointer_of(name).version
         for _ in range(_TRIES):
             self._check_lease(str(attempt), folder)
             try:
@@ -278,8 +278,8 @@ class ObjectStore:
             return expected is not None
         return found.version != expected
 
-    def _held_version(self, name: str) -> Version:
-        """Version of the pointer of a checkpoint that may be replaced or unpublished."""
+    def _pointer_of(self, name: str) -> Pointer:
+        """The pointer of a checkpoint that may be replaced or unpublished."""
         pointer = self._pointers.read(name)
         if pointer is None:
             self._bucket_has(name)
@@ -288,7 +288,7 @@ class ObjectStore:
                 "taken away in one step",
                 hint=_COPIED,
             )
-        return pointer.version
+        return pointer
 
     def _bucket_has(self, name: str) -> None:
         """Raise a NotFoundError if nothing but attempts is below this prefix."""
@@ -300,9 +300,7 @@ class ObjectStore:
         if hidden is not None:
             # No pointer names it, so it has no name to lose.
             return _join(above, str(HiddenFolder("removing", hidden.name, hidden.id)))
-        self._held_version(name)
-        pointer = self._pointers.read(name)
-        assert pointer is not None
+        pointer = self._pointer_of(name)
         # The index of stock DCP goes first, and is there again if the pointer stays.
         self._bucket.delete([_join(name, METADATA)])
         try:
