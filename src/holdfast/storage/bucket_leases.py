@@ -67,8 +67,8 @@ class Holder:
 class BucketLease:
     """A lease of this process on an object, until `release` or until it lapses."""
 
-    def __init__(self, bucket: Bucket, key: str, note: str, *, lease_s: float) -> None:
-        self._bucket, self._key, self._note, self._lease_s = bucket, key, note, lease_s
+    def __init__(self, bucket: Bucket, key: str, note: str) -> None:
+        self._bucket, self._key, self._note = bucket, key, note
         self._token = secrets.token_hex(8)
         self._counter = 0
         self._version: Version | None = None
@@ -83,7 +83,7 @@ class BucketLease:
     @property
     def is_valid(self) -> bool:
         """Whether requests that need the lease may be sent now. False in a forked child."""
-        fresh = time.monotonic() - self._sent < self._lease_s / 2
+        fresh = time.monotonic() - self._sent < LEASE_S / 2
         return self._version is not None and fresh and self._pid == os.getpid()
 
     def take(self) -> Holder | None:
@@ -183,14 +183,14 @@ class BucketLease:
         self._bucket.put(probe, b"")
         now = self._bucket.head(probe).modified
         self._bucket.delete([probe])
-        return (now - modified).total_seconds() > self._lease_s
+        return (now - modified).total_seconds() > LEASE_S
 
 
 class BucketLeases:
     """All leases of one store. A thread renews them while there are any."""
 
-    def __init__(self, bucket: Bucket, lease_s: float) -> None:
-        self._bucket, self._lease_s = bucket, lease_s
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
         self._held: dict[str, BucketLease] = {}
         self._is_checked = False
         self._mutex = threading.Lock()
@@ -226,7 +226,7 @@ class BucketLeases:
 
     def new(self, key: str, note: str) -> BucketLease:
         """Return a lease that is not taken yet."""
-        return BucketLease(self._bucket, key, note, lease_s=self._lease_s)
+        return BucketLease(self._bucket, key, note)
 
     def keep(self, key: str, lease: BucketLease) -> None:
         """Renew a lease that was taken, until `release`."""
@@ -234,7 +234,7 @@ class BucketLeases:
             self._held[key] = lease
             if self._ended.is_set() or self._pid != os.getpid():
                 self._pid, self._ended = os.getpid(), threading.Event()
-                renew = _renewing(weakref.ref(self), self._ended, self._lease_s / _RENEWALS)
+                renew = _renewing(weakref.ref(self), self._ended, LEASE_S / _RENEWALS)
                 threading.Thread(target=renew, name="holdfast-lease", daemon=True).start()
 
     def held(self, key: str) -> BucketLease | None:

@@ -87,10 +87,10 @@ _COPIED = "copy it to another place with the tool of that store, then delete it 
 class ObjectStore:
     """The objects below one prefix of a bucket, as a tree of files."""
 
-    def __init__(self, bucket: Bucket, *, lease_s: float = LEASE_S, threads: int = THREADS) -> None:
+    def __init__(self, bucket: Bucket, *, threads: int = THREADS) -> None:
         """`threads`: requests that are sent at the same time."""
-        self._bucket, self._lease_s, self._num_threads = bucket, lease_s, threads
-        self._leases = BucketLeases(bucket, lease_s)
+        self._bucket, self._num_threads = bucket, threads
+        self._leases = BucketLeases(bucket)
         self._pointers = Pointers(bucket)
         self._replaced: dict[str, Version] = {}
         """Version of the pointer of each checkpoint that this store holds."""
@@ -109,24 +109,18 @@ class ObjectStore:
         if folder and prefix == folder and _holds_attempts_only(files, listing.prefixes):
             raise NotFoundError(f"nothing at `{self._where(folder)}`")
         names = {_name(found.key) for found in listing.objects if not self._is_lease(found)}
-        for name, shown in zip(
-            listing.prefixes,
-            self._in_threads(
-                lambda name: self._shown(_join(prefix, name), files), listing.prefixes
-            ),
-            strict=True,
-        ):
-            names |= {f"{name}/"} if shown is None else shown
-        return sorted(names)
+        prefixes = [_join(prefix, name) for name in listing.prefixes]
+        shown = self._in_threads(partial(self._shown, beside=files), prefixes)
+        return sorted(names.union(*shown))
 
     def _is_lease(self, found: StoredObject) -> bool:
         """Whether an object is the lease of a hold, which may be in use. Its age is approximate:
         the clock of this machine may differ from that of the store."""
         age_s = time.time() - found.modified.timestamp()
-        return held_of(_name(found.key)) is not None and age_s < _LEASES_SHOWN * self._lease_s
+        return held_of(_name(found.key)) is not None and age_s < _LEASES_SHOWN * LEASE_S
 
-    def _shown(self, prefix: str, beside: set[str]) -> set[str] | None:
-        """Folders that a prefix is shown as; None for one folder of its own name.
+    def _shown(self, prefix: str, beside: set[str]) -> set[str]:
+        """Names of the folders that a prefix is shown as.
 
         `beside`: names of the objects beside the prefix.
         """
@@ -137,7 +131,7 @@ class ObjectStore:
             # A killed process has left the index of a deleted checkpoint.
             return {f"{HiddenFolder('removing', name, _NO_ID)}/"}
         if not ids:
-            return None
+            return {f"{name}/"}
         published = self._published(prefix, listing)
         shown = set()
         for attempt_id in ids - {published}:
@@ -236,7 +230,7 @@ class ObjectStore:
         if replace and expected is None:
             expected = self._pointer_of(name).version
         for _ in range(_TRIES):
-            self._check_lease(str(attempt), folder)
+            self._check_lease(folder)
             try:
                 if expected is None:
                     self._bucket.put_new(marker, data)
@@ -304,7 +298,7 @@ class ObjectStore:
         # The index of stock DCP goes first, and is there again if the pointer stays.
         self._bucket.delete([_join(name, METADATA)])
         try:
-            self._check_lease(name, name)
+            self._check_lease(name)
             self._bucket.delete([_join(name, MANIFEST)])
         except HoldfastError:
             with suppress(HoldfastError):
@@ -364,9 +358,9 @@ class ObjectStore:
     def _wait_for(self, lease: BucketLease, holder: Holder) -> None:
         """Take a lease of another process once it lapses. Raises an ExistsError if that process
         renews it."""
-        until = time.monotonic() + 2 * self._lease_s
+        until = time.monotonic() + 2 * LEASE_S
         while not holder.is_alive and time.monotonic() < until:
-            time.sleep(self._lease_s / _POLLS)
+            time.sleep(LEASE_S / _POLLS)
             found = lease.take()
             if found is None:
                 return
@@ -383,18 +377,15 @@ class ObjectStore:
         except NotFoundError:
             return None
         # Approximate: the clock of this machine may differ from that of the store.
-        is_old = time.time() - found.modified.timestamp() > 2 * self._lease_s
+        is_old = time.time() - found.modified.timestamp() > 2 * LEASE_S
         return None if is_old else note_in(data)
 
     @contextmanager
     def hold(self, key: str) -> Iterator[bool | None]:
         hidden = hidden_folder_of(_name(key))
-        above = key.rpartition("/")[0]
-        # An attempt has one lease, also once it is shown as `.removing`.
-        name = str(HiddenFolder("attempt", hidden.name, hidden.id)) if hidden else _name(key)
         if hidden is None:
             self._check_exists(key)
-        lease_key = _join(above, held_file(name))
+        lease_key = _lease_key(key)
         lease = self._leases.new(lease_key, f"a save or a cleanup of `{key}`")
         if self._leases.held(lease_key) is not None or lease.take() is not None:
             yield False
@@ -404,7 +395,7 @@ class ObjectStore:
             if hidden is None:
                 self._remember(key)
             else:
-                self._check_unpublished(above, hidden)
+                self._check_unpublished(key.rpartition("/")[0], hidden)
             yield True
         finally:
             self._leases.release(lease_key, lease)
@@ -429,9 +420,9 @@ class ObjectStore:
         if pointer is not None and pointer.id == hidden.id:
             raise NotFoundError(f"`{hidden}` is published")
 
-    def _check_lease(self, name: str, key: str) -> None:
-        """Make sure that this store still holds `name`, if it has held it."""
-        lease = self._leases.held(_join(key.rpartition("/")[0], held_file(_name(name))))
+    def _check_lease(self, key: str) -> None:
+        """Make sure that this store still holds a checkpoint or an attempt, if it has held it."""
+        lease = self._leases.held(_lease_key(key))
         if lease is not None:
             check(lease, "save again: a cleanup may have deleted a part of this attempt")
 
@@ -452,6 +443,15 @@ def _holds_attempts_only(files: Collection[str], prefixes: Collection[str]) -> b
     """Whether a folder without a pointer holds nothing but attempts: it is no folder then. An index
     of stock DCP may be left of a deleted checkpoint."""
     return not {*files} - {METADATA} and all(map(is_id, prefixes))
+
+
+def _lease_key(key: str) -> str:
+    """Key of the lease on a checkpoint or an attempt."""
+    folder, _, name = key.rpartition("/")
+    hidden = hidden_folder_of(name)
+    # An attempt has one lease, also once it is shown as `.removing`.
+    held = str(HiddenFolder("attempt", hidden.name, hidden.id)) if hidden else name
+    return _join(folder, held_file(held))
 
 
 def _name(key: str) -> str:
