@@ -44,6 +44,8 @@ _STAGES = {
     "saving.save": "the plan of a save",
     "saving.planner": "the plan of a save",
     "saving.commit": "the commit of a save",
+    "tier.local": "a step of the fast tier",
+    "tier.drain": "the copy of a checkpoint from the fast tier",
     "loading.load": "a load",
     "loading.replicas": "a load",
     "loading.opening": "a load",
