@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
 import os
 import re
 import stat
@@ -32,8 +31,6 @@ from holdfast.release import installed_version
 from holdfast.storage import links
 from holdfast.storage.store import ReadStore
 from holdfast.storage.unsynced import UnsyncedStore
-
-logger: logging.Logger = logging.getLogger("holdfast")
 
 _THREADS_MAX = 8
 
@@ -75,9 +72,7 @@ class Unsealed:
             ExistsError: another checkpoint has taken the name meanwhile.
         """
         self.catalog.publish(self.attempt)
-        leftovers = plan_cleanup(self.catalog.store.list(), only=self.attempt.name)
-        for problem in execute(self.catalog.store, leftovers):
-            logger.warning("%s; the next save tries again", problem)
+        self.catalog.clean_up(self.attempt.name)
 
     def abort(self) -> None:
         """Delete the folder."""

@@ -211,7 +211,7 @@ def write_hf(
                         _write_tensor(writer, span.offset, outputs[name], take)
         write_small(target.store, target.creating, str(attempt), contents)
         target.catalog.publish(attempt)
-    execute(target.store, plan_cleanup(target.store.list(), only=target.name))
+    target.catalog.clean_up(target.name)
     return export.nbytes
 
 

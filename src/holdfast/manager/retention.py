@@ -15,18 +15,8 @@ from holdfast.format.names import step_name
 from holdfast.manager.complete import CompleteCheckpoints
 from holdfast.manager.policy import Retention, removable
 from holdfast.manager.resume import good_steps
-from holdfast.storage.store import Store
 
 logger: logging.Logger = logging.getLogger("holdfast")
-
-
-def put_in_order(store: Store) -> None:
-    """Clean up after killed runs, and log every action. No other process may save to this store."""
-    actions = plan_cleanup(store.list())
-    for action in actions:
-        logger.info("%s %s: %s", action.verb, action.folder, action.why)
-    for problem in execute(store, actions):
-        logger.warning("%s; the next start tries again", problem)
 
 
 class Retainer:

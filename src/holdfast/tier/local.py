@@ -15,14 +15,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.cleanup import execute, plan_cleanup, put_in_order
 from holdfast.catalog.tier import TierRecord
 from holdfast.comm import Ranks, capture, host_of, hosts_of, run_on_all
 from holdfast.errors import HoldfastError
 from holdfast.format.names import LOCK, HiddenFolder, data_file, step_name
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.commit import run_if_alike
-from holdfast.saving.publish import clean_up, index_files, write_index
+from holdfast.saving.publish import index_files, write_index
 from holdfast.saving.save import Pending, check_space
 from holdfast.saving.write import WriteResult
 from holdfast.storage.opening import folder_store
@@ -70,8 +70,7 @@ class LocalTier:
         store = self.catalog.store
         store.make_folder("")
         self.catalog.check_lock = held.enter_context(store.lock(LOCK, note))
-        for problem in execute(store, plan_cleanup(store.list())):
-            logger.warning("%s; the next start tries again", problem)
+        put_in_order(store)
 
     def attempt(self, name: str) -> HiddenFolder:
         """Name of a new attempt, the same on every host. Called on rank 0."""
@@ -202,4 +201,4 @@ class LocalTier:
     def _publish(self, attempt: HiddenFolder) -> None:
         if self.leads:
             self.catalog.publish(attempt)
-            clean_up(self.catalog, attempt.name)
+            self.catalog.clean_up(attempt.name)
