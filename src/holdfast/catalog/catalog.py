@@ -226,9 +226,11 @@ class Catalog:
             held.close()
 
     def abort(self, attempt: HiddenFolder) -> None:
-        """Delete an attempt that is not published."""
+        """Delete an attempt that is not published. If this fails, as it may for the same reason as
+        the save, the next start cleans up."""
         try:
-            self.store.remove(str(attempt))
+            with suppress(HoldfastError):
+                self.store.remove(str(attempt))
         finally:
             self.release(attempt)
 

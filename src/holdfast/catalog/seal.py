@@ -76,8 +76,7 @@ class Unsealed:
 
     def abort(self) -> None:
         """Delete the folder."""
-        with suppress(HoldfastError):
-            self.catalog.abort(self.attempt)
+        self.catalog.abort(self.attempt)
 
 
 def begin(

@@ -117,9 +117,7 @@ class Drain:
                 manifest = gather_and_run(ranks, copied, lambda _: self._publish(name, attempt))
         except BaseException:
             if ranks.rank == 0:
-                # If this fails, the next start cleans up.
-                with suppress(HoldfastError):
-                    self._catalog.abort(attempt)
+                self._catalog.abort(attempt)
             raise
         seconds = ranks.gather(spans.seconds)
         times = times_of(step, manifest.nbytes, seconds) if seconds else None

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 
 from holdfast.catalog.catalog import Catalog
@@ -131,10 +131,9 @@ class LocalTier:
         return nbytes
 
     def abort(self, attempt: HiddenFolder) -> None:
-        """Delete an attempt on this host. If that fails, the next start cleans up."""
+        """Delete an attempt on this host."""
         if self.leads:
-            with suppress(HoldfastError):
-                self.catalog.abort(attempt)
+            self.catalog.abort(attempt)
 
     def retain(self, step: int) -> list[str]:
         """Delete all checkpoints of this host up to `step`, but the newest `KEPT` and the one that
