@@ -337,7 +337,7 @@ class Saver:
         elif self.tier is not None:
             if self._target == "drained":
                 self.tier.drain.start(step)
-            self._run.warn(*local.retain(step))
+            local.retain(step)
         if export == "beside":
             self._hf.export(pending, ranks, step, export)
 

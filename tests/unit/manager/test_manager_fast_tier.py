@@ -185,6 +185,25 @@ def test_a_full_local_disk_falls_back_to_the_durable_folder(
     assert run.resumes_from() == max(int(name[5:]) for name in expected)
 
 
+def test_each_host_logs_what_it_cannot_delete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G7. Method: the disk of a host without rank 0 refuses to delete a step; the run goes on."""
+    unpublish = LocalStore.unpublish
+
+    def refuse(store: LocalStore, name: str, removing: str) -> str:
+        if "/node1/" in store.url:
+            raise holdfast.StorageError(f"no right to rename {name}")
+        return unpublish(store, name, removing)
+
+    monkeypatch.setattr(LocalStore, "unpublish", refuse)
+    run = Run(tmp_path)
+    run.train(10)
+    assert run.local("node0") == {"step-8", "step-10"}
+    assert run.local("node1") > run.local("node0")
+    assert "could not delete step 4: no right to rename step-4; the next save" in caplog.text
+
+
 def test_hosts_that_share_a_local_folder_are_told(tmp_path: Path) -> None:
     """G16. Method: `local_folder` without `{host}` is one folder for three hosts."""
     run = Run(tmp_path, local_folder=str(tmp_path / "one"))
