@@ -12,12 +12,12 @@ class HeldFile:
 
     def __init__(self, descriptor: int) -> None:
         """Call this in the block of `no_fork_between` that opens the file."""
-        self.descriptor = descriptor
+        self.descriptor: int = descriptor
         """Open file; -1 once it is given up."""
 
         self._pid = os.getpid()
         status = os.fstat(descriptor)
-        self.file = (status.st_dev, status.st_ino)
+        self.file: tuple[int, int] = (status.st_dev, status.st_ino)
         """Device and inode."""
 
         leave_in_children(self)

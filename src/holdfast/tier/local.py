@@ -49,7 +49,7 @@ class LocalTier:
         """The rank that leads each host."""
         self.leads: bool = ranks.rank == self.leaders[self.host]
         """Whether this rank makes, publishes and deletes the checkpoints on its host."""
-        self.catalog = Catalog(folder_store(record.folder_on(host_of(ranks))))
+        self.catalog: Catalog = Catalog(folder_store(record.folder_on(host_of(ranks))))
         self.draining: int | None = None
         """Step that is being copied to the durable folder."""
         self._replicas = replicas
