@@ -98,7 +98,7 @@ def checkpoint_in(store: ReadStore, name: str) -> str:
             return name
         if nested.why_not or len(nested.paths) > 1:
             raise _not_one(store, name, nested)
-        check_inside(store, name, nested.paths[0].partition("/")[0])
+        check_inside(store, name, nested.paths[0])
         name = f"{name}/{nested.paths[0]}"
     return name
 
