@@ -66,7 +66,7 @@ def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
     eps, head_dim = config.get("rms_norm_eps", 1e-6), config.get("head_dim")
     theta, scaling = flavor.rope_theta, flavor.rope_scaling
     try:
-        theta, scaling = rope_of(config, max_positions=config.get("max_position_embeddings", 0))
+        theta, scaling = rope_of(config)
     except FormatError as error:
         wrong.append(error.what)
     if type(eps) not in (int, float) or not 0 < eps < 1:
@@ -128,6 +128,7 @@ def _values(config: Config) -> dict[str, Any]:
     has_rope = {"rope_theta", "rope_parameters", "rope_scaling"} & config.keys()
     if has_rope or defaults:
         with suppress(FormatError):
-            positions = known.get("max_position_embeddings") or 0
-            values["rope_theta"], values["rope_scaling"] = rope_of(known, max_positions=positions)
+            # `rope_of` refuses null, and then no rotary value would be compared.
+            given = {key: value for key, value in known.items() if value is not None}
+            values["rope_theta"], values["rope_scaling"] = rope_of(given)
     return values
