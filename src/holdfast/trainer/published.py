@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from holdfast.catalog.hf_folder import CONFIG, read_config
@@ -12,7 +12,7 @@ from holdfast.convert.sizes import check_alike
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError
 from holdfast.hf.export import HFModel
 from holdfast.hf.flavors import Flavor, config_of
-from holdfast.hf.values import MODEL_TYPES, with_values
+from holdfast.hf.values import MODEL_TYPES, with_sizes, with_values
 from holdfast.trainer.config import Config
 
 logger: logging.Logger = logging.getLogger("holdfast.trainer")
@@ -81,11 +81,8 @@ def _followed(config: Config, vocab_size: int, given: dict[str, Any], *, where: 
             hint="set `model.name` to the model of these weights",
         )
     # Heads of another width and a tied head are values to follow, not other sizes.
-    tied = given.get("tie_word_embeddings") is True
-    width = given.get("head_dim")
-    sizes = replace(shape, tied=tied, head_width=width if type(width) is int else None)
     try:
-        derived = config_of(name, sizes, vocab_size)
+        derived = config_of(name, with_sizes(shape, given), vocab_size)
         check_alike((derived, f"flavor {config.model.flavor}"), (given, where))
     except HoldfastError as error:
         hint = "set `model.flavor` to the size of these weights"
