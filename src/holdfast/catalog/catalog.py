@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
 
 from holdfast.catalog.cleanup import delete_hidden
@@ -85,10 +85,18 @@ class Catalog:
         """Path of a checkpoint, for messages."""
         return location(self.store, name)
 
-    def check_free(self, name: str, *, replace: bool, hint: str, file: bool = False) -> None:
+    def check_free(
+        self,
+        name: str,
+        *,
+        replace: bool,
+        hint: str,
+        why_not: Callable[[ReadStore, str], str | None] = why_not_replaceable,
+    ) -> None:
         """Check that a checkpoint may be saved as `name`. Raises an ExistsError if not.
 
-        `replace`: an existing checkpoint may be replaced. `file`: the new one will be a file.
+        `replace`: an existing checkpoint may be replaced, unless `why_not` returns a reason against
+        it, as `why_not_replaceable` does.
         """
         for left in reversed(range(LOOKS_MAX)):
             folder = folder_among(self.store.list(), name)
@@ -97,7 +105,7 @@ class Catalog:
             if not replace:
                 raise ExistsError(f"`{self.where(name)}` exists already", hint=hint)
             try:
-                why = why_not_replaceable(self.store, folder, file=file)
+                why = why_not(self.store, folder)
                 break
             except NotFoundError:
                 # Another process is replacing it, so the folder of that name has changed.
