@@ -20,7 +20,7 @@ from holdfast.errors import FormatError, HoldfastError, UsageError
 from holdfast.format.safetensors import INDEX, SUFFIX, parse_json
 from holdfast.hf.check import check_fit
 from holdfast.hf.families import table_of
-from holdfast.hf.family import HF_EMBEDDING, Config, fused_experts, mapping_of
+from holdfast.hf.family import HF_EMBEDDING, Config, mapping_for
 from holdfast.storage.store import ReadStore
 from holdfast.tensors.lazy import Tensors, only
 from holdfast.tensors.numbers import is_floating
@@ -190,8 +190,7 @@ def _weights(folder: _Folder) -> Iterator[str]:
     )
     if family.prefix:
         tensors = only(tensors, [n for n in tensors.infos if n.startswith(family.prefix)])
-    fused = fused_experts(family, config, tensors.infos)
-    mapping = mapping_of(family, config, fused_experts=fused)
+    mapping = mapping_for(family, config, tensors.infos)
     check_fit(tensors, mapping, "hf", where=folder.checkpoint.where, config_from=f"`{CONFIG}`")
 
 

@@ -22,7 +22,7 @@ from holdfast.format.region import Region
 from holdfast.hf.check import check_fit
 from holdfast.hf.dialects import balances, dialect_of, is_balance, renamed
 from holdfast.hf.families import family_of, table_of
-from holdfast.hf.family import Config, fused_experts, mapping_of
+from holdfast.hf.family import Config, mapping_for
 from holdfast.hf.own_names import keeps_names, tensors_for
 from holdfast.loading.load import Loaded, load_tree
 from holdfast.loading.read import THREADS_MAX, Wanted
@@ -129,8 +129,7 @@ def _table(
     if folder.config is not None:
         config_from = f"`{source.url}/{CONFIG}`"
     family = family_of(config, where=config_from)
-    fused = fused_experts(family, config, tensors.infos)
-    return mapping_of(family, config, fused_experts=fused), config_from
+    return mapping_for(family, config, tensors.infos), config_from
 
 
 def _agreed(ranks: Ranks, *flags: bool) -> list[bool]:

@@ -70,8 +70,10 @@ def check_export(infos: Mapping[str, TensorInfo], config: Config) -> str:
     family = table_of(config)
     if family is None:
         return no_table(config)
-    fused = fused_experts(family, config, infos)
-    mapping = mapping_of(family, config, fused_experts=fused)
+    mapping = mapping_of(family, config)
+    fused = fused_experts(mapping, infos)
+    if fused:
+        mapping = mapping_of(family, config, fused_experts=True)
     wrong = differences(infos, mapping, "hf", "the configuration")
     if wrong:
         raise MismatchError(
@@ -98,7 +100,8 @@ def tensors_for(
     """
     family = None if config is None else table_of(config)
     if family is not None and config is not None:
-        here, there = (fused_experts(family, config, one) for one in (names, hf_tensors.infos))
+        published = mapping_of(family, config)
+        here, there = (fused_experts(published, one) for one in (names, hf_tensors.infos))
         if here != there:
             stored = mapping_of(family, config, fused_experts=there)
             native = Mapped(hf_tensors, stored, "native")
