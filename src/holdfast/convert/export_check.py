@@ -21,9 +21,9 @@ from holdfast.format.safetensors import INDEX, SUFFIX, parse_json
 from holdfast.hf.check import check_fit
 from holdfast.hf.families import table_of
 from holdfast.hf.family import HF_EMBEDDING, Config, mapping_for
+from holdfast.hf.shards import main_dtype
 from holdfast.storage.store import ReadStore
 from holdfast.tensors.lazy import Tensors, only
-from holdfast.tensors.numbers import is_floating
 from holdfast.tensors.quantized import Dequantized
 from holdfast.tensors.stored import StoredTensors
 
@@ -156,13 +156,9 @@ def _dtype(folder: _Folder, config: Config) -> Iterator[str]:
     places = [config, text] if isinstance(text, dict) else [config]
     declared = next((p[k] for p in places for k in ("dtype", "torch_dtype") if p.get(k)), None)
     entries = folder.checkpoint.manifest.tensors.values()
-    nbytes: dict[str, int] = {}
-    for entry in entries:
-        if is_floating(entry.dtype):
-            nbytes[entry.dtype] = nbytes.get(entry.dtype, 0) + entry.nbytes
-    most = max(nbytes, key=lambda dtype: nbytes[dtype], default=None)
-    if declared is not None and most is not None and declared not in (most, "auto"):
-        yield f"`{CONFIG}` says {shortened(declared)}, but most weights are {most}"
+    main = main_dtype((entry.dtype, entry.shape) for entry in entries)
+    if declared is not None and main is not None and declared not in (main, "auto"):
+        yield f"`{CONFIG}` says {shortened(declared)}, but most weights are {main}"
 
 
 def _weights(folder: _Folder) -> Iterator[str]:
