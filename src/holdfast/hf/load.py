@@ -26,7 +26,7 @@ from holdfast.hf.family import Config, mapping_for
 from holdfast.hf.own_names import keeps_names, tensors_for
 from holdfast.loading.load import Loaded, load_tree
 from holdfast.loading.read import THREADS_MAX, Wanted
-from holdfast.state.layout import box_of, local_of
+from holdfast.state.layout import box_of, elements_of
 from holdfast.state.objects import StateTree
 from holdfast.state.shard import Piece
 from holdfast.state.tree import Leaf
@@ -142,10 +142,9 @@ def _tied(leaves: Mapping[str, Leaf]) -> list[tuple[str, str]]:
     names: dict[object, list[str]] = {}
     for name, leaf in leaves.items():
         if isinstance(leaf.value, torch.Tensor) and leaf.value.device.type != "meta":
-            local = local_of(leaf.value)
-            if local.numel():
-                memory = local.data_ptr(), local.shape, local.stride(), local.device
-                names.setdefault(memory, []).append(name)
+            elements = elements_of(leaf.value)
+            if elements:
+                names.setdefault(elements, []).append(name)
     return [pair for group in names.values() for pair in permutations(group, 2)]
 
 
