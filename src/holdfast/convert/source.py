@@ -124,7 +124,7 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
     opened_as = fingerprint(store, name)
     checkpoint = open_any(store, name, check_files=True)
     names, others = _names_in_model(checkpoint)
-    stored_names = {*names.values()}
+    stored_names = [*names.values()]
     # PEFT's own names begin like those of a wrapper.
     is_adapter = any(".lora_A." in name for name in stored_names)
     if renames:
