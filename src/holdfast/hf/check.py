@@ -99,6 +99,19 @@ def differences(
     return [*lines, *_unexpected(unexpected, names, config_from)]
 
 
+def check_exportable(
+    infos: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName
+) -> None:
+    """Check that the tensors of a live model are those of its configuration. Raises a MismatchError
+    that lists all differences."""
+    wrong = differences(infos, mapping, side, "the configuration")
+    if wrong:
+        raise MismatchError(
+            f"the model cannot be exported:{listed(wrong)}",
+            hint="check that the `config.json` of the export belongs to this model",
+        )
+
+
 def listed(lines: Sequence[str]) -> str:
     """Return lines indented for an error. Many lines are merged by layer and expert, then cut."""
     shown = lines if len(lines) <= LISTED_MAX else list(_merged(lines))
