@@ -18,7 +18,7 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class RopeScaling:
+class Llama3Scaling:
     """Scaling of rotary frequencies in Llama 3.1, from 8192 to 131072 positions."""
 
     factor: float
@@ -76,7 +76,7 @@ class YarnScaling:
     """Whether the ramp between both begins and ends at whole frequency numbers."""
 
 
-Scaling = RopeScaling | LinearScaling | DynamicScaling | YarnScaling
+Scaling = Llama3Scaling | LinearScaling | DynamicScaling | YarnScaling
 """Scaling of rotary frequencies."""
 
 _POSITIONS = "max_position_embeddings"
@@ -148,7 +148,7 @@ def _dynamic(rope: Config) -> Scaling:
 
 
 def _llama3(rope: Config) -> Scaling:
-    return RopeScaling(
+    return Llama3Scaling(
         factor=_number(rope, "factor", positive=True),
         low_freq_factor=_number(rope, "low_freq_factor"),
         high_freq_factor=_number(rope, "high_freq_factor"),

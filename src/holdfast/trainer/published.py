@@ -19,14 +19,14 @@ logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 
 @dataclass(frozen=True, slots=True)
-class PublishedModel:
+class FollowedModel:
     """Model of a run, as it is trained and as exports describe it."""
 
     flavor: Flavor
     hf_model: HFModel
 
 
-def published_model(config: Config, vocab_size: int) -> PublishedModel:
+def followed_model(config: Config, vocab_size: int) -> FollowedModel:
     """Return the model of a run, with the values of the `config.json` that the run follows.
 
     That is the one beside the weights that the run starts from, else the one in
@@ -37,25 +37,25 @@ def published_model(config: Config, vocab_size: int) -> PublishedModel:
         MismatchError: the native model has other values than the `config.json`, or the weights to
             start from are of other sizes.
     """
-    name, assets = config.model.name, config.model.hf_assets_path
-    flavor, given = config.model.shape, None
-    weights = config.checkpoint.initial_load_path or assets
-    starts_in_hf = config.checkpoint.enable and config.checkpoint.initial_load_in_hf
-    for folder in filter(None, (weights if starts_in_hf else None, assets)):
+    assets, weights = config.model.hf_assets_path, None
+    if config.checkpoint.enable and config.checkpoint.initial_load_in_hf:
+        weights = config.checkpoint.initial_load_path or assets
+    for folder in filter(None, (weights, assets)):
         given = _read(folder)
         if given is None:
             continue
         try:
             flavor = _followed(config, vocab_size, given, where=f"`{folder}/{CONFIG}`")
-            break
-        except MismatchError as error:
-            if (starts_in_hf and folder == weights) or not isinstance(error, _OtherModelError):
+        except _OtherModelError as error:
+            if folder == weights:
                 raise
-            given = None
             if config.checkpoint.last_save_in_hf or config.checkpoint.hf_export_interval:
                 logger.warning("exports get a `%s` of their own: %s", CONFIG, error.what)
-    described = config_of(name, flavor, vocab_size) if given is None else given
-    return PublishedModel(flavor, HFModel(described, assets, exact=True))
+        else:
+            return FollowedModel(flavor, HFModel(given, assets, exact=True))
+    flavor = config.model.shape
+    described = config_of(config.model.name, flavor, vocab_size)
+    return FollowedModel(flavor, HFModel(described, assets, exact=True))
 
 
 class _OtherModelError(MismatchError):
