@@ -29,6 +29,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 MODULES = "modules.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
 
+QUANTIZATION = ("quantization_config", "compression_config")
+"""Keys of `config.json`, either of which describes quantized weights."""
+
 _BIN = re.compile(r"(?!.*_rank[0-9]+\.bin)(.*pytorch_model|adapter_model).*\.bin", re.DOTALL)
 """Weights that `torch.save` wrote. Other `.bin` files hold an optimizer, arguments or a random
 state."""
@@ -225,7 +228,7 @@ def quantization_of(config: Config) -> Mapping[str, Any]:
     there is none."""
     text = config.get("text_config")
     for one in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTIZATION:
             if one.get(key):
                 found: Mapping[str, Any] = one[key]
                 return found

@@ -28,6 +28,7 @@ from holdfast.format.manifest import (
 )
 from holdfast.format.region import Region
 from holdfast.format.untrusted import check_file_name, check_sizes
+from holdfast.spelling import listed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -200,13 +201,11 @@ def joined(
         if name not in tensors:
             problems.append(f"`{name}` is not in `{file}`, contrary to the index")
     if problems:
-        more = len(problems) - LISTED_MAX
         raise FormatError(
             f"`{where}`: {problems[0]}"
             if len(problems) == 1
-            else f"`{where}`: {len(problems)} tensors are in the wrong place:\n  "
-            + "\n  ".join(problems[:LISTED_MAX])
-            + (f"\n  ... and {more} more" if more > 0 else ""),
+            else f"`{where}`: {len(problems)} tensors are in the wrong place:"
+            + listed(problems, LISTED_MAX),
             hint="without an index all weights are read: move away files of other models"
             if index is None
             else "download the folder again",

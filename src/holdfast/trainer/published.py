@@ -6,9 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.catalog.hf_folder import CONFIG, read_config
-from holdfast.catalog.paths import open_for_reading
-from holdfast.convert.sizes import check_alike
+from holdfast.catalog.hf_folder import CONFIG
+from holdfast.convert.sizes import check_alike, config_at
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError
 from holdfast.hf.export import HFModel
 from holdfast.hf.flavors import Flavor, config_of
@@ -63,10 +62,9 @@ class _OtherModelError(MismatchError):
 
 
 def _read(folder: str) -> dict[str, Any] | None:
-    """Return the `config.json` of a folder, or None if there is none."""
+    """Return the `config.json` in a folder; None if there is none, or no folder."""
     try:
-        store, name = open_for_reading(folder)
-        return read_config(store, name) if CONFIG in store.list(name) else None
+        return config_at(folder)
     except NotFoundError:
         return None
 

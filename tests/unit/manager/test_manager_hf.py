@@ -213,7 +213,7 @@ def test_weights_with_other_values_are_refused_or_warned_about(
 
 
 def test_the_values_of_a_multimodal_model_are_those_of_its_language_model(tmp_path: Path) -> None:
-    """G10. Method: a run resumes with another `text_config` than the checkpoint was trained with."""
+    """G10. Method: a run resumes with another `text_config` than the checkpoint has."""
     config: dict[str, Any] = {"model_type": "gemma3", "text_config": CONFIG}
     trained = {**config, "text_config": {**CONFIG, "rope_theta": 10000.0, "rms_norm_eps": 1e-3}}
     with manager_of(tmp_path, model_of(), HFModel(trained)) as manager:
