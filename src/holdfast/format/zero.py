@@ -20,7 +20,7 @@ from math import prod
 from holdfast.errors import FormatError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
-from holdfast.format.region import Region
+from holdfast.format.region import boxes_of_run
 from holdfast.format.torchfile import TorchFile
 from holdfast.format.untrusted import check_sizes
 
@@ -259,37 +259,13 @@ def _entry(
     chunks: list[Chunk] = []
     for file, offset, low, high in vector.ranges(start, start + num_elements):
         position = offset
-        for region in _boxes(shape, low - start, high - start):
+        for region in boxes_of_run(shape, low - start, high - low):
             item = Span(position, region.num_elements * itemsize)
             chunks.append(Chunk(region, file, item, item.offset))
             position = item.stop
     if sum(chunk.region.num_elements for chunk in chunks) != num_elements:
         raise ValueError(f"`{name}` has {num_elements} elements, more than its files")
     return TensorEntry(dtype, shape, tuple(chunks), (name,))
-
-
-def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Region]:
-    """Divide the elements `start` to `stop` of a row-major tensor into boxes, in order.
-
-    >>> [(box.start, box.stop) for box in _boxes((3, 4), 2, 9)]
-    [((0, 2), (1, 4)), ((1, 0), (2, 4)), ((2, 0), (3, 1))]
-    """
-    if not shape:
-        yield Region((), ())
-        return
-    row = prod(shape[1:])
-    while start < stop:
-        index, within = divmod(start, row)
-        whole = 0 if within else (stop - start) // row
-        if whole:
-            origin = (0,) * len(shape[1:])
-            yield Region((index, *origin), (index + whole, *shape[1:]))
-            start += whole * row
-            continue
-        last = min(stop - index * row, row)
-        for box in _boxes(shape[1:], within, last):
-            yield Region((index, *box.start), (index + 1, *box.stop))
-        start = index * row + last
 
 
 def _below(file: TorchFile, key: str) -> dict[str, TensorEntry]:

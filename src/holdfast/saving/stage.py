@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from holdfast.errors import UsageError
+from holdfast.format.region import boxes_of_run
 from holdfast.format.torchzip import PAGE_BYTES
-from holdfast.planning.divide import boxes_of_run
 from holdfast.planning.file_layout import TensorItem
 from holdfast.saving.write import WINDOW_BYTES
 from holdfast.spelling import spelled_bytes
