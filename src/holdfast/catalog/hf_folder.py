@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from holdfast.catalog.catalog import location
+from holdfast.catalog.catalog import check_inside, location
 from holdfast.errors import DamagedError, FormatError, NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
@@ -81,7 +81,7 @@ def has_weights(names: Collection[str]) -> bool:
 
 def has_safetensors(names: Collection[str]) -> bool:
     """Whether a folder that holds files of these names has safetensors, which are preferred."""
-    suffixes = (safetensors.SUFFIX, f"{safetensors.SUFFIX}.index.json")
+    suffixes = (safetensors.SUFFIX, safetensors.INDEX_SUFFIX)
     return any(name.endswith(suffixes) for name in names)
 
 
@@ -248,19 +248,6 @@ def fetcher(store: ReadStore, key: str) -> Callable[[int, int], bytes]:
 
 def _read(store: ReadStore, key: str, nbytes_max: int) -> bytes:
     return store.read(key, 0, min(store.size(key), nbytes_max + 1))
-
-
-def check_inside(store: ReadStore, name: str, file: str) -> None:
-    """Raise a FormatError if a file is a link to a place outside of its folder.
-
-    A stranger's folder could otherwise include private files of its reader. The cache of the
-    Hugging Face hub, whose files are links, is the exception.
-    """
-    if store.leads_out(name, file):
-        raise FormatError(
-            f"`{location(store, name)}/{file}` is a link to a place outside of its folder",
-            hint="if the link is yours, replace it by a copy of the file: cp -L",
-        )
 
 
 def open_torch_file(store: ReadStore, name: str, file: str) -> TorchFile:

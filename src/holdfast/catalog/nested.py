@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from holdfast.catalog.catalog import location
+from holdfast.catalog.catalog import check_inside, location
 from holdfast.catalog.findings import named
-from holdfast.catalog.hf_folder import MODULES, check_inside, modules_of
+from holdfast.catalog.hf_folder import MODULES, modules_of
 from holdfast.catalog.pieces import format_among
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import number_of

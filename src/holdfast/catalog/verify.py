@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from holdfast.catalog.catalog import location, read_checksums, read_manifest
+from holdfast.catalog.catalog import check_inside, location, read_checksums, read_manifest
 from holdfast.catalog.contents import (
     Advance,
     RecordReader,
@@ -32,7 +32,6 @@ from holdfast.catalog.hf_folder import (
     ADAPTER_CONFIG,
     CONFIG,
     Weights,
-    check_inside,
     open_hf_folder,
     read_config,
     read_weights_index,

@@ -33,6 +33,7 @@ from holdfast.spelling import listed
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 HEADER_BYTES_MAX = 100_000_000
 """Largest header, as in the reference implementation."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from holdfast.catalog.hf_folder import CONFIG, QUANTIZATION, check_inside
+from holdfast.catalog.catalog import check_inside
+from holdfast.catalog.hf_folder import CONFIG, QUANTIZATION
 from holdfast.catalog.paths import open_for_reading
 from holdfast.format.safetensors import INDEX
 from holdfast.storage.store import Creating, ReadStore, Store

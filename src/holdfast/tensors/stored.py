@@ -9,7 +9,8 @@ from math import prod
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, missing_file_error
+from holdfast.catalog.catalog import missing_file_error
+from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source
 from holdfast.errors import DamagedError, NotFoundError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
@@ -39,7 +40,8 @@ class StoredTensors:
             try:
                 self._fill(name, entry, item.chunk, item.region, box_of(elements, within))
             except NotFoundError as error:
-                raise missing_file_error(self._source, item.chunk.file) from error
+                store, folder = self._source.store, self._source.folder
+                raise missing_file_error(store, folder, item.chunk.file) from error
         return elements
 
     def _fill(
