@@ -6,11 +6,12 @@ The weights are files of safetensors or, in older folders, files of `torch.save`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from holdfast.catalog.catalog import check_inside, location
+from holdfast.catalog.source import fetcher
 from holdfast.errors import DamagedError, FormatError, NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
@@ -239,11 +240,6 @@ def read_weights_index(store: ReadStore, name: str, file: str) -> dict[str, str]
     """Read the index of a folder: the file of each tensor."""
     data = _read(store, f"{name}/{file}", safetensors.INDEX_BYTES_MAX)
     return safetensors.read_index(data, where=f"{location(store, name)}/{file}")
-
-
-def fetcher(store: ReadStore, key: str) -> Callable[[int, int], bytes]:
-    """A function that reads `nbytes` at `offset` of a file."""
-    return lambda offset, nbytes: store.read(key, offset, offset + nbytes)
 
 
 def _read(store: ReadStore, key: str, nbytes_max: int) -> bytes:

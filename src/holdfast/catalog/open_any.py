@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import connect_rows, location, open_manifest, read_manifest, steps_in
 from holdfast.catalog.findings import Format
-from holdfast.catalog.hf_folder import HFFolder, fetcher, open_hf_folder
+from holdfast.catalog.hf_folder import HFFolder, open_hf_folder
 from holdfast.catalog.nested import checkpoint_in
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import check_whole_checkpoint, format_among, no_checkpoint
-from holdfast.catalog.source import Source
+from holdfast.catalog.source import Source, fetcher
 from holdfast.catalog.steady import UNREADABLE, fingerprint, read_steadily
 from holdfast.catalog.zero_folder import open_zero_folder
 from holdfast.errors import HoldfastError, NotFoundError, StorageError

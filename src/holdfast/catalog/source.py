@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import location, missing_file_error, read_checksums, verify_hint
 from holdfast.errors import DamagedError, NotFoundError
+from holdfast.format.archive import Fetch
 from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
+from holdfast.format.torchzip import StoredTensor, locate
 from holdfast.storage.store import FileReader, ReadStore
 
 WINDOW_BYTES = 2 << 20
@@ -59,6 +61,28 @@ class Source:
                 raise missing_file_error(self.store, self.folder, chunk.file) from error
         stop = chunk.first_block + num_blocks(nbytes, self.manifest.block_bytes)
         return self.tables[chunk.file][chunk.first_block : stop]
+
+
+def fetcher(store: ReadStore, key: str) -> Fetch:
+    """A function that reads `nbytes` at `offset` of a file."""
+    return lambda offset, nbytes: store.read(key, offset, offset + nbytes)
+
+
+def locate_chunk(source: Source, name: str, chunk: Chunk) -> StoredTensor:
+    """Find the elements of a chunk of tensor `name`, of which only its container tells the offset
+    and the strides. Raises a DamagedError if it has another dtype or shape than in the index."""
+    dtype, shape = source.manifest.tensors[name].dtype, chunk.region.shape
+    fetch = fetcher(source.store, source.key(chunk.file))
+    stored = locate(fetch, chunk.item, where=f"{chunk.file}:{name}")
+    if (stored.dtype, stored.shape) != (dtype, shape):
+        raise DamagedError(
+            f"`{source.url}/{chunk.file}`: `{name}` is {stored.dtype} {list(stored.shape)} in its "
+            f"file, {dtype} {list(shape)} in the index",
+            hint=source.hint,
+            file=f"{source.url}/{chunk.file}",
+            entry=name,
+        )
+    return stored
 
 
 def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
