@@ -127,7 +127,7 @@ def open_any(
         return OpenCheckpoint(
             form,
             Source(store, name, folder.manifest),
-            {n: strides for part in contents.values() for n, strides in part.strides.items()},
+            folder.strides,
             hf=folder,
             values={n: value for part in contents.values() for n, value in part.values.items()},
             notes=(*folder.notes, *notes_of_files),

@@ -34,7 +34,6 @@ from holdfast.catalog.hf_folder import (
     Weights,
     open_hf_folder,
     read_config,
-    read_weights_index,
     weights_in,
 )
 from holdfast.catalog.nested import checkpoint_in
@@ -218,10 +217,9 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
     folder = is_folder(target.store, target.name)
     names = target.store.list(target.name) if folder else [""]
     chosen = weights_in(target.store, target.name) if folder else Weights(("",), "", ())
-    files, index_file = chosen.files, chosen.index
-    index = read_weights_index(target.store, target.name, index_file) if index_file else None
+    files = chosen.files
     findings: list[Finding] = []
-    if index is None:
+    if chosen.file_of is None:
         shards = safetensors.missing_shards(files)
         findings += [Finding("file", file, "is missing") for file in shards]
     manifests: dict[str, Manifest] = {}
@@ -248,9 +246,9 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
     manifest = Manifest({n: e for m in manifests.values() for n, e in m.tensors.items()}, {})
     if not findings:
         try:
-            manifest = safetensors.joined(manifests, index, where=target.where)
+            manifest = safetensors.joined(manifests, chosen.file_of, where=target.where)
         except FormatError as error:
-            findings.append(Finding("index", index_file, error.what))
+            findings.append(Finding("index", chosen.index, error.what))
     notes = [*chosen.notes]
     if not target.quick:
         notes.append(

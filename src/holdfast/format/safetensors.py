@@ -212,7 +212,8 @@ def joined(
             else "download the folder again",
         )
     files = {file: size for part in parts.values() for file, size in part.files.items()}
-    return Manifest(tensors, {}, files=files, kind="model")
+    values = {name: value for part in parts.values() for name, value in part.values.items()}
+    return Manifest(tensors, values, files=files, kind="model")
 
 
 @dataclass(frozen=True, slots=True)

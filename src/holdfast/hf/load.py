@@ -111,9 +111,7 @@ def _open(source: Source, folder: HFFolder) -> Dequantized:
             f"`{source.url}` is a PEFT adapter, expected: a base model",
             hint=f"its base is `{folder.adapter.get('base_model_name_or_path')}`",
         )
-    files = folder.torch_files.values()
-    strides = {name: one for file in files for name, one in file.strides.items()}
-    return Dequantized(StoredTensors(source, strides), folder.quantization)
+    return Dequantized(StoredTensors(source, folder.strides), folder.quantization)
 
 
 def _table(
