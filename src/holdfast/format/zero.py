@@ -151,10 +151,8 @@ def _shapes(model: TorchFile) -> list[dict[str, tuple[int, ...]]]:
     groups: dict[int | str, dict[str, tuple[int, ...]]] = {}
     for name, entry in model.manifest.values.items():
         if entry.path[0] == "param_shapes" and len(entry.path) == 3:
-            shape = model.values[name]
-            groups.setdefault(entry.path[1], {})[str(entry.path[2])] = check_sizes(
-                getattr(shape, "args", (shape,))[0]
-            )
+            shape = check_sizes(model.values[name])
+            groups.setdefault(entry.path[1], {})[str(entry.path[2])] = shape
     if not groups:
         raise KeyError("param_shapes")
     return list(groups.values())
@@ -227,17 +225,14 @@ def _stage_3(
 def _frozen_3(models: Mapping[str, TorchFile]) -> dict[str, TensorEntry]:
     """Frozen parameters of stage 3, of which each rank has a part."""
     first = next(iter(models.values()))
+    of_ranks = [_below(model, "frozen_param_fragments") for model in models.values()]
     tensors: dict[str, TensorEntry] = {}
     for name, value in first.manifest.values.items():
         path = value.path
         if path[0] != "frozen_param_shapes" or len(path) != 2:
             continue
-        shape = first.values[name]
-        sizes = check_sizes(getattr(shape, "args", (shape,))[0])
-        parameter = str(path[1])
-        fragments = [
-            _below(model, "frozen_param_fragments")[parameter] for model in models.values()
-        ]
+        sizes, parameter = check_sizes(first.values[name]), str(path[1])
+        fragments = [of_rank[parameter] for of_rank in of_ranks]
         dtype = fragments[0].dtype
         if any(entry.dtype != dtype for entry in fragments):
             raise ValueError(f"`{parameter}` has several dtypes")
