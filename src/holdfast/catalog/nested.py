@@ -12,6 +12,7 @@ from holdfast.catalog.hf_folder import MODULES, modules_of
 from holdfast.catalog.pieces import format_among
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import number_of
+from holdfast.format.zero import UNIVERSAL_HINT
 from holdfast.storage.store import ReadStore
 
 DEPTH_MAX = 4
@@ -162,7 +163,7 @@ def _deepspeed(folder: _Folder) -> Nested | None:
             (),
             f"it is divided over {len(files)} ranks of tensor parallelism, and its files do not "
             "say how",
-            "DeepSpeed's ds_to_universal.py joins it",
+            UNIVERSAL_HINT,
         )
     return Nested("a checkpoint of DeepSpeed", tuple(files)) if files else None
 

@@ -118,7 +118,7 @@ def open_any(
         read = open_manifest if check_files else read_manifest
         return OpenCheckpoint(form, Source(store, name, read(store, name, entries=entries)))
     if form == "zero":
-        joined, notes, _ = open_zero_folder(store, name)
+        joined, notes = open_zero_folder(store, name)
         return OpenCheckpoint(form, Source(store, name, joined), notes=notes)
     if is_folder(store, name):
         folder = open_hf_folder(store, name)

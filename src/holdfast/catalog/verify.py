@@ -292,7 +292,7 @@ def _verify_torch_folder(target: VerifyTarget) -> VerifyReport:
     if not findings:
         # Its errors are about files that contradict each other.
         if is_zero:
-            manifest, *_ = open_zero_folder(store, name)
+            manifest, _ = open_zero_folder(store, name)
         else:
             manifest = open_hf_folder(store, name).manifest
     return _report(target, manifest, findings, notes)
