@@ -202,7 +202,7 @@ def _number(
     config: Config, key: str, default: float | None = None, *, positive: bool = False
 ) -> float:
     """Return a number, or `default` if there is none. `positive`: whether 0 is refused."""
-    value = config.get(key)
+    value: Any = config.get(key)
     if value is None and default is not None:
         return default
     if type(value) not in (int, float) or not 0 <= value < math.inf or (positive and not value):

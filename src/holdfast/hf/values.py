@@ -68,7 +68,7 @@ def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
         if config.get(key) is not None and config[key] != expected
     ]
     wrong += _sliding(config)
-    eps = config.get("rms_norm_eps")
+    eps: Any = config.get("rms_norm_eps")
     theta, scaling = flavor.rope_theta, flavor.rope_scaling
     try:
         theta, scaling = rope_of(config)
