@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from reprlib import repr as shortened
 from typing import Any
 
@@ -79,25 +80,25 @@ def check_export(path: str) -> ExportReport:
     return ExportReport(tuple(wrong), (*notes, *_missing(folder)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Folder:
-    """A folder, open for checks."""
+    """A folder, open for checks. Lists its files and reads its configuration once."""
 
     store: ReadStore
     name: str
     checkpoint: OpenCheckpoint
 
-    @property
+    @cached_property
     def files(self) -> Sequence[str]:
         return self.store.list(self.name)
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, str]:
         """Dtype of each tensor."""
         entries = self.checkpoint.manifest.tensors
         return {name: entry.dtype for name, entry in entries.items()}
 
-    @property
+    @cached_property
     def num_words(self) -> int | None:
         """Number of rows of the embedding, as far as it is known."""
         for name, entry in self.checkpoint.manifest.tensors.items():
@@ -105,6 +106,7 @@ class _Folder:
                 return entry.shape[0] if entry.shape else None
         return None
 
+    @cached_property
     def config(self) -> Config:
         return read_config(self.store, self.name)
 
@@ -124,7 +126,7 @@ def _config(folder: _Folder) -> Iterator[str]:
     if CONFIG not in folder.files:
         yield f"`{CONFIG}` is missing: no loader knows the class of the model"
         return
-    config = folder.config()
+    config = folder.config
     text = of_language_model(config)
     if not isinstance(config.get("model_type"), str):
         yield f"`{CONFIG}` has no `model_type`"
@@ -175,7 +177,7 @@ def _weights(folder: _Folder) -> Iterator[str]:
             yield f"the header of `{file}` lacks `{{'format': 'pt'}}`, which transformers 4 needs"
     if CONFIG not in folder.files:
         return
-    config = of_language_model(folder.config())
+    config = of_language_model(folder.config)
     family = table_of(config)
     if family is None:
         return
@@ -248,7 +250,7 @@ def _missing(folder: _Folder) -> Iterator[str]:
     if "generation_config.json" not in files:
         yield "no `generation_config.json`: generation ends at the `eos_token_id` of `config.json`"
     if CONFIG in files and not files.intersection(PROCESSORS):
-        parts = [key for key in ("vision_config", "audio_config") if folder.config().get(key)]
+        parts = [key for key in ("vision_config", "audio_config") if folder.config.get(key)]
         if parts:
             yield f"no `{PROCESSORS[0]}`, though `{CONFIG}` has `{parts[0]}`"
 
