@@ -61,7 +61,7 @@ class WatchedFolder:
     def __init__(self, folder: str, *, cpu_share: float = CPU_SHARE) -> None:
         """`cpu_share`: largest share of one CPU core for reading this folder."""
         self.folder = folder
-        self.latest = ReadResult(None, "not read yet")
+        self.latest: ReadResult = ReadResult(None, "not read yet")
         """Result of the latest read."""
         self.cpu_share = cpu_share
         self._reader = HistoryReader(folder)

@@ -60,7 +60,8 @@ class Saver:
         # The background thread's collectives must not mix with those of training and of new saves.
         self._finishing_ranks = run.ranks.duplicate() if self._in_background else run.ranks
         self._overlapping = run.config.async_mode == "async_with_pinned_mem"
-        self.background, self._snapshot = Background(), Snapshot()
+        self.background: Background = Background()
+        self._snapshot = Snapshot()
         self._staging: Staging | None = None
         self.deduplicator: Deduplicator | None = None
         """Links files of earlier checkpoints, if the settings ask for it."""

@@ -52,7 +52,7 @@ class Lease:
         """`descriptor`: the file at `path`, which this process has just renamed to it."""
         self._path, self._descriptor, self._pid = path, descriptor, os.getpid()
         status = os.fstat(descriptor)
-        self.file = (status.st_dev, status.st_ino)
+        self.file: tuple[int, int] = (status.st_dev, status.st_ino)
         """Device and inode."""
         self._released = threading.Event()
         threading.Thread(target=self._renew, name="holdfast-lease", daemon=True).start()

@@ -40,7 +40,7 @@ class Lock:
         self._descriptor = descriptor
         self._pid = os.getpid()
         status = os.fstat(descriptor)
-        self.file = (status.st_dev, status.st_ino)
+        self.file: tuple[int, int] = (status.st_dev, status.st_ino)
         """Device and inode."""
 
     @property

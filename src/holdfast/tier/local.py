@@ -47,7 +47,7 @@ class LocalTier:
         self.host: str = self.hosts[ranks.rank]
         self.leads: bool = ranks.rank == self.hosts.index(self.host)
         """Whether this rank makes, publishes and deletes the checkpoints on its host."""
-        self.catalog = Catalog(folder_store(record.folder_on(host_of(ranks))))
+        self.catalog: Catalog = Catalog(folder_store(record.folder_on(host_of(ranks))))
         self.draining: int | None = None
         """Step that is being copied to the durable folder."""
         self._replicas = replicas
