@@ -80,13 +80,11 @@ def check_export(path: str) -> ExportReport:
     return ExportReport(tuple(wrong), (*notes, *_missing(folder)))
 
 
-@dataclass(frozen=True)
 class _Folder:
     """A folder, open for checks. Lists its files and reads its configuration once."""
 
-    store: ReadStore
-    name: str
-    checkpoint: OpenCheckpoint
+    def __init__(self, store: ReadStore, name: str, checkpoint: OpenCheckpoint) -> None:
+        self.store, self.name, self.checkpoint = store, name, checkpoint
 
     @cached_property
     def files(self) -> Sequence[str]:

@@ -75,7 +75,7 @@ class Run:
         self.parallel: ParallelContext = parallel
         tokenizer, tokens = _open_data(config, parallel)
         self.vocab_size: int = _vocab_size(config, tokenizer)
-        self.published: PublishedModel = _published(config, parallel, self.vocab_size)
+        self.published: FollowedModel = _published(config, parallel, self.vocab_size)
         self.stages: list[nn.Module] = build_model(
             config, parallel, self.vocab_size, flavor=self.published.flavor
         )
