@@ -81,6 +81,9 @@ class ConvertOptions:
     merge: bool = False
     """Whether an export adds the adapters to their base."""
 
+    push_to_hub: str | None = None
+    """Name of the repository on the hub that an export is for: it gets a model card."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConvertPlan:
