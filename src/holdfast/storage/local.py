@@ -103,16 +103,31 @@ class LocalStore:
             file = os.open(self._path(key), flags, 0o666)
             stack.callback(os.close, file)
             _reserve(file, nbytes)
-            direct = open_direct(self._path(key)) if nbytes >= DIRECT_BYTES_MIN else None
-            if direct is None:
-                yield BufferedWriter(file)
-            else:
-                stack.callback(os.close, direct)
-                writer = DirectWriter(direct, file)
-                stack.callback(writer.close)
+            with self._writing(key, file, nbytes) as writer:
                 yield writer
-                writer.finish()
             os.fsync(file)
+
+    @contextmanager
+    def join(self, key: str) -> Iterator[FileWriter]:
+        with self._errors_of("write", key), ExitStack() as stack:
+            file = open_plain(self._path(key), os.O_WRONLY | os.O_NOFOLLOW)
+            stack.callback(os.close, file)
+            with self._writing(key, file, os.fstat(file).st_size) as writer:
+                yield writer
+
+    @contextmanager
+    def _writing(self, key: str, file: int, nbytes: int) -> Iterator[FileWriter]:
+        """Write into a file of `nbytes`. Everything is written when the context ends."""
+        direct = open_direct(self._path(key)) if nbytes >= DIRECT_BYTES_MIN else None
+        if direct is None:
+            yield BufferedWriter(file)
+            return
+        with ExitStack() as stack:
+            stack.callback(os.close, direct)
+            writer = DirectWriter(direct, file)
+            stack.callback(writer.close)
+            yield writer
+            writer.finish()
 
     @contextmanager
     def amend(self, key: str) -> Iterator[FileWriter]:
