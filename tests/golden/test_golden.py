@@ -5,7 +5,8 @@ new ones. Each has something that the others lack: `solo`; `ranks` (two processe
 sharded); `timed` (metrics, timings and a model); `blocks` (blocks of 256 KiB; those of earlier ones
 have 1 MiB); `components` (names that are not the model's); `structure` (state whose containers and
 keys cannot be inferred from its entries); `optimizers` (their classes); `rows` (version 3: three
-processes, with the chunks in `index.bin`); `stock` (stock `save` of torch 2.13).
+processes, with the chunks in `index.bin`); `node` (three processes, two of which share a file);
+`stock` (stock `save` of torch 2.13).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from holdfast.state.same import differences, same
 from manifest_bytes import encode, encode_with_rows
 
 HERE = Path(__file__).parent
-OURS = ["solo", "ranks", "timed", "blocks", "components", "rows"]
+OURS = ["solo", "ranks", "timed", "blocks", "components", "rows", "node"]
 ALL = [*OURS, "stock"]
 
 
