@@ -38,7 +38,7 @@ class PartSize:
 
 
 @dataclass(frozen=True, slots=True)
-class HostPart:
+class FilePart:
     """The part of one rank in the data file of its host."""
 
     file: str
@@ -68,7 +68,7 @@ class HostPart:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """The part of a `HostPart` that depends on the plan alone."""
+    """The part of a `FilePart` that depends on the plan alone."""
 
     leader: int
     """Rank that creates the file, and gives it its name: the lowest of the host."""
@@ -104,13 +104,13 @@ def place_tensors(hosts: Sequence[str], sizes: Sequence[PartSize]) -> list[Tenso
     return places
 
 
-def place_parts(hosts: Sequence[str], sizes: Sequence[PartSize]) -> list[HostPart]:
+def place_parts(hosts: Sequence[str], sizes: Sequence[PartSize]) -> list[FilePart]:
     """Place everything that each rank writes: see `place_tensors`."""
     places = place_tensors(hosts, sizes)
     ranks_of: dict[int, list[int]] = {}
     for rank, place in enumerate(places):
         ranks_of.setdefault(place.leader, []).append(rank)
-    parts: dict[int, HostPart] = {}
+    parts: dict[int, FilePart] = {}
     for leader, ranks in ranks_of.items():
         last = ranks[-1]
         stop = places[last].offset + sizes[last].tensors
@@ -122,7 +122,7 @@ def place_parts(hosts: Sequence[str], sizes: Sequence[PartSize]) -> list[HostPar
         num_blocks = places[last].first_block + sizes[last].num_blocks
         is_empty = not any(sizes[rank].nbytes for rank in ranks)
         for rank, start in zip(ranks, values_at, strict=True):
-            parts[rank] = HostPart(
+            parts[rank] = FilePart(
                 file=data_file(leader),
                 nbytes=0 if is_empty else table_offset + num_blocks * checksum.NBYTES,
                 leads=rank == leader,

@@ -11,7 +11,7 @@ from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Span, Table
 from holdfast.planning.file_layout import FileLayout
-from holdfast.planning.host_file import HostPart, tensors_stop
+from holdfast.planning.host_file import FilePart, tensors_stop
 from holdfast.saving.write import WriteResult
 from holdfast.storage.store import Buffer, Creating, FileWriter, Joining, Store
 from holdfast.timing import Spans
@@ -24,7 +24,7 @@ def write_together(
     store: Store,
     folder: str,
     layout: FileLayout,
-    part: HostPart,
+    part: FilePart,
     *,
     before: Callable[[], None],
     write_part: WritePart,
@@ -69,7 +69,7 @@ def write_together(
         return capture(sync)
 
 
-def _placed(result: WriteResult, layout: FileLayout, part: HostPart) -> WriteResult:
+def _placed(result: WriteResult, layout: FileLayout, part: FilePart) -> WriteResult:
     """The result of a rank that leaves the file to the rank that leads its host."""
     moved = part.values_at - tensors_stop(layout)
     values = {
@@ -86,7 +86,7 @@ class _PartOf:
     store: Store
     key: str
     layout: FileLayout
-    part: HostPart
+    part: FilePart
     created: Sequence[FileWriter]
     """Writer of the whole file, if this rank has created it."""
 
@@ -104,7 +104,7 @@ class _PartOf:
 class _PartWriter:
     """Writes the bytes of one rank's file to their places in the file of the host."""
 
-    def __init__(self, writer: FileWriter, layout: FileLayout, part: HostPart) -> None:
+    def __init__(self, writer: FileWriter, layout: FileLayout, part: FilePart) -> None:
         values, table = tensors_stop(layout), layout.table_offset
         self._writer = writer
         self._sections = (

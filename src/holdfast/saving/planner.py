@@ -14,7 +14,7 @@ from holdfast.format.checksum import checksum
 from holdfast.format.structure import Node
 from holdfast.planning.alike import check_alike
 from holdfast.planning.file_layout import FileLayout, TensorItem, lay_out, lay_out_file
-from holdfast.planning.host_file import HostPart, place_parts, place_tensors, size_of
+from holdfast.planning.host_file import FilePart, place_parts, place_tensors, size_of
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import (
     GlobalPlan,
@@ -230,7 +230,7 @@ class Planner:
                 containers.append((written, self._containers.of(written[0], value)))
         return lay_out_file(self.ranks.rank, self._items, containers)
 
-    def host_part(self, layout: FileLayout) -> HostPart | None:
+    def host_part(self, layout: FileLayout) -> FilePart | None:
         """This rank's part of the file of its host; None if it writes a file of its own.
         Collective."""
         if self._hosts is None:

@@ -30,7 +30,7 @@ from holdfast.format.names import HiddenFolder
 from holdfast.format.region import Region
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.gc_pause import gc_paused
-from holdfast.planning.host_file import HostPart
+from holdfast.planning.host_file import FilePart
 from holdfast.planning.index import Index
 from holdfast.release import installed_version
 from holdfast.saving.background import lower_priority
@@ -158,7 +158,7 @@ class Pending:
     deduplicator: Deduplicator | None = None
     """Links files of an earlier checkpoint, if the run does that."""
 
-    host_part: HostPart | None = None
+    host_part: FilePart | None = None
     """This rank's part of the file of its host; None if it writes a file of its own."""
 
     deletes: bool = True
