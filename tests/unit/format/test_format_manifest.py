@@ -154,14 +154,14 @@ def test_decoding_without_entries_does_not_depend_on_names_or_order(kind: Kind) 
         assert decode(data, where="here", entries=False) == expected
 
 
-@given(st.lists(manifests(), min_size=1, max_size=3), st.data())
+@given(st.lists(manifests(), min_size=1, max_size=2), st.data())
 def test_decoding_several_manifests_gives_what_decoding_each_gives(
     distinct: list[Manifest], data: st.DataObject
 ) -> None:
     """Method: any sequence of a few manifests, so that some follow an equal one; some of them with
     other values and sizes of files."""
     last = LastTensors()
-    for manifest in data.draw(st.lists(st.sampled_from(distinct), min_size=2, max_size=6)):
+    for manifest in data.draw(st.lists(st.sampled_from(distinct), min_size=2, max_size=4)):
         encoded = encode(replace(manifest, step=data.draw(st.integers(0, 99))))
         assert decode(encoded, where="m", last=last) == decode(encoded, where="m")
 
