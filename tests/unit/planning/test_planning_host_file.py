@@ -21,8 +21,8 @@ SIZES = st.builds(
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), SIZES), min_size=1, max_size=8))
 def test_no_two_ranks_write_to_one_page(ranks: list[tuple[str, PartSize]]) -> None:
-    """G1. Method: all parts of each file, in order of their offsets: tensors, then values, then
-    checksums; each begins on a page, after the part before has ended."""
+    """G1, G20. Method: all parts of each file, in order of their offsets: tensors, then values,
+    then checksums; each begins on a page, after the part before has ended."""
     hosts, sizes = [host for host, _ in ranks], [size for _, size in ranks]
     parts = place_parts(hosts, sizes)
     for host in set(hosts):
@@ -50,7 +50,7 @@ def test_no_two_ranks_write_to_one_page(ranks: list[tuple[str, PartSize]]) -> No
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), SIZES, st.integers(0, 10**6)), max_size=6))
 def test_values_do_not_move_tensors(ranks: list[tuple[str, PartSize, int]]) -> None:
-    """G2. Method: values of other sizes; the index relies on the places of tensors."""
+    """G2, G20. Method: values of other sizes; the index relies on the places of tensors."""
     hosts = [host for host, _, _ in ranks]
     sizes = [size for _, size, _ in ranks]
     others = [PartSize(size.tensors, size.num_blocks, values) for _, size, values in ranks]

@@ -174,7 +174,7 @@ class Plain:
 
 
 def test_settings_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
-    """G11. Method: `deduplicate`, and a store whose files have one writer each."""
+    """G11, G20. Method: `deduplicate`, and a store whose files have one writer each."""
     with pytest.raises(UsageError, match="links files of a single rank"):
         CheckpointConfig(enable=True, files="node", deduplicate=True)
     with pytest.raises(UsageError, match="cannot have files that several ranks write"):
