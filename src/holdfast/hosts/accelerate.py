@@ -16,10 +16,9 @@ from typing import Any
 
 from holdfast.catalog.findings import summary_of
 from holdfast.catalog.newest import check
-from holdfast.catalog.seal import visible_name
 from holdfast.comm import Ranks, all_ranks, run_on_all
 from holdfast.errors import DamagedError, ExistsError, NotFoundError, UsageError
-from holdfast.format.names import number_of
+from holdfast.format.names import number_of, number_of_folder
 from holdfast.format.seal import SEAL
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.choosing import newest_good_on_all_hosts, run_on_hosts
@@ -123,7 +122,7 @@ class _Host:
         here = Path(path).resolve().parent == self._named_folder().resolve()
         if settings.automatic_checkpoint_naming and here:
             # Otherwise the next save would begin at 0 again, which has a checkpoint.
-            settings.iteration = (number_of(visible_name(Path(path).name) or "") or 0) + 1
+            settings.iteration = (number_of_folder(Path(path).name) or 0) + 1
             self._resumed = True
             self._resumed_from = Path(path).resolve()
         return loaded

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from holdfast.catalog.newest import newest_good
-from holdfast.catalog.seal import visible_name
 from holdfast.comm import Ranks, gather_and_run, run_on_all
 from holdfast.errors import DamagedError
-from holdfast.format.names import number_of
+from holdfast.format.names import number_of_folder, visible_name
 
 
 def newest_good_on_all_hosts(
@@ -38,7 +37,11 @@ def newest_good_on_all_hosts(
         if not decides or not root.is_dir():
             return None
         names = filter(None, (visible_name(path.name) for path in root.iterdir()))
-        older = [name for name in names if pattern.fullmatch(name) and _number_in(name) < below]
+        older = [
+            name
+            for name in names
+            if pattern.fullmatch(name) and (number_of_folder(name) or 0) < below
+        ]
         return newest_good(root, re.compile("|".join(map(re.escape, older))), last_file=last_file)
 
     def settle(paths: Sequence[Path | None]) -> list[Path | None]:
@@ -52,7 +55,7 @@ def newest_good_on_all_hosts(
     below = math.inf
     while True:
         found = run_on_all(ranks, lambda: find(below))  # noqa: B023 - runs at once
-        number = -1 if found is None else _number_in(visible_name(found.name) or "")
+        number = -1 if found is None else number_of_folder(found.name) or 0
         highest, negated = ranks.all_reduce_max([number, -number] if decides else [-1, -math.inf])
         lowest = -negated
         if highest == lowest:
@@ -73,7 +76,3 @@ def _differ(root: Path) -> DamagedError:
         f"no checkpoint in `{root}` is good on every host",
         hint=f"copy a good one to all hosts: `holdfast doctor {root}` says which are good on one",
     )
-
-
-def _number_in(name: str) -> int:
-    return number_of(name) or 0
