@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, get_args
 
-from holdfast.dashboard.discovery import path_of
 from holdfast.dashboard.figures import Figures
 from holdfast.dashboard.watch import ReadResult, WatchedFolder
 from holdfast.spelling import counted, spelled_age
@@ -83,22 +82,26 @@ class Condition:
     """Facts that need attention in any state: the loss is not finite, or saves failed."""
 
 
+def age_s_of(figures: Figures, now: datetime) -> float | None:
+    """Returns the age in seconds of the checkpoint that a resume takes; None where unknown."""
+    return None if figures.saved_at is None else max(now.timestamp() - figures.saved_at, 0.0)
+
+
 def condition_of(run: WatchedFolder, now: datetime, limits: Limits) -> Condition:
     """Returns the state of a run."""
     latest, time = run.latest, now.timestamp()
     figures = latest.figures
-    age_s = None if figures.saved_at is None else max(time - figures.saved_at, 0.0)
+    age_s = age_s_of(figures, now)
     stale_s = limits.stale_s(figures)
     is_writing = figures.written_at is not None and time - figures.written_at < WRITING_S
     state, why = _state(latest, time, age_s=age_s, stale_s=stale_s, is_writing=is_writing)
     notes = [why, *_facts(figures, time, state=state, is_writing=is_writing)]
-    path = path_of(run.folder)
     return Condition(
         state=state,
         age_s=age_s,
         stale_s=stale_s,
         notes=tuple(
-            note.replace(f"{path}/", "").replace(path, run.folder) for note in notes if note
+            note.replace(f"{run.path}/", "").replace(run.path, run.folder) for note in notes if note
         ),
         alarms=tuple(_alarms(figures)),
     )

@@ -12,15 +12,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from holdfast.dashboard.condition import STATES, Limits, condition_of
+from holdfast.dashboard.condition import STATES, Limits, age_s_of, condition_of
 from holdfast.dashboard.figures import Figures
 from holdfast.dashboard.watch import WatchedFolder
 from holdfast.spelling import finite
-
-
-def age_s(figures: Figures, now: datetime) -> float | None:
-    """Returns the age in seconds of the checkpoint that a resume takes; None where unknown."""
-    return None if figures.saved_at is None else max(now.timestamp() - figures.saved_at, 0.0)
 
 
 def digest(run: WatchedFolder, now: datetime, limits: Limits, *, full: bool) -> dict[str, Any]:
@@ -69,7 +64,7 @@ def _unhealthy(run: WatchedFolder, now: datetime, max_age_s: float | None) -> st
         return latest.problem
     if newest is None:
         return "no step to resume from"
-    age = age_s(latest.figures, now)
+    age = age_s_of(latest.figures, now)
     if max_age_s is None or latest.figures.is_finished or (age is not None and age <= max_age_s):
         return None
     if age is None:
