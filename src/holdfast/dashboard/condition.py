@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, get_args
 
+from holdfast.catalog.tier import TierView
 from holdfast.dashboard.figures import Figures
 from holdfast.dashboard.watch import ReadResult, WatchedFolder
 from holdfast.spelling import counted, spelled_age
@@ -156,7 +157,23 @@ def _facts(figures: Figures, time: float, *, state: State, is_writing: bool) -> 
         facts.append(f"{counted(figures.num_unfinished, 'leftover')} of killed saves")
     if state in ("good", "saving", "finished", "stale") and figures.newest is not None:
         facts.append(_verification(figures, time))
+    if figures.tier is not None:
+        facts.append(_replicas(figures.tier))
     return facts
+
+
+def _replicas(tier: TierView) -> str:
+    """Returns where the files of the newest step in the fast tier are."""
+    if tier.step is None:
+        return "this machine sees no checkpoint in its fast tier"
+    step = f"local step {tier.step:,}"
+    if tier.num_seen < tier.num_files:
+        return (
+            f"{tier.num_seen} of {tier.num_files} files of {step} are on the hosts seen from here"
+        )
+    if tier.copies > 1:
+        return f"each file of {step} is on {tier.copies} hosts"
+    return f"{step} has no replica"
 
 
 def _verification(figures: Figures, time: float) -> str:

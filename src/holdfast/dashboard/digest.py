@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from holdfast.catalog.tier import TierView
 from holdfast.dashboard.condition import STATES, Limits, age_s_of, condition_of
 from holdfast.dashboard.figures import Figures
 from holdfast.dashboard.watch import WatchedFolder
@@ -39,6 +40,9 @@ def digest(run: WatchedFolder, now: datetime, limits: Limits, *, full: bool) -> 
         "blocked_share": figures.blocked_share,
         "loss": figures.losses[-1][1] if figures.losses else None,
         **_counts(figures),
+        "fast_tier": None
+        if figures.tier is None
+        else {**asdict(figures.tier), "behind": figures.behind},
         "report": None if figures.last is None else asdict(figures.last),
     }
     if full:
@@ -140,8 +144,23 @@ def _samples(run: WatchedFolder, now: datetime, limits: Limits) -> Iterator[Samp
         yield gauge, "save_rate_bytes_per_second", rate, figures.save_rate, {}
     if figures.losses:
         yield gauge, "loss", "Last loss.", figures.losses[-1][1], {}
+    if figures.tier is not None:
+        yield from _tiers(figures.tier, figures.behind)
     if figures.last is not None:
         yield from _reported(figures, figures.last.step)
+
+
+def _tiers(tier: TierView, behind: int | None) -> Iterator[Sample]:
+    """Yields samples of the fast tier."""
+    gauge, seen = GaugeMetricFamily, "Hosts whose part of the fast tier this machine sees."
+    yield gauge, "local_hosts", seen, len(tier.hosts), {}
+    if tier.step is None or behind is None:
+        return
+    yield gauge, "local_step", "Newest step on the disks of the hosts.", tier.step, {}
+    steps = "Steps by which the folder of the run is behind the disks of the hosts."
+    yield gauge, "local_steps_not_copied", steps, behind, {}
+    copies = "Hosts seen that have each file of the newest local step, at least."
+    yield gauge, "local_copies", copies, tier.copies, {}
 
 
 def _reported(figures: Figures, step: int) -> Iterator[Sample]:

@@ -13,6 +13,7 @@ from typing import Any
 from holdfast.catalog.catalog import location
 from holdfast.catalog.listing import CheckpointRow, resumable, row_of, survey
 from holdfast.catalog.paths import full_path, open_for_reading
+from holdfast.catalog.tier import TierView, host_stores, read_tier, view_tier
 from holdfast.errors import HoldfastError
 from holdfast.format import timings
 from holdfast.format.names import hidden_folder_of
@@ -91,6 +92,9 @@ class History:
 
     written_at: float | None = None
     """Time of the last change in an unfinished save, in seconds since 1970; None without one."""
+
+    tier: TierView | None = None
+    """Fast tier of the run, as far as this machine sees it; None for a run without one."""
 
     @property
     def resume(self) -> int | None:
@@ -199,6 +203,7 @@ class HistoryReader:
         self._history: History | None = None
         self._listed: tuple[ObjectStore, Callable[[], None]] | None = None
         self._known_damaged: set[str] = set()
+        self._tier: tuple[object, TierView | None] = (None, None)
 
     def read(self) -> History:
         """Returns the history as of now: the same object again if nothing has changed. Reads no
@@ -219,7 +224,8 @@ class HistoryReader:
         reports = self._metrics.read(store, name)
         trainer = TrainerLog() if reports else self._trainer_log(store, name, rows)
         written_at = _written_at(store, name, rows)
-        history = History(location(store, name), rows, reports, trainer, written_at)
+        tier = self._tier_of(store, name)
+        history = History(location(store, name), rows, reports, trainer, written_at, tier)
         if self._history is None or history != self._history:
             self._history = history
         return self._history
@@ -253,6 +259,20 @@ class HistoryReader:
             return row
 
         return survey(store, name, cached_row)
+
+    def _tier_of(self, store: ReadStore, name: str) -> TierView | None:
+        """Describe the fast tier, whose manifests are read again only after a change."""
+        try:
+            record = read_tier(store, name)
+            if record is None:
+                return None
+            stores = host_stores(record)
+            stamp = {host: found.stamp("") for host, found in stores.items()}
+        except HoldfastError:
+            return None
+        if stamp != self._tier[0]:
+            self._tier = stamp, view_tier(stores)
+        return self._tier[1]
 
     def _trainer_log(
         self, store: ReadStore, name: str, rows: Sequence[CheckpointRow]

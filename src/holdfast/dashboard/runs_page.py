@@ -183,8 +183,11 @@ def _css(state: str) -> str:
 
 def _step(figures: Figures) -> Cell:
     step = None if figures.newest is None else figures.newest.step
-    reached = f"reached {figures.last.step:,}" if figures.last is not None else ""
-    return Cell("none" if step is None else f"{step:,}", reached, key=step)
+    more = [f"reached {figures.last.step:,}"] if figures.last is not None else []
+    if figures.tier is not None and figures.tier.step is not None:
+        behind = f", copy {figures.behind:,} behind" if figures.behind else ""
+        more.append(f"local {figures.tier.step:,}{behind}")
+    return Cell("none" if step is None else f"{step:,}", "<br>".join(more), key=step)
 
 
 def _age(figures: Figures, condition: Condition) -> Cell:
