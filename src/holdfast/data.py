@@ -52,11 +52,11 @@ class GlobalBatches:
             UsageError: an argument of another type, or `num_ranks` does not divide
                 `global_batch_size`.
         """
-        self.num_samples = _at_least("num_samples", num_samples, 1)
-        self.global_batch_size = _at_least("global_batch_size", global_batch_size, 1)
-        self.num_ranks = _at_least("num_ranks", num_ranks, 1)
-        self.rank = _at_least("rank", rank, 0)
-        self.seed = _at_least("seed", seed, 0)
+        self.num_samples: int = _at_least("num_samples", num_samples, 1)
+        self.global_batch_size: int = _at_least("global_batch_size", global_batch_size, 1)
+        self.num_ranks: int = _at_least("num_ranks", num_ranks, 1)
+        self.rank: int = _at_least("rank", rank, 0)
+        self.seed: int = _at_least("seed", seed, 0)
         self.shuffle = shuffle
         if self.rank >= self.num_ranks:
             raise UsageError(f"`rank` must be less than `num_ranks`, {num_ranks}, found: {rank}")
@@ -124,7 +124,7 @@ class ElasticLoader(Generic[T]):
     run has taken, whether or not workers of the loader have read further ahead.
     """
 
-    state_is_global: ClassVar = True
+    state_is_global: ClassVar[bool] = True
     """Whether every rank has the same state, so that any number of ranks can load it."""
 
     def __init__(self, loader: _Loader[T]) -> None:

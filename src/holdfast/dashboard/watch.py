@@ -70,7 +70,7 @@ class WatchedFolder:
         self.folder = folder
         self.path: str = path_of(folder)
         """Absolute path of the folder, or its URL."""
-        self.latest = ReadResult(None, "not read yet")
+        self.latest: ReadResult = ReadResult(None, "not read yet")
         """Result of the latest read."""
         self.cpu_share = cpu_share
         self._reader = HistoryReader(folder)

@@ -196,7 +196,7 @@ class TimedProtocol(H11Protocol):
     Without the limit, clients that send half a request or receive no answer use up all connections.
     """
 
-    since = 0.0
+    since: float = 0.0
     """Time of the latest answer, or of the connection, by the clock of the event loop."""
 
     _timer: asyncio.TimerHandle | None = None

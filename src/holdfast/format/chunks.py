@@ -159,8 +159,9 @@ class RowFile:
     """
 
     def __init__(self, nbytes: int, table: Table) -> None:
-        self.nbytes, self.table = nbytes, table
-        self.where = ""
+        self.nbytes: int = nbytes
+        self.table: Table = table
+        self.where: str = ""
         self._fetch: Callable[[int, int], bytes] | None = None
         self._unit_bytes = BLOCK_BYTES
         self._checksums: memoryview | None = None

@@ -12,9 +12,9 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 from holdfast.errors import FormatError
 from holdfast.format.dtypes import BY_NAME
@@ -116,11 +116,31 @@ class DtypeName:
     name: str
 
 
-_PythonUnpickler: Any = pickle._Unpickler
-"""Base class that `torch.package` builds on too. Untyped, since its attributes are undocumented."""
+if TYPE_CHECKING:
+
+    class _PythonUnpickler:
+        """The attributes that `Unpickler` uses, with their types."""
+
+        dispatch: ClassVar[dict[int, Callable[..., None]]]
+        memo: dict[int, Any]
+        stack: list[Any]
+        metastack: list[list[Any]]
+        append: Callable[[Any], None]
+        read: Callable[[int], bytes]
+        readline: Callable[[], bytes]
+
+        def __init__(self, file: IO[bytes], *, encoding: str, errors: str) -> None: ...
+        def load(self) -> Any: ...
+        def load_mark(self) -> None: ...
+        def load_binbytes8(self) -> None: ...
+        def pop_mark(self) -> list[Any]: ...
+
+else:
+    # Base class of `torch.package` too.
+    _PythonUnpickler = pickle._Unpickler
 
 
-class Unpickler(_PythonUnpickler):  # type: ignore[misc]
+class Unpickler(_PythonUnpickler):
     """Reads one pickle. `allowed` has the object for each global that it may refer to."""
 
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:

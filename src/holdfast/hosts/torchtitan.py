@@ -64,11 +64,11 @@ def _manager_class() -> Any:
         "Config", [], bases=(base.Config,), namespace=names, kw_only=True, slots=True
     )
     config.__doc__ = "Configuration with the keys and the defaults of TorchTitan."
-    members = {"__module__": __name__, "__doc__": TitanManager.__doc__, "Config": config}
-    return type("CheckpointManager", (TitanManager, base), members)
+    members = {"__module__": __name__, "__doc__": _TitanManager.__doc__, "Config": config}
+    return type("CheckpointManager", (_TitanManager, base), members)
 
 
-class TitanManager(_Manager):  # type: ignore[misc]
+class _TitanManager(_Manager):  # type: ignore[misc]
     """`CheckpointManager` of TorchTitan that saves and loads by Holdfast.
 
     A checkpoint appears complete or not at all, with a checksum per block. `load_step = -1` takes

@@ -31,7 +31,7 @@ from holdfast.uncompiled import uncompiled
 
 _LISTED_MAX = 50
 
-logger = logging.getLogger("holdfast")
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 @uncompiled

@@ -60,7 +60,8 @@ class Saver:
         # The background thread's collectives must not mix with those of training and of new saves.
         self._finishing_ranks = run.ranks.duplicate() if self._in_background else run.ranks
         self._overlapping = run.config.async_mode == "async_with_pinned_mem"
-        self.background, self._snapshot = Background(), Snapshot()
+        self.background: Background = Background()
+        self._snapshot = Snapshot()
         self._staging: Staging | None = None
         self.deduplicator: Deduplicator | None = None
         """Links files of earlier checkpoints, if the settings ask for it."""
@@ -251,7 +252,12 @@ class Saver:
 
     def give_up_drain(self) -> None:
         """Give up the copy from the fast tier: the run has a deadline."""
-        if self.tier is not None:
+        if self.tier is None:
+            return
+        try:
+            # A save in the background may still start a copy.
+            self.collect()
+        finally:
             self.tier.drain.stop()
 
     def _has_room(self, pending: Pending) -> bool:
@@ -332,7 +338,7 @@ class Saver:
         elif self.tier is not None:
             if self._target == "drained":
                 self.tier.drain.start(step)
-            self._run.warn(*local.retain(step))
+            local.retain(step)
         if export == "beside":
             self._hf.export(pending, ranks, step, export)
 

@@ -144,8 +144,9 @@ class Replicas:
     def __init__(
         self, tensors: Mapping[str, torch.Tensor], shared: Mapping[str, Sequence[SharedNames]]
     ) -> None:
-        self.tensors, self._shared = tensors, shared
-        self.digests = Digests()
+        self.tensors: Mapping[str, torch.Tensor] = tensors
+        self._shared = shared
+        self.digests: Digests = Digests()
 
     def take(self) -> None:
         """Compute the digests of the tensors as they are now, and release the tensors."""

@@ -45,7 +45,8 @@ class Copies:
 
     def __init__(self, root: Path, *, categories: bool = False, disk: Disk | None = None) -> None:
         """`categories`: the user may have moved a copy one folder deeper."""
-        self.root, self.state = root, root / STATE
+        self.root: Path = root
+        self.state: Path = root / STATE
         self._categories, self._disk = categories, disk or Disk()
 
     @contextmanager

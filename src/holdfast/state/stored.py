@@ -38,7 +38,8 @@ class Branch:
         self, path: Path, name: str | None = None, children: dict[str | int, Branch] | None = None
     ) -> None:
         """`name`: entry at the path itself, if there is one."""
-        self.path, self.name = path, name
+        self.path: Path = path
+        self.name: str | None = name
         self.children: dict[str | int, Branch] = {} if children is None else children
 
     def entries(self) -> Iterator[str]:
@@ -65,7 +66,7 @@ class StoredState:
         self.structure: Mapping[Path, Node] = manifest.structure or {}
         self.states_structure: bool = manifest.structure is not None
         """False for stock DCP and old versions of Holdfast, which stored only names."""
-        self.root = Branch(())
+        self.root: Branch = Branch(())
         self._branches_by_name: dict[str, Branch] = {}
         entries: dict[str, TensorEntry | ValueEntry] = {**manifest.tensors, **manifest.values}
         for name, entry in entries.items():

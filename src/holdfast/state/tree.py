@@ -72,7 +72,11 @@ class FlatState:
 SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
 """Types of values that contain no other values."""
 
-MAPPING_TYPES = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}
+MAPPING_TYPES: dict[str, type[dict[Any, Any]]] = {
+    "dict": dict,
+    "OrderedDict": OrderedDict,
+    "Counter": Counter,
+}
 _KIND_OF_MAPPING: dict[type, str] = {cls: kind for kind, cls in MAPPING_TYPES.items()}
 _KIND_OF_MAPPING[defaultdict] = "defaultdict"
 

@@ -69,7 +69,9 @@ class Renamed:
         for name, first in (aliases or {}).items():
             if first in self._original:
                 self._original[name] = self._original[first]
-        self.infos = {new: source.infos[old] for new, old in self._original.items()}
+        self.infos: dict[str, TensorInfo] = {
+            new: source.infos[old] for new, old in self._original.items()
+        }
 
     def read(self, name: str, region: Region) -> Array:
         return self._source.read(self._original[name], region)
@@ -81,7 +83,7 @@ class Mapped:
     def __init__(self, source: Tensors, mapping: TensorMapping, side: SideName) -> None:
         """`side`: the side whose tensors this object has."""
         self._source, self._mapping, self._side = source, mapping, side
-        self.infos = {name: self._info(name) for name in mapping.names(side)}
+        self.infos: dict[str, TensorInfo] = {name: self._info(name) for name in mapping.names(side)}
 
     def read(self, name: str, region: Region) -> Array:
         dtype = self.infos[name].dtype
@@ -115,7 +117,7 @@ class Zeros:
     """Float32 tensors that are all zeros."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.infos = {
+        self.infos: dict[str, TensorInfo] = {
             name: TensorInfo("float32", shape, fixed=True) for name, shape in shapes.items()
         }
 
@@ -128,7 +130,7 @@ class Joined:
 
     def __init__(self, first: Tensors, second: Tensors) -> None:
         self._first, self._second = first, second
-        self.infos = {**first.infos, **second.infos}
+        self.infos: dict[str, TensorInfo] = {**first.infos, **second.infos}
 
     def read(self, name: str, region: Region) -> Array:
         return (self._first if name in self._first.infos else self._second).read(name, region)

@@ -107,7 +107,8 @@ class TensorMapping:
     ) -> None:
         """`axes`: indices of every axis that is not spelled by words. `aliases`: first names of
         tied tensors, by second name."""
-        self.axes, self.aliases = axes, aliases or {"native": {}, "hf": {}}
+        self.axes: Axes = axes
+        self.aliases: Mapping[SideName, Mapping[str, str]] = aliases or {"native": {}, "hf": {}}
         self._members: dict[SideName, dict[str, list[_Member]]] = {"native": {}, "hf": {}}
         for relation in relations:
             words = {axis: range(len(spelled)) for axis, spelled in relation.words.items()}

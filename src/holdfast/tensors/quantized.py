@@ -61,7 +61,7 @@ class Dequantized:
         _check_method(infos, config)
         self._block = _block_in(config)
         self.infos: dict[str, TensorInfo] = {}
-        self.num_quantized = 0
+        self.num_quantized: int = 0
         for name, info in infos.items():
             if name.endswith(SCALE) and name.removesuffix(SCALE) in infos:
                 continue

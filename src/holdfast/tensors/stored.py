@@ -29,7 +29,9 @@ class StoredTensors:
         self._source, self._strides = source, strides
         self._located: dict[tuple[str, int], tuple[Span, tuple[int, ...]]] = {}
         tensors = source.manifest.tensors
-        self.infos = {name: TensorInfo(entry.dtype, entry.shape) for name, entry in tensors.items()}
+        self.infos: dict[str, TensorInfo] = {
+            name: TensorInfo(entry.dtype, entry.shape) for name, entry in tensors.items()
+        }
 
     def read(self, name: str, region: Region) -> Array:
         entry = self._source.manifest.tensors[name]

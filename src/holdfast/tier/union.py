@@ -187,7 +187,7 @@ class Fetching:
         self._attempt = attempt
         self._leader = tier.leaders[tier.host]
         name = step_name(found.step)
-        self.store = UnionStore(tier.catalog.store, name, found.files, str(attempt))
+        self.store: UnionStore = UnionStore(tier.catalog.store, name, found.files, str(attempt))
         self.nbytes: int = 0
         """Bytes that this rank has received."""
 

@@ -24,7 +24,7 @@ from holdfast.trainer.corpus import Tokens
 class DataLoader:
     """Iterator over one data-parallel rank's share of each step's samples, from the first one."""
 
-    state_is_global: ClassVar = True
+    state_is_global: ClassVar[bool] = True
     """Whether every rank has the same state, so that any number of ranks can load it."""
 
     tokens: Tokens

@@ -85,15 +85,16 @@ class Transformer(nn.Module):
         self.flavor = flavor
         self.seq_len = seq_len
         layers = layers or range(flavor.num_layers)
-        self.first, self.last = layers.start == 0, layers.stop == flavor.num_layers
-        self.positions = positions or range(seq_len)
+        self.first: bool = layers.start == 0
+        self.last: bool = layers.stop == flavor.num_layers
+        self.positions: range = positions or range(seq_len)
         recompute = recompute or ActivationCheckpointConfig()
         self.tok_embeddings: nn.Module = nn.Identity()
         if self.first:
             self.tok_embeddings = nn.Embedding(vocab_size, flavor.dim)
         # Keyed by the index in the whole model, so that a pipeline stage names its weights as the
         # whole model does.
-        self.layers = nn.ModuleDict(
+        self.layers: nn.ModuleDict = nn.ModuleDict(
             {
                 str(index): TransformerBlock(flavor, checkpoint_function(recompute, index))
                 for index in layers
@@ -139,9 +140,9 @@ class TransformerBlock(nn.Module):
     def __init__(self, flavor: Flavor, checkpointed: Callable[..., Tensor] | None) -> None:
         super().__init__()
         self.checkpointed = checkpointed
-        self.attention_norm = RMSNorm(flavor.dim, flavor.norm_eps)
-        self.attention = Attention(flavor)
-        self.ffn_norm = RMSNorm(flavor.dim, flavor.norm_eps)
+        self.attention_norm: RMSNorm = RMSNorm(flavor.dim, flavor.norm_eps)
+        self.attention: Attention = Attention(flavor)
+        self.ffn_norm: RMSNorm = RMSNorm(flavor.dim, flavor.norm_eps)
         if flavor.experts is None:
             self.feed_forward: FeedForward = FeedForward(flavor)
         else:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from holdfast.dashboard.history import MetricsRow
 from holdfast.errors import HoldfastError, UsageError
@@ -70,16 +71,21 @@ class Run:
         """Build everything in its initial state. Collective."""
         _seed(config)
         config.check(parallel.world_size)
-        self.config, self.parallel = config, parallel
+        self.config: Config = config
+        self.parallel: ParallelContext = parallel
         tokenizer, tokens = _open_data(config, parallel)
-        self.vocab_size = _vocab_size(config, tokenizer)
-        self.published = _published(config, parallel, self.vocab_size)
-        self.stages = build_model(config, parallel, self.vocab_size, flavor=self.published.flavor)
-        self.optimizers = build_optimizers(self.stages, config.optimizer)
-        self.schedulers = build_schedulers(
+        self.vocab_size: int = _vocab_size(config, tokenizer)
+        self.published: PublishedModel = _published(config, parallel, self.vocab_size)
+        self.stages: list[nn.Module] = build_model(
+            config, parallel, self.vocab_size, flavor=self.published.flavor
+        )
+        self.optimizers: list[torch.optim.Optimizer] = build_optimizers(
+            self.stages, config.optimizer
+        )
+        self.schedulers: list[LambdaLR] = build_schedulers(
             self.optimizers, config.lr_scheduler, config.training.steps
         )
-        self.loader = DataLoader(
+        self.loader: DataLoader = DataLoader(
             tokens=tokens,
             seq_len=config.training.seq_len,
             seed=config.training.seed,
@@ -87,8 +93,8 @@ class Run:
             dp_rank=parallel.dp_rank,
             dp_size=parallel.dp_size,
         )
-        self.state = TrainState()
-        self.gradients = Gradients(config, parallel, self.stages)
+        self.state: TrainState = TrainState()
+        self.gradients: Gradients = Gradients(config, parallel, self.stages)
         _log_start(config, parallel, self.stages, tokens)
 
 
