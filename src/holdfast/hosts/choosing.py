@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from holdfast.catalog.newest import newest_good
+from holdfast.catalog.findings import summary_of
+from holdfast.catalog.newest import check, newest_good
 from holdfast.comm import Ranks, gather_and_run, run_on_all
 from holdfast.errors import DamagedError
 from holdfast.format.names import number_of_folder, visible_name
+from holdfast.format.seal import SEAL
+
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 def newest_good_on_all_hosts(
@@ -69,6 +74,23 @@ def newest_good_on_all_hosts(
 def run_on_hosts(ranks: Ranks, work: Callable[[], object], *, decides: bool) -> None:
     """Run `work` on the ranks that decide. An error of one is raised on all. Collective."""
     run_on_all(ranks, lambda: work() if decides else None)
+
+
+def check_sealed(path: Path, hint: str) -> None:
+    """Raise a DamagedError with this hint if a sealed folder is damaged. Warns if a folder has no
+    seal."""
+    if not (path / SEAL).exists():
+        logger.warning("`%s` has no seal, so its bytes cannot be checked", path)
+    elif findings := check(path):
+        raise DamagedError(f"`{path}` is damaged: {summary_of(findings)}", hint=hint)
+
+
+def none_good(folder: Path) -> DamagedError:
+    """Returns the error of a folder whose checkpoints are all damaged."""
+    return DamagedError(
+        f"no checkpoint in `{folder}` is good",
+        hint=f"`holdfast doctor {folder}` says what is wrong with each",
+    )
 
 
 def _differ(root: Path) -> DamagedError:
