@@ -25,9 +25,10 @@ from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import bytes_by_key
 from holdfast.saving.background import Background
 from holdfast.saving.deduplicate import Deduplicator
+from holdfast.saving.memory import check_memory, free_memory
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending, abort, begin_save, finish_save, take_snapshot
-from holdfast.saving.stage import Snapshot, Staging, check_memory, free_memory
+from holdfast.saving.stage import Snapshot, Staging
 from holdfast.spelling import rate, spelled_bytes
 from holdfast.state.tree import FlatState
 from holdfast.storage.local import NO_SPACE
@@ -275,7 +276,7 @@ class Saver:
         try:
             # Before one rank takes memory that another has counted as free.
             run_on_all(self._ranks, lambda: check_memory(growth, others))
-            run_on_all(self._ranks, lambda: self._snapshot.reserve(nbytes))
+            run_on_all(self._ranks, lambda: self._snapshot.reserve(nbytes, pending.devices))
         except UsageError as error:
             if self._config.on_low_memory == "raise":
                 abort(pending)

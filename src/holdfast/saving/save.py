@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from holdfast import accelerator
 from holdfast.catalog.arguments import place_to_save
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import (
@@ -149,6 +150,9 @@ class Pending:
     stepped: frozenset[str]
     """Names of all tensors that only optimizers change."""
 
+    devices: tuple[torch.device, ...] = ()
+    """Accelerators that hold tensors of this rank."""
+
     memory: memoryview | None = None
     """Memory of the snapshot, laid out as the file that this rank writes."""
 
@@ -219,6 +223,7 @@ def begin_save(
         spans=spans,
         replicas=planner.replicas(held),
         stepped=planner.stepped,
+        devices=accelerator.devices_of(held.tensors.values()),
         deduplicator=deduplicator,
         deletes=planner.ranks.rank == 0,
     )
@@ -324,7 +329,8 @@ def take_snapshot(
         except HoldfastError:
             abort(pending)
             raise
-    staging = Staging(lambda: _copy(pending, snapshot, later, is_last=bool(later)))
+    copy = partial(_copy, pending, snapshot, later, is_last=bool(later))
+    staging = Staging(copy, pending.devices)
     memory = snapshot.memory(pending.file_layout.nbytes)
     return replace(pending, tensor_of=snapshot.tensor_of, memory=memory), staging
 
@@ -375,7 +381,7 @@ def finish_save(
             threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
         # Empty if the digests were taken with the copy of a snapshot.
         needs_digests = bool(pending.replicas.tensors)
-        with _in_parallel(pending.replicas.take) if needs_digests else nullcontext():
+        with _in_parallel(pending) if needs_digests else nullcontext():
             result = _write(pending, Pace(bytes_per_s))
         return replace(result, seconds=dict(spans.seconds))
 
@@ -415,11 +421,17 @@ def _write(pending: Pending, pace: Pace) -> WriteResult:
 
 
 @contextmanager
-def _in_parallel(work: Callable[[], None]) -> Iterator[None]:
-    """Run `work` in a thread while a file is written, since writing mostly waits for the disk.
-    Raises its error at the end."""
+def _in_parallel(pending: Pending) -> Iterator[None]:
+    """Take the digests in a thread while a file is written, since writing mostly waits for the
+    disk. Raises the error of the thread at the end."""
+    queued = accelerator.QueuedWork(pending.devices)
     outcome: list[HoldfastError | None] = []
-    thread = threading.Thread(target=lambda: outcome.append(capture(work)), name="holdfast-hash")
+
+    def take() -> None:
+        with queued.followed():
+            pending.replicas.take()
+
+    thread = threading.Thread(target=lambda: outcome.append(capture(take)), name="holdfast-hash")
     thread.start()
     try:
         yield
