@@ -22,9 +22,11 @@ make_environment() {
     local wanted=$1
     [ "${wanted//[^.]/}" = .. ] || wanted+=.* # 2.12 means any 2.12
     rm -rf ".matrix/$1"
-    "${PYTHON:-python3}" -m venv ".matrix/$1" &&
-        ".matrix/$1/bin/python" -m pip install --disable-pip-version-check \
-            "torch==$wanted" -e ".[dev]" >".matrix/$1.log" 2>&1
+    {
+        "${PYTHON:-python3}" -m venv ".matrix/$1" &&
+            ".matrix/$1/bin/python" -m pip install --disable-pip-version-check \
+                "torch==$wanted" -e ".[dev]"
+    } >".matrix/$1.log" 2>&1
 }
 
 mkdir -p .matrix

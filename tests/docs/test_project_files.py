@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -100,3 +101,25 @@ def test_a_release_is_refused_with_the_reason(
     ran = subprocess.run(script, cwd=tmp_path, text=True, capture_output=True)
     assert ran.returncode == 2
     assert message in ran.stderr
+
+
+def test_the_matrix_of_versions_ends_with_a_table_and_1_if_one_fails(tmp_path: Path) -> None:
+    """G6. Method: an interpreter that cannot make an environment."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/matrix.sh", tmp_path / "scripts")
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no venv here\nexit 1\n")
+    broken.chmod(0o755)
+    ran = subprocess.run(
+        [tmp_path / "scripts/matrix.sh", "2.11", "2.14.1"],
+        env={**os.environ, "PYTHON": str(broken)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1
+    assert ran.stderr.count("no venv here") == 2
+    rows = ran.stdout.splitlines()[2:]
+    assert [row[:34] for row in rows] == [
+        "| 2.11 | | installation failed | 0",
+        "| 2.14.1 | | installation failed |",
+    ]
