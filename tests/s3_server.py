@@ -10,9 +10,6 @@ from threading import Thread
 from typing import Any
 from urllib.request import Request, urlopen
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
-
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 Answer = Callable[[dict[str, Any]], tuple[str, bytes] | None]
@@ -23,6 +20,10 @@ class S3Server:
     """One server, which is shared by all tests of the process."""
 
     def __init__(self) -> None:
+        # Imported here, since each process of the tests imports this module.
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._answer: Answer = lambda _: None
