@@ -44,6 +44,8 @@ _STAGES = {
     "saving.save": "the plan of a save",
     "saving.planner": "the plan of a save",
     "saving.commit": "the commit of a save",
+    "tier.local": "a step of the fast tier",
+    "tier.drain": "the copy of a checkpoint from the fast tier",
     "loading.load": "a load",
     "loading.replicas": "a load",
     "loading.opening": "a load",
@@ -287,10 +289,15 @@ def _new_group(beside: dist.ProcessGroup) -> dist.ProcessGroup:
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     """Longest time-out of the backends of a group, which the caller has chosen for the whole job.
-    None if they do not state it, for torch's default."""
+    None for torch's default for gloo, if they do not state it or have NCCL's default: that is for
+    collectives on GPUs, and too short for ranks that wait for the writes of others."""
+    # A torch without distributed has no such module.
+    from torch.distributed.constants import default_pg_nccl_timeout
+
     backends = [group._get_backend(device) for device in group._device_types]
     options: list[Any] = [getattr(backend, "options", None) for backend in backends]
-    return max((o._timeout for o in options if hasattr(o, "_timeout")), default=None)
+    stated = (o._timeout for o in options if hasattr(o, "_timeout"))
+    return max((t for t in stated if t != default_pg_nccl_timeout), default=None)
 
 
 def _empty(nbytes: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 from buckets import CHANGES, Dead, ModelBucket
 from checkpoints import save_leaves
 from holdfast.catalog.catalog import Catalog, open_manifest
-from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.cleanup import execute, plan_cleanup, put_in_order
 from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.source import Source
 from holdfast.comm import Solo
@@ -35,7 +35,6 @@ from holdfast.format.pointer import id_in
 from holdfast.loading.checkpoint import Checkpoint
 from holdfast.loading.load import load_tree
 from holdfast.loading.opening import read_on_all
-from holdfast.manager.retention import put_in_order
 from holdfast.saving.save import Saved, save_in
 from holdfast.state.objects import StateTree
 from holdfast.storage import objects, streams

@@ -12,7 +12,9 @@ from torch import nn
 
 import holdfast
 from holdfast.cli.main import main
+from holdfast.comm import Solo
 from holdfast.errors import ExistsError, FormatError, UsageError
+from holdfast.hosts.sealing import sealed_by_all
 from holdfast.storage.cloud import CloudBucket
 from s3_server import s3_server
 
@@ -125,6 +127,27 @@ def test_the_door_says_what_a_bucket_cannot_do(run: str) -> None:
         holdfast.save("https://host/run/a", {"w": torch.ones(1)})
     with pytest.raises(UsageError, match="is a URL"):
         holdfast.save(Path(f"{run}/a"), {"w": torch.ones(1)})
+
+
+def test_a_folder_of_files_is_not_sealed_in_a_bucket(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G16. Method: by one process and by all ranks, to a URL, also as `Path` shortens it; neither
+    the bucket nor the current folder has anything new. The URL of a folder is taken."""
+    monkeypatch.chdir(tmp_path)
+    for path in (f"{run}/a", Path(f"{run}/a")):
+        with pytest.raises(UsageError, match="is a URL"), holdfast.sealed(path):
+            pass
+        with (
+            pytest.raises(UsageError, match="is a URL"),
+            sealed_by_all(str(path), ranks=Solo(), publishes=True, moves_aside=True),
+        ):
+            pass
+    assert CloudBucket(run).list_all("") == []
+    assert [*tmp_path.iterdir()] == []
+    with holdfast.sealed(f"file://{tmp_path}/a") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "a/file").exists()
 
 
 def test_a_resharding_load_reads_the_bytes_that_it_needs(run: str) -> None:

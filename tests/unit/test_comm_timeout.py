@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import constants
 from torch.distributed.constants import default_pg_timeout
 
 from holdfast.comm import GroupRanks, _timeout_of
@@ -31,3 +34,21 @@ def test_a_group_of_our_own_waits_as_long_as_the_callers(timeout: timedelta) -> 
     assert isinstance(duplicate, GroupRanks)
     assert _timeout_of(duplicate._group) == timeout
     duplicate.close()
+
+
+def test_a_group_of_our_own_has_not_the_default_timeout_of_nccl(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Method: groups whose backends state NCCL's default of ten minutes; its own is longer, since
+    ranks wait while others write. A time-out that the caller chose stays."""
+
+    def group(*minutes: float) -> Any:
+        options = [SimpleNamespace(_timeout=timedelta(minutes=each)) for each in minutes]
+        backends = dict(enumerate(SimpleNamespace(options=one) for one in options))
+        return SimpleNamespace(_device_types=[*backends], _get_backend=backends.__getitem__)
+
+    monkeypatch.setattr(constants, "default_pg_nccl_timeout", timedelta(minutes=10))
+    assert _timeout_of(group(10)) is None
+    assert _timeout_of(group(5)) == timedelta(minutes=5)
+    assert _timeout_of(group(5, 10)) == timedelta(minutes=5)
+    assert _timeout_of(group(30, 10)) == timedelta(minutes=30)

@@ -17,8 +17,7 @@ def place_to_save(path: object, state: object, *, overwrite: object) -> tuple[Ca
     """Return the catalog in which `save` saves, and the name of the checkpoint there.
 
     Raises:
-        UsageError: an argument of another type; or a `path` that is a URL, or that has no name, or
-            a name that no checkpoint may have.
+        UsageError: an argument of another type, or a `path` that `open_for_saving` refuses.
     """
     text = _checked(path, state, "holdfast.save")
     checked_flag(overwrite, "overwrite")

@@ -8,11 +8,12 @@ folder with the name of a checkpoint is complete, at every instant.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack, suppress
 
-from holdfast.catalog.cleanup import delete_hidden
+from holdfast.catalog.cleanup import delete_hidden, execute, plan_cleanup
 from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
 from holdfast.catalog.steady import LOOKS_MAX, is_deleted
 from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure, items_of
@@ -46,6 +47,8 @@ from holdfast.format.pointer import id_in
 from holdfast.format.seal import SEAL
 from holdfast.storage.opening import is_url
 from holdfast.storage.store import Check, ReadStore, Store
+
+logger: logging.Logger = logging.getLogger("holdfast")
 
 _LARGE_BYTES = 1 << 20
 """Size from which the first byte of an index is checked before memory is allocated for all of it.
@@ -223,11 +226,18 @@ class Catalog:
             held.close()
 
     def abort(self, attempt: HiddenFolder) -> None:
-        """Delete an attempt that is not published."""
+        """Delete an attempt that is not published. If this fails, as it may for the same reason as
+        the save, the next start cleans up."""
         try:
-            self.store.remove(str(attempt))
+            with suppress(HoldfastError):
+                self.store.remove(str(attempt))
         finally:
             self.release(attempt)
+
+    def clean_up(self, name: str) -> None:
+        """Delete the leftovers of earlier saves of checkpoint `name`. Problems are logged."""
+        for problem in execute(self.store, plan_cleanup(self.store.list(), only=name)):
+            logger.warning("%s; the next save tries again", problem)
 
     def set_aside_for_deletion(self, name: str) -> str:
         """Take a checkpoint's name away. Returns the folder that has its files, which a cleanup

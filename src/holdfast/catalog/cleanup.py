@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Literal
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import (
+    TAKING,
     HiddenFolder,
     HiddenRole,
     held_of,
@@ -16,8 +18,9 @@ from holdfast.format.names import (
     mark_of,
     step_name,
 )
-from holdfast.storage.leases import TAKING
 from holdfast.storage.store import Store
+
+logger: logging.Logger = logging.getLogger("holdfast")
 
 _WHY: dict[HiddenRole, str] = {
     "attempt": "an unfinished save",
@@ -85,6 +88,15 @@ def execute(store: Store, actions: Sequence[Action]) -> list[str]:
         except HoldfastError as error:
             failed.append(f"could not {action.verb} `{action.folder}`: {error.what}")
     return failed
+
+
+def put_in_order(store: Store) -> None:
+    """Clean up after killed runs, and log every action. No other process may save to this store."""
+    actions = plan_cleanup(store.list())
+    for action in actions:
+        logger.info("%s %s: %s", action.verb, action.folder, action.why)
+    for problem in execute(store, actions):
+        logger.warning("%s; the next start tries again", problem)
 
 
 def is_at_work(store: Store, folder: str) -> bool:

@@ -28,6 +28,11 @@ def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     return Catalog(store_to_save(folder)), name
 
 
+def open_folder_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
+    """Like `open_for_saving`, for a checkpoint that only a folder of this machine can hold."""
+    return open_for_saving(local_path(without_scheme(checked_path(path, "path"))))
+
+
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """Return the store that holds the checkpoint at `path`, a folder, file or URL, and the name of
     its folder there: see `folder_of`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
 import os
 import re
 import stat
@@ -21,7 +20,7 @@ from holdfast.catalog.catalog import Catalog, location, verify_hint
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.contents import Advance, RecordReader, run
 from holdfast.catalog.findings import Finding, summary_of
-from holdfast.catalog.paths import open_for_saving
+from holdfast.catalog.paths import open_folder_for_saving
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import seal as seals
 from holdfast.format.checksum import block_checksums, checksum_of_parts
@@ -32,8 +31,6 @@ from holdfast.release import installed_version
 from holdfast.storage import links
 from holdfast.storage.store import ReadStore
 from holdfast.storage.unsynced import UnsyncedStore
-
-logger: logging.Logger = logging.getLogger("holdfast")
 
 _THREADS_MAX = 8
 
@@ -75,14 +72,11 @@ class Unsealed:
             ExistsError: another checkpoint has taken the name meanwhile.
         """
         self.catalog.publish(self.attempt)
-        leftovers = plan_cleanup(self.catalog.store.list(), only=self.attempt.name)
-        for problem in execute(self.catalog.store, leftovers):
-            logger.warning("%s; the next save tries again", problem)
+        self.catalog.clean_up(self.attempt.name)
 
     def abort(self) -> None:
         """Delete the folder."""
-        with suppress(HoldfastError):
-            self.catalog.abort(self.attempt)
+        self.catalog.abort(self.attempt)
 
 
 def begin(
@@ -103,7 +97,7 @@ def begin(
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is no checkpoint.
     """
-    catalog, name = open_for_saving(path)
+    catalog, name = open_folder_for_saving(path)
     store = catalog.store
     store.make_folder("")
     execute(store, plan_cleanup(store.list()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
-from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
+from holdfast.errors import ExistsError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
 from holdfast.format.manifest import Kind, Manifest, Path
 from holdfast.format.names import HiddenFolder, check_name, hidden_folder_of, step_name, step_of
@@ -145,8 +145,7 @@ def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[Hidden
         try:
             yield attempt
         except Exception:
-            with suppress(HoldfastError):
-                catalog.abort(attempt)
+            catalog.abort(attempt)
             raise
     finally:
         if attempt is not None:
@@ -211,7 +210,7 @@ def write_hf(
                         _write_tensor(writer, span.offset, outputs[name], take)
         write_small(target.store, target.creating, str(attempt), contents)
         target.catalog.publish(attempt)
-    execute(target.store, plan_cleanup(target.store.list(), only=target.name))
+    target.catalog.clean_up(target.name)
     return export.nbytes
 
 

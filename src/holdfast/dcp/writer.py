@@ -246,7 +246,7 @@ def _absolute(path: object, what: str, *, folder: str | None = None) -> str:
     `folder`: what a relative path starts from; None: the current folder.
     """
     text = checked_path(path, what)
-    # A URL is refused when the save begins, on all ranks.
+    # A save checks on all ranks, when it begins, that Holdfast can write to the URL.
     if is_url(text):
         return text
     return os.path.abspath(os.path.join(folder or "", text))  # noqa: PTH100, PTH118 - links stay

@@ -32,6 +32,9 @@ ROWS = "index.bin"
 LOCK = ".lock"
 TIER = ".tier.json"
 
+TAKING = ".taking"
+"""Suffix of the file of a process that takes a lease, where there is no flock."""
+
 STEP_MAX = 10**18 - 1
 """Largest step number. Readers would not find a larger one: the pattern allows 18 digits."""
 
@@ -194,7 +197,7 @@ def held_of(name: str) -> str | None:
 
 def _is_taken(name: str) -> bool:
     """Whether Holdfast gives this name to files or folders of its own."""
-    own = name in (LOCK, f"{LOCK}.taking", TIER, MANIFEST, METADATA) or name.startswith(_HELD)
+    own = name in (LOCK, LOCK + TAKING, TIER, MANIFEST, METADATA) or name.startswith(_HELD)
     return own or hidden_folder_of(name) is not None or mark_of(name) is not None
 
 

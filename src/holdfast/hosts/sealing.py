@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from holdfast.catalog.paths import open_for_saving
+from holdfast.catalog.paths import open_folder_for_saving
 from holdfast.catalog.replaceable import not_sealed, why_not_replaceable
 from holdfast.catalog.seal import Unsealed, begin, is_sealed, sync_files, sync_path
 from holdfast.comm import Ranks, gather_and_run, run_on_all
@@ -50,7 +50,7 @@ def sealed_by_all(
     """
     first_path, chosen_id = ranks.broadcast((path, os.urandom(4).hex()))
     path = first_path if shared else path
-    catalog, name = open_for_saving(path)
+    catalog, name = open_folder_for_saving(path)
     folder = Path(catalog.store.url, str(HiddenFolder("attempt", name, chosen_id)))
     final = Path(catalog.store.url, name)
 
@@ -146,7 +146,7 @@ def _make_way(path: str) -> dict[str, Path]:
     A sealed folder stays, since it may be all there is to resume from until the new one is
     published. Returns the files that were added to it, by name.
     """
-    catalog, name = open_for_saving(path)
+    catalog, name = open_folder_for_saving(path)
     store = catalog.store
     store.make_folder("")
     if f"{name}/" not in store.list():
@@ -157,7 +157,7 @@ def _make_way(path: str) -> dict[str, Path]:
     if is_sealed(store, name):
         added = [file for file in not_sealed(store, name) if not file.endswith("/")]
         if added:
-            return {file: Path(path, file) for file in added}
+            return {file: Path(store.url, name, file) for file in added}
     aside = f"unsealed-{name}-{os.urandom(4).hex()}"
     folder_store(store.url).rename(name, aside)
     logger.warning(
@@ -172,7 +172,7 @@ def _make_way(path: str) -> dict[str, Path]:
 def delete(path: Path) -> None:
     """Delete a checkpoint: its name first, then its files. Warns where that fails."""
     try:
-        catalog, name = open_for_saving(path)
+        catalog, name = open_folder_for_saving(path)
         catalog.store.remove(catalog.set_aside_for_deletion(name))
     except HoldfastError as error:
         logger.warning("`%s` stays: %s", path, error.what)

@@ -12,11 +12,11 @@ from weakref import WeakSet
 from torch.optim import Optimizer
 
 from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.cleanup import put_in_order
 from holdfast.comm import host_name
 from holdfast.errors import UsageError
 from holdfast.format.names import LOCK
 from holdfast.manager.hf import FOLDER, HFFormat
-from holdfast.manager.retention import put_in_order
 from holdfast.storage.opening import is_url
 
 

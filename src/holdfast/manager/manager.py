@@ -110,7 +110,7 @@ class CheckpointManager:
 
         Raises:
             UsageError: an argument of another type, two components of one name, or a `folder` that
-                is a URL. Nothing was changed.
+                is a URL to which Holdfast cannot write. Nothing was changed.
             ExistsError: another run, or another manager of this process, saves to this folder.
             StorageError: the folder cannot be written.
         """

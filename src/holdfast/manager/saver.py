@@ -252,7 +252,12 @@ class Saver:
 
     def give_up_drain(self) -> None:
         """Give up the copy from the fast tier: the run has a deadline."""
-        if self.tier is not None:
+        if self.tier is None:
+            return
+        try:
+            # A save in the background may still start a copy.
+            self.collect()
+        finally:
             self.tier.drain.stop()
 
     def _has_room(self, pending: Pending) -> bool:
@@ -333,7 +338,7 @@ class Saver:
         elif self.tier is not None:
             if self._target == "drained":
                 self.tier.drain.start(step)
-            self._run.warn(*local.retain(step))
+            local.retain(step)
         if export == "beside":
             self._hf.export(pending, ranks, step, export)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import TypeVar, cast
 
 from holdfast.catalog.catalog import Catalog
@@ -60,9 +59,7 @@ def commit(
         return run_if_alike(written, digests, ranks, publish_on_rank_0)
     except HoldfastError:
         if ranks.rank == 0:
-            # This may fail for the same reason as the save. Then the next start cleans up.
-            with suppress(HoldfastError):
-                catalog.abort(attempt)
+            catalog.abort(attempt)
         raise
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format import manifest as manifests
 from holdfast.format.checksum import checksum_of_parts
@@ -18,8 +16,6 @@ from holdfast.format.timings import over_ranks
 from holdfast.planning.index import Index
 from holdfast.saving.write import WriteResult
 from holdfast.storage.store import Buffer, Store
-
-logger: logging.Logger = logging.getLogger("holdfast")
 
 
 def publish(
@@ -41,7 +37,9 @@ def publish(
         for file in result.files():
             _check_shared(catalog.store, str(attempt), file.name, file.nbytes)
     files, nbytes = index_files(results, index, facts)
-    publish_with(attempt, files, catalog)
+    write_index(attempt, files, catalog.store)
+    catalog.publish(attempt)
+    catalog.clean_up(attempt.name)
     return nbytes
 
 
@@ -85,26 +83,11 @@ def index_files(
     return files, manifest.nbytes
 
 
-def publish_with(
-    attempt: HiddenFolder, files: Mapping[str, Sequence[Buffer]], catalog: Catalog
-) -> None:
-    """Write the index files into an attempt that has all other files, and publish it."""
-    write_index(attempt, files, catalog.store)
-    catalog.publish(attempt)
-    clean_up(catalog, attempt.name)
-
-
 def write_index(attempt: HiddenFolder, files: Mapping[str, Sequence[Buffer]], store: Store) -> None:
     """Write the index files into an attempt."""
     for name, parts in files.items():
         with store.create(f"{attempt}/{name}", sum(map(len, parts))) as writer:
             writer.write(0, parts)
-
-
-def clean_up(catalog: Catalog, name: str) -> None:
-    """Delete the leftovers of earlier saves of checkpoint `name`. Problems are logged."""
-    for problem in execute(catalog.store, plan_cleanup(catalog.store.list(), only=name)):
-        logger.warning("%s; the next save tries again", problem)
 
 
 def _check_shared(store: Store, folder: str, file: str, nbytes: int) -> None:

@@ -42,9 +42,7 @@ def check_start(catalog: Catalog, ranks: Ranks, *, saves: bool) -> None:
         check_seen(catalog.store, str(made), ranks, hosts)
     finally:
         if ranks.rank == 0:
-            # If this fails, the next start cleans up.
-            with suppress(HoldfastError):
-                catalog.abort(made)
+            catalog.abort(made)
 
 
 def check_attempt(catalog: Catalog, attempt: HiddenFolder, ranks: Ranks) -> None:

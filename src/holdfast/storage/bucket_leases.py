@@ -23,7 +23,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import held_file
@@ -34,6 +33,7 @@ from holdfast.storage.bucket import (
     UnansweredError,
     Version,
 )
+from holdfast.storage.processes import runs, this_process
 
 LEASE_S = 60.0
 """Seconds after which a lease that was not renewed has lapsed."""
@@ -67,8 +67,8 @@ class Holder:
 class BucketLease:
     """A lease of this process on an object, until `release` or until it lapses."""
 
-    def __init__(self, bucket: Bucket, key: str, note: str, *, lease_s: float) -> None:
-        self._bucket, self._key, self._note, self._lease_s = bucket, key, note, lease_s
+    def __init__(self, bucket: Bucket, key: str, note: str) -> None:
+        self._bucket, self._key, self._note = bucket, key, note
         self._token = secrets.token_hex(8)
         self._counter = 0
         self._version: Version | None = None
@@ -83,7 +83,7 @@ class BucketLease:
     @property
     def is_valid(self) -> bool:
         """Whether requests that need the lease may be sent now. False in a forked child."""
-        fresh = time.monotonic() - self._sent < self._lease_s / 2
+        fresh = time.monotonic() - self._sent < LEASE_S / 2
         return self._version is not None and fresh and self._pid == os.getpid()
 
     def take(self) -> Holder | None:
@@ -108,9 +108,9 @@ class BucketLease:
                 if content.token == self._token:
                     self._version, self._sent = stored.version, self._trying
                     return None
-                runs = _runs(content.process)
-                if runs is not False and not self._has_lapsed(stored.modified):
-                    return Holder(content.note, stored.version, is_alive=runs is True)
+                is_running = runs(content.process)
+                if is_running is not False and not self._has_lapsed(stored.modified):
+                    return Holder(content.note, stored.version, is_alive=is_running is True)
                 version = stored.version
             raise StorageError(f"cannot take the lease `{self._key}`: {failed}")
 
@@ -167,7 +167,7 @@ class BucketLease:
     def _put(self, version: Version | None) -> None:
         self._counter += 1
         # The counter makes the contents differ: equal ones have the same ETag.
-        content = _Content(self._note, self._token, _this_process(), self._counter)
+        content = _Content(self._note, self._token, this_process(), self._counter)
         data, sent = json.dumps(asdict(content)).encode(), time.monotonic()
         self._trying = sent
         if version is None:
@@ -183,14 +183,14 @@ class BucketLease:
         self._bucket.put(probe, b"")
         now = self._bucket.head(probe).modified
         self._bucket.delete([probe])
-        return (now - modified).total_seconds() > self._lease_s
+        return (now - modified).total_seconds() > LEASE_S
 
 
 class BucketLeases:
     """All leases of one store. A thread renews them while there are any."""
 
-    def __init__(self, bucket: Bucket, lease_s: float) -> None:
-        self._bucket, self._lease_s = bucket, lease_s
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
         self._held: dict[str, BucketLease] = {}
         self._is_checked = False
         self._mutex = threading.Lock()
@@ -226,7 +226,7 @@ class BucketLeases:
 
     def new(self, key: str, note: str) -> BucketLease:
         """Return a lease that is not taken yet."""
-        return BucketLease(self._bucket, key, note, lease_s=self._lease_s)
+        return BucketLease(self._bucket, key, note)
 
     def keep(self, key: str, lease: BucketLease) -> None:
         """Renew a lease that was taken, until `release`."""
@@ -234,7 +234,7 @@ class BucketLeases:
             self._held[key] = lease
             if self._ended.is_set() or self._pid != os.getpid():
                 self._pid, self._ended = os.getpid(), threading.Event()
-                renew = _renewing(weakref.ref(self), self._ended, self._lease_s / _RENEWALS)
+                renew = _renewing(weakref.ref(self), self._ended, LEASE_S / _RENEWALS)
                 threading.Thread(target=renew, name="holdfast-lease", daemon=True).start()
 
     def held(self, key: str) -> BucketLease | None:
@@ -312,32 +312,3 @@ def _decode(data: bytes) -> _Content:
         return _Content(note, token, process, renewals=int(members["renewals"]))
     except (ValueError, LookupError, TypeError):
         return _Content()
-
-
-def _this_process() -> str:
-    """Name this process: machine since its start, PID namespace, PID, time of its start. Empty
-    where there is no `/proc`."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = Path("/proc/self/ns/pid").stat().st_ino
-        return f"{boot} {namespace} {os.getpid()} {_start_of(os.getpid())}"
-    except OSError:
-        return ""
-
-
-def _runs(process: str) -> bool | None:
-    """Whether a process of this machine and PID namespace runs. None for others."""
-    ours = _this_process().split()
-    theirs = process.split()
-    if not ours or theirs[:2] != ours[:2] or len(theirs) != len(ours):
-        return None
-    try:
-        return _start_of(int(theirs[2])) == theirs[3]
-    except (OSError, ValueError):
-        return False
-
-
-def _start_of(pid: int) -> str:
-    """Time of the start of a process, in ticks since the start of the machine."""
-    # The name of the program, in brackets, may have spaces.
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

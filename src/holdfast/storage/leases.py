@@ -6,8 +6,9 @@ process that takes one writes a file beside it, `NAME.taking`, which only one pr
 looks at the lease once more, and renames that file to it.
 
 flock ends with its process, a lease does not: a restart waits until the lease of a killed run on
-another host lapses. A holder that could not renew, because it was suspended, may find that it has
-lost its lease; therefore it looks before each change (`Lease.is_at`).
+another machine lapses. The lease names its process, so that nobody waits for one of this machine
+that has ended. A holder that could not renew, because it was suspended, may find that it has lost
+its lease; therefore it looks before each change (`Lease.is_at`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import threading
 import time
 from contextlib import suppress
 
-from holdfast.storage.forks import leave_in_children, no_fork_between
+from holdfast.format.names import TAKING
+from holdfast.storage.forks import no_fork_between
+from holdfast.storage.held import HeldFile
 from holdfast.storage.plain import open_plain
+from holdfast.storage.processes import runs, this_process
 
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """Errors of flock on file systems that have no locks."""
@@ -36,10 +40,11 @@ SKEW_S = 60.0
 MARKER = "\nlease\n"
 """End of the content of a lease. A lock file without it is free."""
 
-NOTE_BYTES_MAX = 1024 - len(MARKER)
+CONTENT_BYTES_MAX = 1024
+"""Longest content of a lock file."""
 
-TAKING = ".taking"
-"""Suffix of the file of a process that takes a lease."""
+_PROCESS = "process "
+"""Start of the line before the last one of a lease: it names the holder."""
 
 
 class Lease:
@@ -50,35 +55,32 @@ class Lease:
 
     def __init__(self, path: str, descriptor: int) -> None:
         """`descriptor`: the file at `path`, which this process has just renamed to it."""
-        self._path, self._descriptor, self._pid = path, descriptor, os.getpid()
-        status = os.fstat(descriptor)
-        self.file: tuple[int, int] = (status.st_dev, status.st_ino)
-        """Device and inode."""
+        self._path, self._held = path, HeldFile(descriptor)
         self._released = threading.Event()
         threading.Thread(target=self._renew, name="holdfast-lease", daemon=True).start()
 
     @property
     def is_held(self) -> bool:
         """Whether this process holds the lease: False once released, and in a forked child."""
-        return self._descriptor >= 0 and self._pid == os.getpid()
+        return self._held.is_held
 
     def is_at(self, path: str) -> bool:
         """Whether the file at this path is still the one of this lease. Renews it first."""
         self._touch()
-        return self.file == _file_at(path)
+        return self._held.is_at(path)
 
     def write_note(self, note: str) -> None:
         """Replace the note in the file. Does nothing if the lease is released."""
         if self.is_held:
-            _write(self._descriptor, note)
+            _write(self._held.descriptor, note)
 
     def release(self) -> None:
         """Delete the file. Does nothing if released already, or in a forked child."""
         if self.is_held:
             self._released.set()
-            descriptor, self._descriptor = self._descriptor, -1
+            descriptor = self._held.give_up()
             with suppress(OSError):
-                if self.file == _file_at(self._path):
+                if self._held.is_at(self._path):
                     os.unlink(self._path)
             os.close(descriptor)
 
@@ -87,26 +89,21 @@ class Lease:
         self._path = path
         self.release()
 
-    def leave(self) -> None:
-        """Close this process's copy of the file, which keeps the parent's lease (see `forks`)."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
     def _touch(self) -> None:
         # An error means that the file system fails. The lease then lapses, if that lasts.
         with suppress(OSError):
-            os.utime(self._descriptor)
+            os.utime(self._held.descriptor)
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_S):
             self._touch()
 
 
-def take_lease(path: str, *, waits: bool, has_ended: bool = False) -> Lease | None:
+def take_lease(path: str, *, waits: bool) -> Lease | None:
     """Take the lease at `path`. Return None if another process holds it.
 
-    `waits`: if the lease is not renewed, wait until it lapses. `has_ended`: take it at once.
+    A process of this machine that has ended does not hold its lease. `waits`: if the lease of
+    another one is not renewed, wait until it lapses.
 
     Raises:
         OSError: the file cannot be written.
@@ -114,7 +111,7 @@ def take_lease(path: str, *, waits: bool, has_ended: bool = False) -> Lease | No
     deadline = time.monotonic() + LEASE_S + RENEW_S
     first = _renewed_at(path)
     while True:
-        lease = _try_to_take(path, has_ended=has_ended)
+        lease = _try_to_take(path)
         if lease is not None or not waits:
             return lease
         if _renewed_at(path) != first or time.monotonic() >= deadline:
@@ -127,13 +124,28 @@ def is_lease(content: str) -> bool:
     return content.endswith(MARKER)
 
 
-def has_lapsed(path: str) -> bool:
-    """Whether the lease at `path` has lapsed, as far as the clock of this host tells."""
+def note_in(content: str) -> str:
+    """Return the note of the holder of a lock file."""
+    return _note_and_process(content)[0].strip()
+
+
+def has_ended(path: str, content: str) -> bool:
+    """Whether the lease at `path` is free: it has lapsed, as far as the clock of this host tells,
+    or its holder is a process of this machine that has ended."""
     renewed_at = _renewed_at(path)
-    return renewed_at is None or time.time() - renewed_at > LEASE_S + SKEW_S
+    has_lapsed = renewed_at is None or time.time() - renewed_at > LEASE_S + SKEW_S
+    return has_lapsed or runs(_note_and_process(content)[1]) is False
 
 
-def _try_to_take(path: str, *, has_ended: bool) -> Lease | None:
+def _note_and_process(content: str) -> tuple[str, str]:
+    body = content.removesuffix(MARKER)
+    note, _, process = body.rpartition("\n")
+    if is_lease(content) and process.startswith(_PROCESS):
+        return note, process.removeprefix(_PROCESS)
+    return body, ""
+
+
+def _try_to_take(path: str) -> Lease | None:
     taking = path + TAKING
     with no_fork_between():
         try:
@@ -145,13 +157,12 @@ def _try_to_take(path: str, *, has_ended: bool) -> Lease | None:
         try:
             _write(descriptor, "")
             os.fsync(descriptor)
-            if not has_ended and _is_taken(path, now=os.fstat(descriptor).st_mtime):
+            if _is_taken(path, now=os.fstat(descriptor).st_mtime):
                 os.unlink(taking)
                 os.close(descriptor)
                 return None
             os.rename(taking, path)
             lease = Lease(path, descriptor)
-            leave_in_children(lease)
         except BaseException:
             with suppress(OSError):
                 os.unlink(taking)
@@ -170,7 +181,8 @@ def _is_taken(path: str, *, now: float) -> bool:
     with suppress(FileNotFoundError):
         descriptor = open_plain(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            return is_lease(os.pread(descriptor, 1024, 0).decode(errors="replace"))
+            content = os.pread(descriptor, CONTENT_BYTES_MAX, 0).decode(errors="replace")
+            return is_lease(content) and runs(_note_and_process(content)[1]) is not False
         finally:
             os.close(descriptor)
     return False
@@ -184,7 +196,8 @@ def _remove_left_behind(taking: str) -> None:
 
 
 def _write(descriptor: int, note: str) -> None:
-    data = note.encode(errors="replace")[:NOTE_BYTES_MAX] + MARKER.encode()
+    end = f"\n{_PROCESS}{this_process()}{MARKER}".encode()
+    data = note.encode(errors="replace")[: CONTENT_BYTES_MAX - len(end)] + end
     os.pwrite(descriptor, data, 0)
     os.ftruncate(descriptor, len(data))
 
@@ -194,11 +207,3 @@ def _renewed_at(path: str) -> float | None:
         return os.lstat(path).st_mtime
     except OSError:
         return None
-
-
-def _file_at(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

@@ -252,7 +252,7 @@ class LocalStore:
                 hint="close the CheckpointManager that holds it first, by `manager.close()` or by "
                 "leaving its `with` block",
             )
-        if locks.has_ended(note):
+        if locks.has_ended(path):
             children = (
                 ", ".join(map(str, locks.processes_with(path))) or "none that is visible here"
             )

@@ -18,11 +18,10 @@ from pathlib import Path
 
 from holdfast.errors import StorageError
 from holdfast.storage import leases
-from holdfast.storage.forks import leave_in_children, leavers, no_fork_between
-from holdfast.storage.leases import Lease, take_lease
+from holdfast.storage.forks import leavers, no_fork_between
+from holdfast.storage.held import HeldFile, file_at
+from holdfast.storage.leases import CONTENT_BYTES_MAX, Lease, take_lease
 from holdfast.storage.plain import kind_of
-
-NOTE_BYTES_MAX = 1024
 
 _TRIES = 100
 """Most attempts to lock a file. Each fails only if another process removed the file meanwhile."""
@@ -37,32 +36,28 @@ class Lock:
     """A lock of this process on a file or folder, until `release` or the end of the process."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._pid = os.getpid()
-        status = os.fstat(descriptor)
-        self.file: tuple[int, int] = (status.st_dev, status.st_ino)
-        """Device and inode."""
+        self._held = HeldFile(descriptor)
 
     @property
     def is_held(self) -> bool:
         """Whether this process holds the lock: False once released, and in a forked child."""
-        return self._descriptor >= 0 and self._pid == os.getpid()
+        return self._held.is_held
 
     def is_at(self, path: str) -> bool:
         """Whether the locked file still has this path."""
-        return self.file == _file_at(path)
+        return self._held.is_at(path)
 
     def write_note(self, note: str) -> None:
         """Replace the content of the file by `note`. Does nothing if the lock is released."""
         if self.is_held:
-            data = note.encode(errors="replace")[:NOTE_BYTES_MAX]
-            os.pwrite(self._descriptor, data, 0)
-            os.ftruncate(self._descriptor, len(data))
+            data = note.encode(errors="replace")[:CONTENT_BYTES_MAX]
+            os.pwrite(self._held.descriptor, data, 0)
+            os.ftruncate(self._held.descriptor, len(data))
 
     def release(self) -> None:
         """Unlock. Does nothing if released already, or in a forked child."""
         if self.is_held:
-            descriptor, self._descriptor = self._descriptor, -1
+            descriptor = self._held.give_up()
             # `close` is not enough: a child forked by native code may keep the file open.
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -74,12 +69,6 @@ class Lock:
             with suppress(FileNotFoundError):
                 os.unlink(path)
             self.release()
-
-    def leave(self) -> None:
-        """Close this process's copy of the file, which keeps the parent's lock (see `forks`)."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # When the interpreter ends, the globals of this module are gone, and the system unlocks.
@@ -108,7 +97,7 @@ def lock_file(path: str, *, waits: bool = False) -> AnyLock | None:
             raise
     if is_held_here(path):
         return None
-    return take_lease(path, waits=waits, has_ended=has_ended(read_note(path)))
+    return take_lease(path, waits=waits)
 
 
 def _flock_file(path: str) -> Lock | None:
@@ -148,9 +137,8 @@ def lock_folder(path: str) -> Lock | None:
 
 def is_held_here(path: str) -> bool:
     """Whether this process holds the lock on the file at `path`."""
-    file = _file_at(path)
-    held = (lock for lock in leavers() if isinstance(lock, AnyLock) and lock.is_held)
-    return any(lock.file == file for lock in held)
+    files = (one for one in leavers() if isinstance(one, HeldFile) and one.is_held)
+    return any(file.is_at(path) for file in files)
 
 
 def holder_of(path: str) -> str | None:
@@ -159,12 +147,12 @@ def holder_of(path: str) -> str | None:
     Reads `/proc/locks` instead of locking, so that a check never makes a run fail. The holder of a
     lease may be on any machine.
     """
-    file = _file_at(path)
+    file = file_at(path)
     if file is None:
         return None
-    if leases.is_lease(_content(path)):
-        note = read_note(path)
-        return None if leases.has_lapsed(path) or has_ended(note) else note
+    content = _content(path)
+    if leases.is_lease(content):
+        return None if leases.has_ended(path, content) else leases.note_in(content)
     device = f"{os.major(file[0]):02x}:{os.minor(file[0]):02x}:{file[1]}"
     try:
         # One lock per line: number, FLOCK, ADVISORY, WRITE, process, device and inode, range.
@@ -178,24 +166,26 @@ def holder_of(path: str) -> str | None:
 
 def read_note(path: str) -> str:
     """Return the note in a lock file; empty if it has none, or if it is no plain file."""
-    return _content(path).removesuffix(leases.MARKER).strip()
+    return leases.note_in(_content(path))
 
 
 def _content(path: str) -> str:
     with suppress(OSError, StorageError):
         descriptor = _open_lock_file(path, os.O_RDONLY)
         try:
-            note = os.pread(descriptor, NOTE_BYTES_MAX, 0)
+            note = os.pread(descriptor, CONTENT_BYTES_MAX, 0)
         finally:
             os.close(descriptor)
         return note.decode(errors="replace")
     return ""
 
 
-def has_ended(note: str) -> bool:
-    """Whether `note` names a process of this host that has ended."""
-    holder = _HOLDER.search(note)
-    if holder is None or holder[1] != os.uname().nodename:
+def has_ended(path: str) -> bool:
+    """Whether the process that has locked `path` was one of this host, and has ended. False for a
+    lease, which no forked child keeps."""
+    content = _content(path)
+    holder = _HOLDER.search(content)
+    if leases.is_lease(content) or holder is None or holder[1] != os.uname().nodename:
         return False
     try:
         os.kill(int(holder[2]), 0)
@@ -208,7 +198,7 @@ def has_ended(note: str) -> bool:
 
 def processes_with(path: str) -> list[int]:
     """Return the processes that have `path` open, among those this user may inspect."""
-    file = _file_at(path)
+    file = file_at(path)
     processes = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -248,7 +238,6 @@ def _locked(descriptor: int) -> Lock | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock = Lock(descriptor)
-        leave_in_children(lock)
     except BlockingIOError:
         os.close(descriptor)
         return None
@@ -256,11 +245,3 @@ def _locked(descriptor: int) -> Lock | None:
         os.close(descriptor)
         raise
     return lock
-
-
-def _file_at(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
@@ -87,10 +87,10 @@ _COPIED = "copy it to another place with the tool of that store, then delete it 
 class ObjectStore:
     """The objects below one prefix of a bucket, as a tree of files."""
 
-    def __init__(self, bucket: Bucket, *, lease_s: float = LEASE_S, threads: int = THREADS) -> None:
+    def __init__(self, bucket: Bucket, *, threads: int = THREADS) -> None:
         """`threads`: requests that are sent at the same time."""
-        self._bucket, self._lease_s, self._num_threads = bucket, lease_s, threads
-        self._leases = BucketLeases(bucket, lease_s)
+        self._bucket, self._num_threads = bucket, threads
+        self._leases = BucketLeases(bucket)
         self._pointers = Pointers(bucket)
         self._replaced: dict[str, Version] = {}
         """Version of the pointer of each checkpoint that this store holds."""
@@ -109,24 +109,18 @@ class ObjectStore:
         if folder and prefix == folder and _holds_attempts_only(files, listing.prefixes):
             raise NotFoundError(f"nothing at `{self._where(folder)}`")
         names = {_name(found.key) for found in listing.objects if not self._is_lease(found)}
-        for name, shown in zip(
-            listing.prefixes,
-            self._in_threads(
-                lambda name: self._shown(_join(prefix, name), files), listing.prefixes
-            ),
-            strict=True,
-        ):
-            names |= {f"{name}/"} if shown is None else shown
-        return sorted(names)
+        prefixes = [_join(prefix, name) for name in listing.prefixes]
+        shown = self._in_threads(partial(self._shown, beside=files), prefixes)
+        return sorted(names.union(*shown))
 
     def _is_lease(self, found: StoredObject) -> bool:
         """Whether an object is the lease of a hold, which may be in use. Its age is approximate:
         the clock of this machine may differ from that of the store."""
         age_s = time.time() - found.modified.timestamp()
-        return held_of(_name(found.key)) is not None and age_s < _LEASES_SHOWN * self._lease_s
+        return held_of(_name(found.key)) is not None and age_s < _LEASES_SHOWN * LEASE_S
 
-    def _shown(self, prefix: str, beside: set[str]) -> set[str] | None:
-        """Folders that a prefix is shown as; None for one folder of its own name.
+    def _shown(self, prefix: str, beside: set[str]) -> set[str]:
+        """Names of the folders that a prefix is shown as.
 
         `beside`: names of the objects beside the prefix.
         """
@@ -137,7 +131,7 @@ class ObjectStore:
             # A killed process has left the index of a deleted checkpoint.
             return {f"{HiddenFolder('removing', name, _NO_ID)}/"}
         if not ids:
-            return None
+            return {f"{name}/"}
         published = self._published(prefix, listing)
         shown = set()
         for attempt_id in ids - {published}:
@@ -164,13 +158,13 @@ class ObjectStore:
         if start >= stop:
             self.size(key)
             return b""
-        return bytes(self._read(key, lambda found: self._bucket.get_range(found, start, stop)))
+        return bytes(self._range(key, start, stop))
 
     def open(self, key: str) -> ObjectReader:
-        def read(start: int, stop: int) -> Buffer:
-            return self._read(key, lambda found: self._bucket.get_range(found, start, stop))
+        return ObjectReader(partial(self._range, key), self._threads)
 
-        return ObjectReader(read, self._threads)
+    def _range(self, key: str, start: int, stop: int) -> Buffer:
+        return self._read(key, lambda found: self._bucket.get_range(found, start, stop))
 
     def leads_out(self, folder: str, file: str) -> bool:  # noqa: ARG002 - there are no links
         return False
@@ -234,9 +228,9 @@ class ObjectStore:
         marker, data = _join(name, MANIFEST), encode_pointer(attempt.id)
         expected = self._replaced.get(name) if replace else None
         if replace and expected is None:
-            expected = self._held_version(name)
+            expected = self._pointer_of(name).version
         for _ in range(_TRIES):
-            self._check_lease(str(attempt), folder)
+            self._check_lease(folder)
             try:
                 if expected is None:
                     self._bucket.put_new(marker, data)
@@ -278,8 +272,8 @@ class ObjectStore:
             return expected is not None
         return found.version != expected
 
-    def _held_version(self, name: str) -> Version:
-        """Version of the pointer of a checkpoint that may be replaced or unpublished."""
+    def _pointer_of(self, name: str) -> Pointer:
+        """The pointer of a checkpoint that may be replaced or unpublished."""
         pointer = self._pointers.read(name)
         if pointer is None:
             self._bucket_has(name)
@@ -288,7 +282,7 @@ class ObjectStore:
                 "taken away in one step",
                 hint=_COPIED,
             )
-        return pointer.version
+        return pointer
 
     def _bucket_has(self, name: str) -> None:
         """Raise a NotFoundError if nothing but attempts is below this prefix."""
@@ -300,13 +294,11 @@ class ObjectStore:
         if hidden is not None:
             # No pointer names it, so it has no name to lose.
             return _join(above, str(HiddenFolder("removing", hidden.name, hidden.id)))
-        self._held_version(name)
-        pointer = self._pointers.read(name)
-        assert pointer is not None
+        pointer = self._pointer_of(name)
         # The index of stock DCP goes first, and is there again if the pointer stays.
         self._bucket.delete([_join(name, METADATA)])
         try:
-            self._check_lease(name, name)
+            self._check_lease(name)
             self._bucket.delete([_join(name, MANIFEST)])
         except HoldfastError:
             with suppress(HoldfastError):
@@ -366,9 +358,9 @@ class ObjectStore:
     def _wait_for(self, lease: BucketLease, holder: Holder) -> None:
         """Take a lease of another process once it lapses. Raises an ExistsError if that process
         renews it."""
-        until = time.monotonic() + 2 * self._lease_s
+        until = time.monotonic() + 2 * LEASE_S
         while not holder.is_alive and time.monotonic() < until:
-            time.sleep(self._lease_s / _POLLS)
+            time.sleep(LEASE_S / _POLLS)
             found = lease.take()
             if found is None:
                 return
@@ -385,18 +377,15 @@ class ObjectStore:
         except NotFoundError:
             return None
         # Approximate: the clock of this machine may differ from that of the store.
-        is_old = time.time() - found.modified.timestamp() > 2 * self._lease_s
+        is_old = time.time() - found.modified.timestamp() > 2 * LEASE_S
         return None if is_old else note_in(data)
 
     @contextmanager
     def hold(self, key: str) -> Iterator[bool | None]:
         hidden = hidden_folder_of(_name(key))
-        above = key.rpartition("/")[0]
-        # An attempt has one lease, also once it is shown as `.removing`.
-        name = str(HiddenFolder("attempt", hidden.name, hidden.id)) if hidden else _name(key)
         if hidden is None:
             self._check_exists(key)
-        lease_key = _join(above, held_file(name))
+        lease_key = _lease_key(key)
         lease = self._leases.new(lease_key, f"a save or a cleanup of `{key}`")
         if self._leases.held(lease_key) is not None or lease.take() is not None:
             yield False
@@ -406,7 +395,7 @@ class ObjectStore:
             if hidden is None:
                 self._remember(key)
             else:
-                self._check_unpublished(above, hidden)
+                self._check_unpublished(key.rpartition("/")[0], hidden)
             yield True
         finally:
             self._leases.release(lease_key, lease)
@@ -431,9 +420,9 @@ class ObjectStore:
         if pointer is not None and pointer.id == hidden.id:
             raise NotFoundError(f"`{hidden}` is published")
 
-    def _check_lease(self, name: str, key: str) -> None:
-        """Make sure that this store still holds `name`, if it has held it."""
-        lease = self._leases.held(_join(key.rpartition("/")[0], held_file(_name(name))))
+    def _check_lease(self, key: str) -> None:
+        """Make sure that this store still holds a checkpoint or an attempt, if it has held it."""
+        lease = self._leases.held(_lease_key(key))
         if lease is not None:
             check(lease, "save again: a cleanup may have deleted a part of this attempt")
 
@@ -454,6 +443,15 @@ def _holds_attempts_only(files: Collection[str], prefixes: Collection[str]) -> b
     """Whether a folder without a pointer holds nothing but attempts: it is no folder then. An index
     of stock DCP may be left of a deleted checkpoint."""
     return not {*files} - {METADATA} and all(map(is_id, prefixes))
+
+
+def _lease_key(key: str) -> str:
+    """Key of the lease on a checkpoint or an attempt."""
+    folder, _, name = key.rpartition("/")
+    hidden = hidden_folder_of(name)
+    # An attempt has one lease, also once it is shown as `.removing`.
+    held = str(HiddenFolder("attempt", hidden.name, hidden.id)) if hidden else name
+    return _join(folder, held_file(held))
 
 
 def _name(key: str) -> str:

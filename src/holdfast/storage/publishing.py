@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace as changed
-from typing import Protocol
 
 from holdfast.errors import ExistsError, HoldfastError
 from holdfast.format.names import HiddenFolder, hidden_folder_of
+from holdfast.storage.store import FolderStore
 
 
-class Renaming(Protocol):
-    """A store that renames folders: see `FolderStore`."""
-
-    def rename(self, source: str, target: str) -> None: ...
-
-    def remove(self, key: str) -> None: ...
-
-
-def publish_by_rename(store: Renaming, folder: str, name: str, *, replace: bool) -> None:
+def publish_by_rename(store: FolderStore, folder: str, name: str, *, replace: bool) -> None:
     """Publish a hidden folder as `Store.publish` does.
 
     A checkpoint that it replaces is first renamed to `.replaced-...`. If the process dies between
@@ -50,7 +42,7 @@ def publish_by_rename(store: Renaming, folder: str, name: str, *, replace: bool)
         store.rename(str(replaced), str(removing))
 
 
-def unpublish_by_rename(store: Renaming, name: str, removing: str) -> str:
+def unpublish_by_rename(store: FolderStore, name: str, removing: str) -> str:
     """Unpublish a checkpoint as `Store.unpublish` does."""
     if name != removing:
         store.rename(name, removing)

@@ -13,7 +13,6 @@ from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder, data_file, step_name
 from holdfast.saving.background import Background, lower_priority
-from holdfast.saving.publish import clean_up
 from holdfast.saving.save import check_space
 from holdfast.saving.write import Pace
 from holdfast.tier.local import LocalTier
@@ -118,9 +117,7 @@ class Drain:
                 manifest = gather_and_run(ranks, copied, lambda _: self._publish(name, attempt))
         except BaseException:
             if ranks.rank == 0:
-                # If this fails, the next start cleans up.
-                with suppress(HoldfastError):
-                    self._catalog.abort(attempt)
+                self._catalog.abort(attempt)
             raise
         seconds = ranks.gather(spans.seconds)
         times = times_of(step, manifest.nbytes, seconds) if seconds else None
@@ -142,7 +139,7 @@ class Drain:
         # Nothing is published whose files rank 0 does not see, in full.
         manifest = open_manifest(self._catalog.store, str(attempt), entries=False)
         self._catalog.publish(attempt)
-        clean_up(self._catalog, name)
+        self._catalog.clean_up(name)
         return manifest
 
     def _copy_file(self, name: str, attempt: HiddenFolder, file: str, nbytes: int) -> None:

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.cleanup import put_in_order
 from holdfast.catalog.tier import TierRecord
 from holdfast.comm import Ranks, capture, host_of, hosts_of, run_on_all
 from holdfast.errors import HoldfastError
-from holdfast.format.names import LOCK, HiddenFolder, data_file, step_name
+from holdfast.format.names import LOCK, HiddenFolder, data_file
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.commit import run_if_alike
-from holdfast.saving.publish import clean_up, index_files, write_index
+from holdfast.saving.publish import index_files, write_index
+from holdfast.saving.remove import Remover
 from holdfast.saving.save import Pending, check_space
 from holdfast.saving.write import WriteResult
 from holdfast.storage.opening import folder_store
@@ -45,18 +45,15 @@ class LocalTier:
         self.hosts: list[str] = hosts_of(ranks)
         """Host of each rank."""
         self.host: str = self.hosts[ranks.rank]
-        self.leads: bool = ranks.rank == self.hosts.index(self.host)
+        self.leaders: dict[str, int] = {host: self.hosts.index(host) for host in self.hosts}
+        """The rank that leads each host."""
+        self.leads: bool = ranks.rank == self.leaders[self.host]
         """Whether this rank makes, publishes and deletes the checkpoints on its host."""
         self.catalog: Catalog = Catalog(folder_store(record.folder_on(host_of(ranks))))
         self.draining: int | None = None
         """Step that is being copied to the durable folder."""
         self._replicas = replicas
-        self._deleting: threading.Thread | None = None
-
-    @property
-    def leaders(self) -> dict[str, int]:
-        """The rank that leads each host."""
-        return {host: self.hosts.index(host) for host in self.hosts}
+        self._remover = Remover(self.catalog)
 
     def open(self, held: ExitStack, note: str) -> None:
         """Lock the folder until `held` ends, and clean up after killed runs. Not collective.
@@ -70,8 +67,7 @@ class LocalTier:
         store = self.catalog.store
         store.make_folder("")
         self.catalog.check_lock = held.enter_context(store.lock(LOCK, note))
-        for problem in execute(store, plan_cleanup(store.list())):
-            logger.warning("%s; the next start tries again", problem)
+        put_in_order(store)
 
     def attempt(self, name: str) -> HiddenFolder:
         """Name of a new attempt, the same on every host. Called on rank 0."""
@@ -132,51 +128,31 @@ class LocalTier:
         return nbytes
 
     def abort(self, attempt: HiddenFolder) -> None:
-        """Delete an attempt on this host. If that fails, the next start cleans up."""
+        """Delete an attempt on this host."""
         if self.leads:
-            with suppress(HoldfastError):
-                self.catalog.abort(attempt)
+            self.catalog.abort(attempt)
 
-    def retain(self, step: int) -> list[str]:
+    def retain(self, step: int) -> None:
         """Delete all checkpoints of this host up to `step`, but the newest `KEPT` and the one that
         is being copied. Later ones belong to a branch that the run has left, and stay.
 
-        Returns a line on each problem. Not collective.
+        Each host logs its own problems. Not collective.
         """
         if not self.leads:
-            return []
-        self.wait()
-        problems = []
+            return
         found = capture(self.catalog.steps)
         if isinstance(found, HoldfastError):
-            return [found.what]
+            logger.warning("could not look for checkpoints to delete: %s", found)
+            return
         ours = [other for other in found if other <= step]
         for old in ours[:-KEPT]:
-            try:
-                if old != self.draining:
-                    self.catalog.set_aside_for_deletion(step_name(old))
-            except HoldfastError as error:
-                problems.append(f"could not delete step {old}: {error.what}")
-        self._deleting = threading.Thread(target=self._delete, name="holdfast-remove", daemon=True)
-        self._deleting.start()
-        return problems
-
-    def _delete(self) -> None:
-        store = self.catalog.store
-
-        def delete() -> list[str]:
-            found = plan_cleanup(store.list())
-            return execute(store, [action for action in found if action.role == "removing"])
-
-        outcome = capture(delete)
-        for problem in [outcome.what] if isinstance(outcome, HoldfastError) else outcome:
-            logger.warning("%s; the next save tries again", problem)
+            if old != self.draining:
+                self._remover.set_aside(old)
+        self._remover.start()
 
     def wait(self) -> None:
         """Wait until the files of old checkpoints are deleted."""
-        if self._deleting is not None:
-            self._deleting.join()
-            self._deleting = None
+        self._remover.wait()
 
     def _copies(self, sizes: Sequence[int], attempt: HiddenFolder) -> list[Transfer]:
         """The files that other hosts keep too: those of each host on the next one."""
@@ -202,4 +178,4 @@ class LocalTier:
     def _publish(self, attempt: HiddenFolder) -> None:
         if self.leads:
             self.catalog.publish(attempt)
-            clean_up(self.catalog, attempt.name)
+            self.catalog.clean_up(attempt.name)

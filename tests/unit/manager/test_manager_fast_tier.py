@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -20,8 +21,12 @@ from holdfast.catalog.tier import read_tier
 from holdfast.cli.main import main
 from holdfast.comm import Ranks
 from holdfast.planning import index
+from holdfast.saving.background import Background
+from holdfast.saving.write import Pace
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import try_ranks
+from holdfast.tier import drain
+from holdfast.tier.local import LocalTier
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -180,6 +185,25 @@ def test_a_full_local_disk_falls_back_to_the_durable_folder(
     assert run.resumes_from() == max(int(name[5:]) for name in expected)
 
 
+def test_each_host_logs_what_it_cannot_delete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G7. Method: the disk of a host without rank 0 refuses to delete a step; the run goes on."""
+    unpublish = LocalStore.unpublish
+
+    def refuse(store: LocalStore, name: str, removing: str) -> str:
+        if "/node1/" in store.url:
+            raise holdfast.StorageError(f"no right to rename {name}")
+        return unpublish(store, name, removing)
+
+    monkeypatch.setattr(LocalStore, "unpublish", refuse)
+    run = Run(tmp_path)
+    run.train(10)
+    assert run.local("node0") == {"step-8", "step-10"}
+    assert run.local("node1") > run.local("node0")
+    assert "could not delete step 4: no right to rename step-4; the next save" in caplog.text
+
+
 def test_hosts_that_share_a_local_folder_are_told(tmp_path: Path) -> None:
     """G16. Method: `local_folder` without `{host}` is one folder for three hosts."""
     run = Run(tmp_path, local_folder=str(tmp_path / "one"))
@@ -336,3 +360,44 @@ def test_a_copy_that_is_late_is_skipped_or_made_afterwards(tmp_path: Path, overl
     run.each(loop, on_saved=wait_for_step_9)
     assert run.durable == ({"step-4"} if overlap == "skip" else {"step-4", "step-10"})
     assert "step-10" in run.local()
+
+
+@pytest.mark.parametrize("async_mode", ["async", "async_with_pinned_mem"])
+def test_a_stop_signal_gives_up_the_copy_of_a_save_in_the_background(
+    tmp_path: Path, async_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G12, G18. Method: the signal arrives while step 4 is being saved on the host. Its copy to the
+    folder of the run would begin after that, and take seconds."""
+    run = Run(tmp_path, [os.uname().nodename], async_mode=async_mode)
+    is_stopping = threading.Event()
+    commit, wait = LocalTier.commit, Background.wait
+
+    def commit_late(tier: LocalTier, *arguments: Any) -> int:
+        is_stopping.wait(30)
+        return commit(tier, *arguments)
+
+    def note_wait(background: Background) -> None:
+        is_stopping.set()
+        wait(background)
+
+    monkeypatch.setattr(LocalTier, "commit", commit_late)
+    monkeypatch.setattr(drain, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(Pace, "wait", lambda *_: time.sleep(0.1))
+    state = State(0)
+    with (
+        pytest.raises(SystemExit) as ended,
+        CheckpointManager(
+            tmp_path / "run", model=state.model, states={"own": state}, config=run.config
+        ) as manager,
+    ):
+        state.step(4)
+        manager.save(4)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not manager._steps.stop_signals.received()[0]:
+            time.sleep(0.001)
+        monkeypatch.setattr(Background, "wait", note_wait)
+        state.step(5)
+        manager.save(5)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert run.durable == {"step-5"}
+    assert run.local(os.uname().nodename) == {"step-4"}

@@ -15,10 +15,11 @@ import pytest
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.errors import ExistsError
-from holdfast.storage import leases, locks
+from holdfast.format.names import TAKING
+from holdfast.storage import leases, locks, processes
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import FolderStore
-from holdfast.testing.stores import StoreSuite, put
+from holdfast.testing.stores import FolderStoreSuite, put
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "SKEW_S", 1.0)
 
 
-class TestLocalStoreWithoutFlock(StoreSuite):
+class TestLocalStoreWithoutFlock(FolderStoreSuite):
     """A local folder of a file system without flock."""
 
     folder: Path
@@ -124,16 +125,60 @@ def test_a_live_lease_is_refused_and_a_lapsed_one_is_taken(tmp_path: Path) -> No
         assert locks.read_note(os.fspath(path)) == "mine"
 
 
+def ended_process() -> tuple[int, str]:
+    """PID of a process of this machine that has ended, and the line of a lease that names it."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.write(writes, processes.this_process().encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    line = f"\nprocess {os.read(reads, 1024).decode()}"
+    for end in (reads, writes):
+        os.close(end)
+    return pid, line
+
+
 def test_the_lease_of_a_process_of_this_host_that_has_ended_is_taken_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G11. Method: the note names a process that does not exist."""
+    """G11. Method: the lease names a process that does not exist."""
     monkeypatch.setattr(leases, "LEASE_S", 60.0)
-    pid = os.posix_spawn("/bin/true", ["true"], {})
-    os.waitpid(pid, 0)
-    of_another_process(tmp_path / ".lock", f"host {os.uname().nodename}, pid {pid}, since long")
+    pid, line = ended_process()
+    note = f"host {os.uname().nodename}, pid {pid}, since long"
+    of_another_process(tmp_path / ".lock", note + line)
+    assert LocalStore(tmp_path).holder(".lock") is None
     with LocalStore(tmp_path).lock(".lock", "mine") as check:
         check()
+
+
+def test_a_lease_is_not_taken_from_a_process_of_another_container_of_this_name(
+    tmp_path: Path,
+) -> None:
+    """G11, G16. Method: a lease that is renewed, of a host of this name whose process IDs are not
+    those of this one; with another PID namespace in the lease, and with no process in it."""
+    pid, line = ended_process()
+    note = f"host {os.uname().nodename}, pid {pid}, since long"
+    words = line.split()
+    elsewhere = "\n" + " ".join([words[0], words[1], "1", *words[3:]])
+    store = LocalStore(tmp_path)
+    for held in (note + elsewhere, note):
+        of_another_process(tmp_path / ".lock", held)
+        ended = threading.Event()
+
+        def renew(ended: threading.Event = ended) -> None:
+            while not ended.wait(0.05):
+                os.utime(tmp_path / ".lock")
+
+        renewing = threading.Thread(target=renew)
+        renewing.start()
+        try:
+            assert store.holder(".lock") == note
+            with pytest.raises(ExistsError, match="in use by another run: host"):
+                store.lock(".lock", "mine").__enter__()
+        finally:
+            ended.set()
+            renewing.join()
 
 
 def test_a_holder_that_lost_its_lease_is_told_before_its_next_change(tmp_path: Path) -> None:
@@ -174,8 +219,8 @@ def test_of_many_that_take_a_lapsed_lease_one_gets_it(tmp_path: Path) -> None:
             thread.join()
         assert len(taken) == 1
         taken[0].release()
-    (tmp_path / f"file{leases.TAKING}").touch()
-    os.utime(f"{path}{leases.TAKING}", (0, 0))
+    (tmp_path / f"file{TAKING}").touch()
+    os.utime(f"{path}{TAKING}", (0, 0))
     assert leases.take_lease(path, waits=False) is None
     lease = leases.take_lease(path, waits=False)
     assert lease is not None

@@ -1,0 +1,52 @@
+"""A file that this process holds open, and that no forked child keeps."""
+
+from __future__ import annotations
+
+import os
+
+from holdfast.storage.forks import leave_in_children
+
+
+class HeldFile:
+    """An open file or folder, until `give_up`. Forked children close their copies."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Call this in the block of `no_fork_between` that opens the file."""
+        self.descriptor: int = descriptor
+        """Open file; -1 once it is given up."""
+
+        self._pid = os.getpid()
+        status = os.fstat(descriptor)
+        self.file: tuple[int, int] = (status.st_dev, status.st_ino)
+        """Device and inode."""
+
+        leave_in_children(self)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this process holds the file: False once given up, and in a forked child."""
+        return self.descriptor >= 0 and self._pid == os.getpid()
+
+    def is_at(self, path: str) -> bool:
+        """Whether the file still has this path."""
+        return self.file == file_at(path)
+
+    def give_up(self) -> int:
+        """Stop holding the file. Returns its descriptor, which the caller closes."""
+        descriptor, self.descriptor = self.descriptor, -1
+        return descriptor
+
+    def leave(self) -> None:
+        """Close this process's copy of the file, which the parent still holds (see `forks`)."""
+        descriptor = self.give_up()
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def file_at(path: str) -> tuple[int, int] | None:
+    """Return device and inode of what has this path; None if nothing has."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
