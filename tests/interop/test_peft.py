@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import hf_models
 import hub_classes
 from extent import some
+from hf_folders import assert_same, tensors_in
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import HoldfastError, MismatchError, UsageError
@@ -78,15 +78,6 @@ def converted(source: Path, target: Path, **options: Any) -> tuple[str, ...]:
     planned = plan(str(source), ConvertOptions("hf", **options))
     convert(planned, str(target))
     return planned.notes
-
-
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def logits(model: Any) -> Tensor:

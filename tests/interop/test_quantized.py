@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_models
-from hf_folders import LLAMA, hf_tensors, save_folder
-from holdfast.convert.convert import convert
+from hf_folders import LLAMA, converted, hf_tensors, save_folder
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import FormatError
 from holdfast.loading.checkpoint import open_checkpoint
@@ -43,12 +42,6 @@ GPT_OSS: dict[str, Any] = {
     "vocab_size": 64,
     "quantization_config": {"quant_method": "mxfp4"},
 }
-
-
-def converted(source: Path, target: Path, options: ConvertOptions) -> tuple[str, ...]:
-    planned = plan(str(source), options)
-    convert(planned, str(target))
-    return planned.notes
 
 
 def fp8_folder(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
