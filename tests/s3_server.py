@@ -10,6 +10,8 @@ from threading import Thread
 from typing import Any
 from urllib.request import Request, urlopen
 
+import pytest
+
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 Answer = Callable[[dict[str, Any]], tuple[str, bytes] | None]
@@ -67,3 +69,11 @@ class S3Server:
 def s3_server() -> S3Server:
     """Return the server of this process."""
     return S3Server()
+
+
+def new_s3_url(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of a new bucket of the server, which the environment leads to."""
+    server = s3_server()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{server.new_bucket()}"
