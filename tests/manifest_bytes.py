@@ -19,9 +19,9 @@ def encode(manifest: Manifest) -> bytes:
     return b"".join(encode_around(manifest, tensors))
 
 
-def sealed(body: object) -> bytes:
+def sealed(body: object, separators: tuple[str, str] | None = None) -> bytes:
     """Add a correct checksum to any body, which is JSON or bytes, as an attacker would."""
-    text = body if isinstance(body, bytes) else json.dumps(body).encode()
+    text = body if isinstance(body, bytes) else json.dumps(body, separators=separators).encode()
     seal = checksum.to_hex([checksum.checksum(text)]).encode()
     return text[:-1] + b',"checksum":"' + seal + b'"}'
 

@@ -45,6 +45,7 @@ from holdfast.format.names import (
 )
 from holdfast.format.pointer import id_in
 from holdfast.format.seal import SEAL
+from holdfast.storage.listed import ListedStore
 from holdfast.storage.opening import is_url
 from holdfast.storage.store import Check, ReadStore, Store
 
@@ -301,7 +302,8 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
                 f"`{folder}`",
                 hint=f"open `{where}/{folder}`",
             )
-        manifest = manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries)
+        last = store.last if isinstance(store, ListedStore) else None
+        manifest = manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries, last=last)
         connect_rows(store, name, manifest)
         return manifest
     if METADATA in files:

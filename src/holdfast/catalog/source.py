@@ -140,8 +140,11 @@ class ChunkData:
         if last < stop:
             target[last - start :] = self.window(last, stop)
 
-    def window(self, start: int, stop: int) -> memoryview:
-        """Read bytes `start` to `stop`, at most `WINDOW_BYTES`. The next call overwrites them."""
+    def window(self, start: int, stop: int, room: memoryview | None = None) -> memoryview:
+        """Read bytes `start` to `stop`, at most `WINDOW_BYTES`, into `room`, or where that is None
+        into the room of the call before. The next call with that room overwrites them."""
+        before = self._room
+        self._room = before if room is None else room
         first, last = start, stop
         if self._checksums is not None:
             block = self._source.manifest.block_bytes
@@ -149,9 +152,9 @@ class ChunkData:
             last = min(-(-stop // block) * block, self._span.nbytes)
         before_start, before_stop = self._in_room
         kept = min(before_stop, last) - first if before_start <= first < before_stop else 0
-        if kept and before_start < first:
-            shift = first - before_start
-            self._room[:kept] = self._room[shift : shift + kept]
+        shift = first - before_start
+        if kept and (shift or self._room is not before):
+            self._room[:kept] = before[shift : shift + kept]
         self._in_room = (0, 0)
         for offset in range(first + kept, last, CHECKED_BYTES):
             self._fill(
