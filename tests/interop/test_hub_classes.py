@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import hub_classes
-from extent import EVERYTHING, every
+from extent import EVERYTHING
 
-TESTED = hub_classes.architectures() if EVERYTHING else every(2, hub_classes.DEFAULT)
+TESTED = hub_classes.architectures() if EVERYTHING else hub_classes.DEFAULT
 
 
 @pytest.mark.parametrize("model_type", TESTED)
