@@ -20,7 +20,7 @@ def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
         UsageError: `path` is a URL that Holdfast cannot write to, has no name, has a name that no
             checkpoint may have, or is a folder that cannot be replaced.
     """
-    full = _full(path)
+    full = full_path(path)
     folder, name = _split(full)
     check_name(name, full)
     if not is_url(full):
@@ -42,12 +42,12 @@ def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
 
 def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """Return the store of the folder or URL above `path`, and the last part of `path`."""
-    folder, name = _split(_full(path))
+    folder, name = _split(full_path(path))
     return open_store(folder), name
 
 
-def _full(path: str | os.PathLike[str]) -> str:
-    """The absolute form of a path; a URL without the slash at its end."""
+def full_path(path: str | os.PathLike[str]) -> str:
+    """Return the absolute form of a path; a URL without the slash at its end."""
     text = without_scheme(checked_path(path, "path"))
     return text.rstrip("/") if is_url(text) else local_path(text)
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum, timings
-from holdfast.format.chunks import Chunk as Chunk
 from holdfast.format.chunks import (
+    NUM_PLACES,
     ChunkDecoder,
     ChunkRows,
     DataFile,
@@ -26,6 +26,7 @@ from holdfast.format.chunks import (
     row_file_of,
     rows_of,
 )
+from holdfast.format.chunks import Chunk as Chunk
 from holdfast.format.chunks import Span as Span
 from holdfast.format.chunks import Table as Table
 from holdfast.format.components import OPTIMIZER
@@ -151,8 +152,9 @@ def encode_tensor(
     data, index of its first block, then start and stop along each dim.
     """
     # A list per chunk would be a million objects for the garbage collector to track.
-    row = "[" + ",".join(["%d"] * (5 + 2 * len(shape))) + "]"
-    rows = ",".join([row] * (len(numbers) // (5 + 2 * len(shape)))) % tuple(numbers)
+    size = NUM_PLACES + 2 * len(shape)
+    row = "[" + ",".join(["%d"] * size) + "]"
+    rows = ",".join([row] * (len(numbers) // size)) % tuple(numbers)
     return _start(name, dtype, shape, path) + b',"chunks":[' + rows.encode() + b"]}"
 
 

@@ -20,11 +20,11 @@ from holdfast.catalog.source import (
     Source,
     check,
     ends_inside,
+    locate_chunk,
 )
-from holdfast.errors import DamagedError
 from holdfast.format.manifest import Chunk, Span
 from holdfast.format.region import Region
-from holdfast.format.torchzip import contiguous_strides, locate
+from holdfast.format.torchzip import contiguous_strides
 from holdfast.loading.fit import put
 from holdfast.planning.divide import aligned, divide, grouped
 from holdfast.planning.gc_pause import gc_paused
@@ -348,22 +348,8 @@ def _batches(small: list[_Read]) -> Iterator[list[_Read]]:
 def _read_container(read: _Read, worker: _Worker) -> int:
     """Read from a chunk that another program wrote, whose data offset and strides are known only
     from its container."""
-    source, chunk = worker.source, read.chunk
-    dtype, shape = source.manifest.tensors[read.name].dtype, chunk.region.shape
-    fetch = partial(source.store.read, source.key(chunk.file))
-    stored = locate(
-        lambda offset, nbytes: fetch(offset, offset + nbytes),
-        chunk.item,
-        where=f"{chunk.file}:{read.name}",
-    )
-    if (stored.dtype, stored.shape) != (dtype, shape):
-        raise DamagedError(
-            f"`{source.url}/{chunk.file}`: `{read.name}` is {stored.dtype} "
-            f"{list(stored.shape)} in its file, {dtype} {list(shape)} in the index",
-            hint=source.hint,
-            file=f"{source.url}/{chunk.file}",
-            entry=read.name,
-        )
+    shape = read.chunk.region.shape
+    stored = locate_chunk(worker.source, read.name, read.chunk)
     transposed = stored.strides != contiguous_strides(shape)
     if transposed and read.nbytes > read.dtype.itemsize:
         # Such as a transposed parameter. This is rare, so the whole chunk is read.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from holdfast import accelerator
+from holdfast.format.region import boxes_of_run
 from holdfast.format.torchzip import PAGE_BYTES
-from holdfast.planning.divide import boxes_of_run
 from holdfast.planning.file_layout import TensorItem
 from holdfast.saving.memory import check_own_memory
 from holdfast.saving.write import WINDOW_BYTES
