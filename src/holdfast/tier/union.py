@@ -9,7 +9,7 @@ deleted after the load.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import Catalog, read_index, read_manifest
@@ -56,9 +56,6 @@ class LocalCheckpoint:
     """A checkpoint that the hosts have together, in full."""
 
     step: int
-    digest: int
-    """Checksum of the manifest."""
-
     created: str
     """Time of the commit: ISO 8601, UTC."""
 
@@ -85,7 +82,7 @@ def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
         for part in reported:
             groups.setdefault((part.step, part.created, part.digest), []).append((rank, part))
     found = []
-    for (step, created, digest), group in sorted(groups.items(), reverse=True):
+    for (step, created, _), group in sorted(groups.items(), reverse=True):
         sizes: dict[str, int] = {}
         owners: dict[str, tuple[int, ...]] = {}
         for rank, part in group:
@@ -94,7 +91,7 @@ def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
                 owners[file] = (*owners.get(file, ()), rank)
         # Each host misses files of others; no file may be missing on all of them.
         if all(part.missing <= owners.keys() for _, part in group):
-            found.append(LocalCheckpoint(step, digest, created, sizes, owners))
+            found.append(LocalCheckpoint(step, created, sizes, owners))
     return found
 
 
@@ -188,8 +185,6 @@ class Fetching:
         self._leader = tier.leaders[tier.host]
         name = step_name(found.step)
         self.store: UnionStore = UnionStore(tier.catalog.store, name, found.files, str(attempt))
-        self.nbytes: int = 0
-        """Bytes that this rank has received."""
 
     def open(self) -> Opened:
         """Open the checkpoint on rank 0, and send the manifest to the others. Collective."""
@@ -212,7 +207,7 @@ class Fetching:
                 if leader not in owners.get(file, (leader,))
             }
         plan = gather_and_run(self._ranks, needed, self._plan)
-        self.nbytes += transfer(plan, self._tier.catalog.store, self._ranks)
+        transfer(plan, self._tier.catalog.store, self._ranks)
         # A rank also reads what came to another rank of its host.
         here = [item for item in plan if self._tier.hosts[item.target] == self._tier.host]
         self.store.fetched.update(item.target_key.rpartition("/")[2] for item in here)
@@ -278,7 +273,8 @@ def fetching(tier: LocalTier, found: LocalCheckpoint, ranks: Ranks) -> Iterator[
     Collective: every rank enters and leaves it.
     """
     attempt = ranks.broadcast(tier.attempt(f"fetched-{found.step}"))
-    with ExitStack() as stack:
-        stack.callback(tier.abort, attempt)
+    try:
         tier.make_attempt(attempt, ranks)
         yield Fetching(tier, found, ranks, attempt)
+    finally:
+        tier.abort(attempt)
