@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import Catalog, read_index, read_manifest
-from holdfast.catalog.findings import misnumbered, why_not_resumable
+from holdfast.catalog.findings import why_not_resumable
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.source import Source
@@ -111,7 +111,7 @@ def _parts(catalog: Catalog) -> Iterator[HostPart]:
 def _part(store: ReadStore, step: int, folder: str) -> HostPart | None:
     digest = checksum(read_index(store, f"{folder}/{MANIFEST}"))
     manifest = read_manifest(store, folder, entries=False)
-    if misnumbered(step, manifest) or why_not_resumable(step, manifest):
+    if why_not_resumable(step, manifest):
         return None
     listed = [file for file in store.list(folder) if not file.endswith("/")]
     sizes = {file: store.size(f"{folder}/{file}") for file in listed}
