@@ -30,6 +30,7 @@ from holdfast.format.checksum import checksum, unpack
 from holdfast.format.chunks import BLOCK_BYTES
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import (
+    INDEX_FILES,
     LOCK,
     MANIFEST,
     METADATA,
@@ -290,7 +291,7 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
     """Read the manifest of a checkpoint without checking its files: see `open_manifest`."""
     where = location(store, name)
     files = set(store.list(name))
-    for index in {MANIFEST, ROWS, METADATA} & files:
+    for index in files.intersection(INDEX_FILES):
         if store.leads_out(name, index):
             raise FormatError(f"`{where}/{index}` is a link to a place outside of its folder")
     if MANIFEST in files:

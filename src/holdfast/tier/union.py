@@ -21,7 +21,7 @@ from holdfast.comm import Ranks, capture, gather_and_run, run_on_rank_0
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, ValueEntry
-from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder, step_name
+from holdfast.format.names import INDEX_FILES, MANIFEST, ROWS, HiddenFolder, step_name
 from holdfast.loading.read import Wanted
 from holdfast.planning.read_plan import read_items
 from holdfast.storage.store import FileReader, ReadStore
@@ -115,7 +115,7 @@ def _part(store: ReadStore, step: int, folder: str) -> HostPart | None:
         return None
     listed = [file for file in store.list(folder) if not file.endswith("/")]
     sizes = {file: store.size(f"{folder}/{file}") for file in listed}
-    expected = {**manifest.files, **({ROWS: manifest.rows.nbytes} if manifest.rows else {})}
+    expected = manifest.sizes
     complete = {f: n for f, n in sizes.items() if expected.get(f, n) == n}
     missing = frozenset(expected.keys() - complete.keys())
     return HostPart(step, digest, manifest.created, complete, missing)
@@ -189,7 +189,7 @@ class Fetching:
     def open(self) -> Opened:
         """Open the checkpoint on rank 0, and send the manifest to the others. Collective."""
         # Each rank reads the rows of its own tensors.
-        index = (MANIFEST, METADATA, ROWS) if self._ranks.rank == 0 else (ROWS,)
+        index = INDEX_FILES if self._ranks.rank == 0 else (ROWS,)
         self._fetch({f: [(0, n)] for f, n in self._found.files.items() if f in index})
         name = step_name(self._found.step)
         return run_on_rank_0(self._ranks, lambda: open_in(self.store, name))
