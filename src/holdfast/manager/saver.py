@@ -22,7 +22,6 @@ from holdfast.manager.lifetime import Lifetime, note_of_process
 from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
 from holdfast.planning.gc_pause import gc_paused
-from holdfast.planning.index import bytes_by_key
 from holdfast.saving.background import Background
 from holdfast.saving.deduplicate import Deduplicator
 from holdfast.saving.planner import Planner
@@ -326,7 +325,7 @@ class Saver:
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
-                by_name = bytes_by_key(pending.index.plan).items()
+                by_name = pending.index.nbytes.items()
                 model = sum(nbytes for name, nbytes in by_name if name not in self._run.others)
                 self.model_share = model / max(saved.nbytes, 1)
         speed = rate(saved.written_nbytes, saved.spans.total)
