@@ -280,7 +280,6 @@ class CheckpointManager:
         Collective: every rank calls this. Raises the error of a background save.
         """
         if self._lifetime.is_open:
-            self._saver.collect()
             self._saver.settle()
 
     @property
@@ -365,5 +364,4 @@ class CheckpointManager:
         elif self._lifetime.is_open:
             # A stopping run has a deadline: the next start deletes what retention has not yet.
             with self._lifetime:
-                self._saver.collect()
                 self._saver.settle()

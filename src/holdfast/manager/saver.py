@@ -112,8 +112,9 @@ class Saver:
         A failure raises, or returns False: see `on_save_error`. If the fast tier fails, a save that
         was due for a copy from there goes to the folder of the run at once.
         """
-        self.collect()
-        if target != "local":
+        if target == "local":
+            self.collect()
+        else:
             self.settle()
         # The space of files that are still being deleted would count as used.
         if target == "durable":
@@ -231,8 +232,9 @@ class Saver:
         return self.background.failed or (self.tier is not None and self.tier.drain.failed)
 
     def settle(self) -> None:
-        """Wait until the checkpoint that is being copied from the fast tier is durable. Raise the
-        error or log it: see `on_save_error`."""
+        """Wait for the background save, as `collect` does, and until the checkpoint that is being
+        copied from the fast tier is durable. Raise the error or log it: see `on_save_error`."""
+        self.collect()
         if self.tier is None:
             return
         try:
@@ -243,7 +245,6 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for everything in the background."""
-        self.collect()
         self.settle()
         self.retainer.wait()
         if self.tier is not None:
