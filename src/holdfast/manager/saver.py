@@ -316,10 +316,9 @@ class Saver:
         if export in ("as_step", "alone"):
             self._finish_export(pending, step, export, staging)
             return
-        limit = self._config.write_bandwidth_limit * 1e6 / self._ranks.size
         ranks, local = self._finishing_ranks, self._local
         if local is None:
-            saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
+            saved = finish_save(pending, ranks, staging=staging, bytes_per_s=self._run.bytes_per_s)
             self._record_times(step, saved.written_nbytes, saved.spans)
         else:
             saved = finish_save(pending, ranks, staging=staging, commit_by=local.commit)

@@ -16,12 +16,10 @@ from holdfast.saving.background import Background, lower_priority
 from holdfast.saving.save import check_space
 from holdfast.saving.write import Pace
 from holdfast.tier.local import LocalTier
+from holdfast.tier.transfer import PIECE_BYTES
 from holdfast.timing import Spans, Times, times_of
 
 logger: logging.Logger = logging.getLogger("holdfast")
-
-PIECE_BYTES = 4 << 20
-"""Bytes of one read and one write."""
 
 
 @dataclass(frozen=True, slots=True)

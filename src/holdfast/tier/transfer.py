@@ -14,7 +14,7 @@ from holdfast.errors import DamagedError, HoldfastError
 from holdfast.storage.store import ReadStore, Store
 
 PIECE_BYTES = 4 << 20
-"""Bytes of one message."""
+"""Bytes of one read, of one message between ranks, and of one write."""
 
 SENDING = 2
 """Number of pieces that may still be on their way while the next one is read."""
