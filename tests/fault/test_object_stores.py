@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 
-from buckets import CHANGES, Dead, ModelBucket
+from buckets import CHANGES, Dead, LateError, ModelBucket
 from checkpoints import save_leaves
 from holdfast.catalog.catalog import Catalog, open_manifest
 from holdfast.catalog.cleanup import execute, plan_cleanup, put_in_order
@@ -37,7 +37,7 @@ from holdfast.loading.load import load_tree
 from holdfast.loading.opening import read_on_all
 from holdfast.saving.save import Saved, save_in
 from holdfast.state.objects import StateTree
-from holdfast.storage import objects, streams
+from holdfast.storage import claims, streams
 from holdfast.storage.bucket import UnansweredError
 from holdfast.storage.objects import ObjectStore
 from holdfast.storage.store import Store
@@ -59,7 +59,7 @@ MODES: tuple[Mode, ...] = ("before", "after", "failed", "lost")
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Turn logging and pauses off: thousands of runs would log and wait."""
-    monkeypatch.setattr(objects, "PAUSE_S", 0.0)
+    monkeypatch.setattr(claims, "PAUSE_S", 0.0)
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     yield
@@ -312,6 +312,79 @@ def test_an_upload_that_is_cut_leaves_no_object(monkeypatch: pytest.MonkeyPatch)
             assert held_in(bucket) == (NEW if returned else None), str(cut)
 
 
+@dataclass
+class LateFrom:
+    """Sends the put of this number, and all later ones to its key, late. Then the process gives up,
+    or dies."""
+
+    at: int
+    dies: bool
+    count: int = 0
+    request: tuple[str, str] = ("", "")
+
+    def __call__(self, verb: str, key: str, when: str) -> None:
+        if self.dies and self.request[0]:
+            raise Dead(str(self.request))
+        if when == "before" and verb in PUTS:
+            self.count += 1
+            if self.count > self.at and not self.request[0]:
+                self.request = verb, key
+            if self.request[1] == key:
+                raise LateError(f"no answer: {verb} {key}")
+
+
+PUTS = ("put_new", "put_over", "put")
+
+THEN: dict[str, Callable[[ObjectStore], object]] = {
+    "nothing": lambda _: None,
+    "a start": put_in_order,
+    "a save": partial(save, 3, overwrite=True),
+    "a deletion": delete,
+}
+"""What another process does before the late requests arrive."""
+
+
+@pytest.mark.parametrize("then", THEN)
+@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_a_put_that_arrives_late_harms_nothing(
+    name: str, dies: bool, then: str, tmp_path: Path
+) -> None:
+    """G1, G2. Method: each put of a save, a replacing save, a deletion and a cleanup is on its way
+    while its client gives up, and deletes the attempt, or dies. It arrives at once, or after a
+    start has cleaned up, or after another save or a deletion of that name. What is there
+    afterwards is whole, and is what was there before it arrived, or the checkpoint of that put; a
+    start cleans up everything else."""
+    case = CASES[name]
+    for at in range(num_requests(case, PUTS)):
+        bucket, late, returned = ModelBucket(), LateFrom(at, dies), False
+        case.before(store_in(bucket))
+        with suppress(Dead, HoldfastError):
+            returned = case.act(store_in(bucket, late)) in (None, []) or name != "a cleanup"
+        assert late.request[0]
+        if dies:
+            bucket.ahead += timedelta(hours=1)
+        acted = then != "nothing"
+        try:
+            THEN[then](store_in(bucket))
+        except NotFoundError:
+            acted = False  # There is nothing to delete, so the late put may still take effect.
+        value = held_in(bucket)
+        bucket.arrive()
+        bucket.ahead += timedelta(hours=1)
+        found = held_in(bucket)
+        message = f"put {at}: {late.request}"
+        assert found == value or (not acted and found in case.found), message
+        assert found in ({3} if then == "a save" else {*case.found, case.done, None}), message
+        assert not returned or acted or found == case.done, message
+        put_in_order(store_in(bucket))
+        assert held_in(bucket) == found, message
+        names = [key for key in store_in(bucket).list() if not key.startswith(".held-")]
+        assert names == ([] if found is None else [f"{NAME}/"]), message
+        if f"{NAME}/{METADATA}" in bucket.contents():
+            assert stock_reads(bucket, tmp_path / "copy") == found, message
+
+
 # ------------------------------------------------------------------------------- two at once
 
 
@@ -329,10 +402,17 @@ def ran_in(
     one: Actor, other: Actor, switches: int, before: Callable[[ObjectStore], object]
 ) -> Iterator[Ran[ModelBucket]]:
     """Run two actors in every order of their requests."""
+    return all_ran_in([one, other], switches, before)
+
+
+def all_ran_in(
+    actors: Sequence[Actor], switches: int, before: Callable[[ObjectStore], object]
+) -> Iterator[Ran[ModelBucket]]:
+    """Run actors in every order of their requests: see `orders`."""
     first = ModelBucket()
     before(store_in(first))
     contents = first.contents()
-    return orders(lambda: ModelBucket(contents), view, one, other, switches_max=switches)
+    return orders(lambda: ModelBucket(contents), view, actors, switches_max=switches)
 
 
 def check(ran: Ran[Any], condition: object) -> None:
@@ -397,6 +477,38 @@ def test_a_deletion_beside_a_load_or_a_save(switches: int) -> None:
         check(ran, saved or isinstance(ran.outcomes[1], ExistsError))
         value = held_in(ran.store)
         check(ran, value in ((NEW, None) if saved else (OLD, None)))
+
+
+@pytest.mark.parametrize("switches", [1, pytest.param(2, marks=MANY)])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_saves_a_load_and_a_cleanup_at_once(switches: int, overwrite: bool) -> None:
+    """G1, G2, G16. Method: two saves to a name, free or of a checkpoint that both replace, a load
+    and the cleanup of a start, beside what a killed save has left. Every order with one switch;
+    `--all` has those with two. A save wins, the load gives one checkpoint or finds none, the
+    cleanup fails nowhere, and a later start leaves the winner's checkpoint alone."""
+    saves = [partial(save, value, overwrite=overwrite) for value in (OLD, NEW)]
+
+    def before(store: ObjectStore) -> None:
+        for file in ("__0_0.distcp", "manifest.json"):
+            store._bucket.put(f"{NAME}/0badcafe/{file}", b"half")
+        if overwrite:
+            save(9, store)
+
+    for ran in all_ran_in([*saves, load, clean_up], switches, before):
+        won = [n for n, outcome in enumerate(ran.outcomes[:2], 1) if isinstance(outcome, Saved)]
+        lost = [outcome for outcome in ran.outcomes[:2] if not isinstance(outcome, Saved)]
+        check(ran, won if overwrite else len(won) == 1)
+        check(ran, all(isinstance(outcome, ExistsError) for outcome in lost))
+        none = not overwrite and isinstance(ran.outcomes[2], NotFoundError)
+        check(ran, none or ran.outcomes[2] in (OLD, NEW, *[9] * overwrite))
+        check(ran, ran.outcomes[3] == [])
+        value = held_in(ran.store)
+        check(ran, value in won)
+        ran.store.ahead += timedelta(hours=1)
+        put_in_order(store_in(ran.store))
+        check(ran, held_in(ran.store) == value)
+        left = {key.partition("/")[2].rpartition("/")[0] for key in ran.store.contents()}
+        check(ran, len(left - {""}) == 1)
 
 
 def test_a_holder_whose_lease_has_lapsed_publishes_nothing() -> None:
