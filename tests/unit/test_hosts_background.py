@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -87,4 +89,34 @@ def test_a_checkpoint_is_complete_before_it_is_durable(
     assert holdfast.check(tmp_path / "a-2") == []
     assert holdfast.newest_good(tmp_path, "a-*") == tmp_path / "a-2"
     may_end.set()
+    background.wait()
+
+
+def test_the_thread_ends_with_its_owner(caplog: pytest.LogCaptureFixture) -> None:
+    """G7. Then nobody can catch the error of a sync, so it is logged."""
+    caplog.set_level("WARNING", "holdfast")  # The stack that is logged at DEBUG holds the owner.
+    background, threads = BackgroundSync(), []
+    background.sync("good", lambda: threads.append(threading.current_thread()))
+    background.sync("new", fail)
+    background.delete("old", lambda: threads.append(threading.current_thread()))
+    del background
+    deadline = time.monotonic() + 30
+    while not threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    gc.collect()
+    threads[0].join(30)
+    assert not threads[0].is_alive()
+    assert len(threads) == 1, "the deletion followed a sync that failed"
+    assert caplog.text.count("`new` was saved, but could not be made durable") == 1
+
+
+def test_jobs_that_are_done_are_dropped() -> None:
+    """Method: many files, one after the other, as a host saves them that waits at its end only."""
+    background = BackgroundSync()
+    for number in range(20):
+        background.make_way(f"new-{number}")
+        done = threading.Event()
+        background.sync(f"new-{number}", done.set)
+        done.wait()
+    assert len(background._jobs) < 5
     background.wait()

@@ -69,6 +69,14 @@ def test_the_earlier_file_is_loaded_until_the_later_one_is_durable(
     assert ("gets its earlier file back" in caplog.text) == (later != "good")
 
 
+def test_a_file_is_not_taken_for_the_earlier_one_of_another(tmp_path: Path) -> None:
+    """Method: a killed save has left the earlier `model-a`; the name of `model` begins alike."""
+    save_file(tmp_path / "earlier", BackgroundSync(), 1)
+    (tmp_path / "earlier").rename(tmp_path / ".kept-model-a-00000001")
+    assert good_at(tmp_path / "model") == tmp_path / "model"
+    assert number_in(good_at(tmp_path / "model-a")) == 1
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_folder_that_replaces_a_file(tmp_path: Path, fails: bool) -> None:
     """The file stays until the folder is complete. If the save fails, it keeps its name."""

@@ -121,6 +121,7 @@ class Fleet:
         self._runs: dict[int, WatchedFolder] = {}
         self._paths: set[str] = set()
         self._incomplete: set[str] = set()
+        self._is_stopped = False
         cpu_share = SEARCH_CPU_SHARE / max(len(folders), 1)
         self._searches = [
             _Search(self, number, folder, cpu_share) for number, folder in enumerate(folders)
@@ -153,6 +154,9 @@ class Fleet:
 
     def stop(self) -> None:
         """Neither search nor read any more."""
+        with self._lock:
+            # A search that is in progress finds more runs.
+            self._is_stopped = True
         for search in self._searches:
             search.stopped.set()
         for run in self.runs.values():
@@ -163,6 +167,8 @@ class Fleet:
         root = path_of(folder)
         below = [path for path in found.folders if path != root]
         with self._lock:
+            if self._is_stopped:
+                return
             if found.is_complete:
                 self._incomplete.discard(folder)
             else:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from holdfast.errors import StorageError
@@ -33,8 +33,8 @@ class BackgroundSync:
         self._jobs: list[tuple[str, Future[None]]] = []
         """Path and future of each sync and each deletion that may still wait."""
 
-        self._error: StorageError | None = None
-        """Error of the first sync that failed since the last `wait`."""
+        self._errors: list[StorageError] = []
+        """Errors of the syncs that failed since the last `wait`."""
 
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -56,10 +56,11 @@ class BackgroundSync:
                 work()
             except Exception as error:  # noqa: BLE001 - raised by `wait`
                 self._durable.clear()
-                self._error = self._error or StorageError(
+                failed = StorageError(
                     f"`{path}` was saved, but could not be made durable: {worded(error).what}",
                     hint="a power cut may damage it; the checkpoints before it were kept",
                 )
+                self._errors.append(failed)
 
         self._submit(path, run)
 
@@ -67,7 +68,7 @@ class BackgroundSync:
         """Run `work` in the thread, which deletes the checkpoint at `path` and must not raise."""
 
         def run() -> None:
-            if self._error is None:
+            if not self._errors:
                 work()
 
         self._submit(path, run)
@@ -83,30 +84,38 @@ class BackgroundSync:
         for _, job in self._jobs:
             job.result()
         self._jobs.clear()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._errors:
+            first = self._errors[0]
+            self._errors.clear()
+            raise first
 
     def make_way(self, path: str) -> None:
         """Wait as `wait` does, if something waits for `path` or much waits. Otherwise only raise.
 
         For hosts that save several files at once, the last of which need not wait for the first.
         """
-        waiting = {other for other, job in self._jobs if not job.done()}
-        if len(waiting) > _WAITING_MAX or path in waiting or self._error is not None:
+        self._jobs[:] = [(at, job) for at, job in self._jobs if not job.done() or job.exception()]
+        waiting = {other for other, _ in self._jobs}
+        if len(waiting) > _WAITING_MAX or path in waiting or self._errors:
             self.wait()
 
     def _submit(self, path: str, run: Callable[[], None]) -> None:
         if self._pool is None or os.getpid() != self._process:
             # Made on use: hosts pickle their plugins, and a forked child needs a thread of its own.
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="holdfast-sync")
-            self._process, self._jobs = os.getpid(), []
-            atexit.register(self._finish)
+            self._process, self._jobs, self._errors = os.getpid(), [], []
+            # Holds neither this object nor its pool, whose thread ends once they are collected.
+            weakref.finalize(self, _log_unraised, self._process, self._jobs, self._errors)
         self._jobs.append((path, self._pool.submit(run)))
 
-    def _finish(self) -> None:
-        """Log the error that nobody can catch, at the end of the process."""
-        try:
-            self.wait()
-        except StorageError as error:
-            logger.error("%s", error)
+
+def _log_unraised(
+    process: int, jobs: Sequence[tuple[str, Future[None]]], errors: Sequence[StorageError]
+) -> None:
+    """Wait for all jobs, then log the error that nobody can catch any more."""
+    if os.getpid() != process:
+        return  # A forked child has no such thread.
+    for _, job in jobs:
+        job.result()
+    for error in errors[:1]:
+        logger.error("%s", error)

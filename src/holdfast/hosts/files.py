@@ -92,7 +92,7 @@ def file_moved_aside(path: Path) -> Iterator[None]:
 
 def kept_aside(folder: Path, name: str) -> list[Path]:
     """Earlier files called `name` that a killed process has left beside it."""
-    return [path for path in _all_hidden(folder) if path.name.startswith(f".kept-{name}-")]
+    return [path for path, role, of in _all_hidden(folder) if (role, of) == ("kept", name)]
 
 
 def why_not_good(path: Path) -> str | None:
@@ -157,36 +157,36 @@ def _lock(opened: int) -> None:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _all_hidden(folder: Path) -> list[Path]:
+def _all_hidden(folder: Path) -> list[tuple[Path, str, str]]:
+    """Hidden files in a folder: path, role, and the name of the file that each belongs to."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name))
+    matches = ((path, _HIDDEN.fullmatch(path.name)) for path in sorted(folder.iterdir()))
+    return [(path, match[1], match[2]) for path, match in matches if match is not None]
 
 
 def _clean_up(folder: Path) -> None:
     """Delete what killed saves have left, unless a process holds it. An earlier file gets its name
     back if the file that has replaced it is damaged or missing."""
-    for path in _all_hidden(folder):
+    for path, role, name in _all_hidden(folder):
         with suppress(OSError):
             opened = os.open(path, os.O_RDWR)
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _clean_up_file(path)
+                _clean_up_file(path, role, folder / name)
             finally:
                 os.close(opened)
 
 
-def _clean_up_file(path: Path) -> None:
-    match = _HIDDEN.fullmatch(path.name)
-    assert match is not None, path
-    later = path.parent / match[2]
+def _clean_up_file(path: Path, role: str, later: Path) -> None:
+    """Delete a leftover, or give an earlier file the name `later` back."""
     why = "it is missing"
-    if match[1] == "kept" and (not later.exists() or (why := why_not_good(later) or "")):
+    if role == "kept" and (not later.exists() or (why := why_not_good(later) or "")):
         logger.warning("`%s` gets its earlier file back: %s", later, why)
         if later.is_dir():
             delete(later)
         path.replace(later)
-    elif match[1] == "kept":
+    elif role == "kept":
         sync_path(later)
         path.unlink()
     else:

@@ -32,7 +32,7 @@ from fleets import (
     write_metrics,
 )
 from holdfast.dashboard.condition import STATES, Condition, Limits, condition_of
-from holdfast.dashboard.discovery import find_runs
+from holdfast.dashboard.discovery import FoundRuns, find_runs
 from holdfast.dashboard.figures import curve, figures_of
 from holdfast.dashboard.history import History, HistoryReader
 from holdfast.dashboard.runs_page import runs_page, short_names, sparkline
@@ -246,6 +246,28 @@ def test_numbers_of_runs_stay(tmp_path: Path) -> None:
         # 0 becomes a folder above runs. 2 is the same as 1.
         wait_for(lambda: [*fleet.runs], [1, 3])
         assert fleet.runs[3].folder == f"{tmp_path}/later/x/checkpoint"
+
+
+def test_a_search_that_ends_after_the_stop_watches_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method: a search that hangs until the fleet has stopped, as on a mount that is away."""
+    add_run(tmp_path / "run", now=time.time(), age_s=5)
+    may_end, others = threading.Event(), set(threading.enumerate())
+
+    def late(path: str) -> FoundRuns:
+        may_end.wait()
+        return find_runs(path)
+
+    monkeypatch.setattr(watch, "find_runs", late)
+    monkeypatch.setattr(watch, "FIRST_READ_S", 0.1)
+    fleet = Fleet([str(tmp_path)])
+    searches = [t for t in set(threading.enumerate()) - others if t.name == "holdfast-search"]
+    fleet.stop()
+    may_end.set()
+    for search in searches:
+        search.join(30)
+    wait_for(lambda: set(threading.enumerate()) - others, set())
 
 
 def test_a_request_reads_no_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
