@@ -6,7 +6,7 @@ import json
 import shutil
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -84,11 +84,18 @@ def state() -> dict[str, object]:
 
 
 def save_leaves(
-    catalog: Catalog, name: str, leaves: FlatState, ranks: Ranks, **facts: Any
+    catalog: Catalog,
+    name: str,
+    leaves: FlatState,
+    ranks: Ranks,
+    *,
+    hosts: Sequence[str] | None = None,
+    **facts: Any,
 ) -> Saved:
-    """Save flat state as a manager does. `facts`: fields of the manifest."""
-    manifest = Manifest({}, {}, **facts)
-    pending = begin_save(catalog, name, leaves, planner=Planner(ranks), facts=manifest)
+    """Save flat state as a manager does. `hosts`: host of each rank, to write one file for each.
+    `facts`: fields of the manifest."""
+    manifest, planner = Manifest({}, {}, **facts), Planner(ranks, hosts)
+    pending = begin_save(catalog, name, leaves, planner=planner, facts=manifest)
     return finish_save(pending, ranks)
 
 

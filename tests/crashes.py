@@ -37,17 +37,24 @@ class RecordingStore(MemoryStore):
         super().__init__()
         self.operations: list[Operation] = []
         self._num_files = 0
+        self._files: dict[str, int] = {}
+        """Number of each file, by the name under which it was created."""
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         with super().create(key, nbytes) as writer:
             with self._mutex:
-                file = self._num_files = self._num_files + 1
+                file = self._files[key] = self._num_files = self._num_files + 1
                 self.operations.append(Operation("create", key, file))
                 if nbytes:
                     self.operations.append(Operation("resize", key, file, offset=nbytes))
             yield _RecordingWriter(self, writer, key, file)
             self.operations.append(Operation("sync_file", key, file))
+
+    @contextmanager
+    def join(self, key: str) -> Iterator[FileWriter]:
+        with super().join(key) as writer:
+            yield _RecordingWriter(self, writer, key, self._files[key])
 
     def make_folder(self, key: str) -> None:
         with self._mutex:

@@ -25,6 +25,31 @@ _ORDER_SAMPLES = 64
 """First samples of an epoch, whose numbers a state identifies by a checksum."""
 
 
+class EpochOrder:
+    """Order of the samples in each epoch, which depends on the seed and the epoch alone."""
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self._num_samples, self._seed = num_samples, seed
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+        """Last epoch that was asked for, and its order."""
+
+    def sample(self, epoch: int, index: int) -> int:
+        """Return the sample at position `index` of an epoch."""
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng([self._seed, epoch]).permutation(self._num_samples)
+            self._order = (epoch, order)
+        return int(self._order[1][index])
+
+
+def state_differences(state: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Return one line per value in which the state of a loader differs from its own data."""
+    return [
+        f"`{key}` is {state.get(key)} in the checkpoint and {value} here"
+        for key, value in own.items()
+        if state.get(key) != value
+    ]
+
+
 class GlobalBatches:
     """Batch sampler of one data-parallel rank: its share of every global batch of a data set.
 
@@ -70,7 +95,7 @@ class GlobalBatches:
         """Number of samples that all ranks together have taken before the next batch, over all
         epochs."""
 
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._order = EpochOrder(self.num_samples, self.seed)
 
     def __len__(self) -> int:
         """Number of batches in the rest of the epoch."""
@@ -99,12 +124,7 @@ class GlobalBatches:
         return self._in_epoch(*divmod(number, self.num_samples))
 
     def _in_epoch(self, epoch: int, index: int) -> int:
-        if not self.shuffle:
-            return index
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-            self._order = (epoch, order)
-        return int(self._order[1][index])
+        return self._order.sample(epoch, index) if self.shuffle else index
 
 
 class _Loader(Protocol[T]):
@@ -186,12 +206,7 @@ class ElasticLoader(Generic[T]):
                 "the checkpoint's state of the data loader was saved by another loader", hint=_HINT
             )
         own = self.batches.identity(position // self.batches.num_samples)
-        differences = [
-            f"`{key}` is {state_dict.get(key)} in the checkpoint and {value} here"
-            for key, value in own.items()
-            if state_dict.get(key) != value
-        ]
-        if differences:
+        if differences := state_differences(state_dict, own):
             raise MismatchError(
                 "the checkpoint's position in the data is of other data, or of another order: "
                 + "; ".join(differences),

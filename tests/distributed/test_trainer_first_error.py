@@ -15,9 +15,9 @@ from warm import python
 
 ONE_GPU = (
     "import sys, torch\n"
-    "torch.cuda.is_available = lambda: True\n"
-    "torch.cuda.device_count = lambda: 1\n"
-    "torch.cuda.set_device = lambda device: None\n"
+    "from holdfast import accelerator\n"
+    "accelerator.num_devices = lambda: 1\n"
+    "accelerator.use_device = lambda index: torch.device('cuda', index)\n"
 )
 """Script that makes torch report one GPU; it fails once it uses the GPU."""
 
@@ -90,9 +90,10 @@ def test_an_error_before_the_process_group_exists_is_printed_under_torchrun(
 def test_the_launcher_reports_a_worker_that_exits_without_a_message(tmp_path: Path) -> None:
     """Method: a worker calls `os._exit` while it chooses its device."""
     exits = (
-        "import os, sys, torch\n"
-        "def exits():\n    if os.environ['RANK'] == '1':\n        os._exit(3)\n    return False\n"
-        "torch.cuda.is_available = exits\n"
+        "import os, sys\n"
+        "from holdfast import accelerator\n"
+        "def exits():\n    if os.environ['RANK'] == '1':\n        os._exit(3)\n    return 0\n"
+        "accelerator.num_devices = exits\n"
     )
     ended = run(exits + LAUNCH, "--job.dump_folder", str(tmp_path), NGPU="2")
     assert ended.returncode == 3
@@ -102,10 +103,11 @@ def test_the_launcher_reports_a_worker_that_exits_without_a_message(tmp_path: Pa
 def test_a_worker_reports_an_unexpected_error_with_its_traceback(tmp_path: Path) -> None:
     """Method: a worker raises an error that is not an `Exception` while it chooses its device."""
     raises = (
-        "import os, sys, torch\n"
+        "import os, sys\n"
+        "from holdfast import accelerator\n"
         "def raises():\n    if os.environ['RANK'] == '1':\n        raise GeneratorExit('odd')\n"
-        "    return False\n"
-        "torch.cuda.is_available = raises\n"
+        "    return 0\n"
+        "accelerator.num_devices = raises\n"
     )
     ended = run(raises + LAUNCH, "--job.dump_folder", str(tmp_path), NGPU="2")
     assert ended.returncode == 1
@@ -137,8 +139,9 @@ def test_a_wrong_setting_is_reported_once_on_each_machine(local_rank: str, print
 
 
 GPUS = (
-    "import os, sys, torch\n"
-    "torch.cuda.device_count = lambda: int(sys.argv[1])\n"
+    "import os, sys\n"
+    "from holdfast import accelerator\n"
+    "accelerator.num_devices = lambda: int(sys.argv[1])\n"
     "from holdfast.trainer import launch\nfrom holdfast.trainer.arguments import read_config\n"
     "launch.GPU_DEVICES = ('/dev/null',)\n"
     "config = read_config(sys.argv[2:])\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from extent import every
 from hf_folders import LLAMA, hf_tensors, save_folder
@@ -216,6 +217,20 @@ def test_a_link_out_of_a_strangers_folder_is_never_followed(
     if file == "model.safetensors":
         report = verify(VerifyTarget(LocalStore(tmp_path), "hf"))
         assert not report.good
+
+
+def test_a_link_in_a_folder_around_a_checkpoint_is_never_followed(tmp_path: Path) -> None:
+    """G8. Method: the file of a rank of Megatron, in a folder of its own, is a link to another
+    file of the reader; every way to open the folder refuses it."""
+    secret = tmp_path / "secret.pt"
+    torch.save({"model": {"a": torch.zeros(3)}}, secret)
+    rank = tmp_path / "iter_0000005/mp_rank_00"
+    rank.mkdir(parents=True)
+    (rank / "model_optim_rng.pt").symlink_to(secret)
+    with pytest.raises(FormatError, match="is a link to a place outside of its folder"):
+        plan(str(rank.parent), ConvertOptions(to="dcp"))
+    with pytest.raises(FormatError, match="is a link to a place outside of its folder"):
+        verify(VerifyTarget(LocalStore(tmp_path), rank.parent.name))
 
 
 def test_a_folder_of_templates_that_is_a_link_is_not_copied(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ new ones. Each has something that the others lack: `solo`; `ranks` (two processe
 sharded); `timed` (metrics, timings and a model); `blocks` (blocks of 256 KiB; those of earlier ones
 have 1 MiB); `components` (names that are not the model's); `structure` (state whose containers and
 keys cannot be inferred from its entries); `optimizers` (their classes); `rows` (version 3: three
-processes, with the chunks in `index.bin`); `stock` (stock `save` of torch 2.13).
+processes, with the chunks in `index.bin`); `node` (three processes, two of which share a file);
+`stock` (stock `save` of torch 2.13).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from holdfast.state.same import differences, same
 from manifest_bytes import encode, encode_with_rows
 
 HERE = Path(__file__).parent
-OURS = ["solo", "ranks", "timed", "blocks", "components", "rows"]
+OURS = ["solo", "ranks", "timed", "blocks", "components", "rows", "node"]
 ALL = [*OURS, "stock"]
 
 
@@ -111,11 +112,16 @@ def test_this_version_would_write_the_same_manifest(name: str) -> None:
 
 
 def test_the_golden_checkpoints_cover_their_special_cases() -> None:
-    """Method: two files, sharded tensors, several blocks, tied tensors, an empty one, paths."""
-    solo, ranks, timed, blocks, components, rows = (read_manifest(HERE / name) for name in OURS)
-    everyone = (solo, ranks, timed, blocks, components, rows)
-    assert [m["checksums"]["block_bytes"] >> 10 for m in everyone] == [1024] * 3 + [256] * 3
-    assert [m["holdfast"] for m in everyone] == [2] * 5 + [3]
+    """Method: two files, sharded tensors, several blocks, tied tensors, an empty one, paths; parts
+    of two ranks in one file."""
+    everyone = [read_manifest(HERE / name) for name in OURS]
+    solo, ranks, timed, blocks, components, rows, node = everyone
+    assert [m["checksums"]["block_bytes"] >> 10 for m in everyone] == [1024] * 3 + [256] * 4
+    assert [m["holdfast"] for m in everyone] == [2] * 5 + [3, 2]
+    assert [file for file, *_ in node["files"]] == ["__0_0.distcp", "__2_0.distcp"]
+    large = node["tensors"]["large"]["chunks"]
+    assert [file for file, *_ in large] == [0, 0, 1]
+    assert (large[1][1], large[1][4]) == (6 << 16, 8192)
     assert [len(rows["tensors"][f"model.{n}"]["chunks"]) for n in ("rows", "columns")] == [3, 3]
     assert components["components"] == ["large", "list", "values"]
     assert not any("components" in one for one in (solo, ranks, timed, blocks))

@@ -14,12 +14,12 @@ import hf_models
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.hf.flavors import MODELS, config_of
-from holdfast.hf.rope import RopeScaling
+from holdfast.hf.rope import Llama3Scaling
 from holdfast.loading.load import load
 from holdfast.saving.save import save
 from holdfast.trainer.model import Transformer
 
-STRETCHED = RopeScaling(8, original_seq_len=16)
+STRETCHED = Llama3Scaling(8, original_seq_len=16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -147,6 +147,14 @@ REFUSED: Mapping[str, dict[str, Any]] = {
     "rope_type": {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
     "partial_rotary_factor": {"partial_rotary_factor": 0.5},
     "factor": {"rope_scaling": {"rope_type": "linear", "factor": "4"}},
+    "rope_theta": {"rope_theta": 0},
+    "max_position_embeddings": {
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0},
+        "max_position_embeddings": 0,
+    },
+    "original_max_position_embeddings": {
+        "rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 0}
+    },
     "rms_norm_eps": {"rms_norm_eps": None},
     "sliding_window": {"model_type": "mistral", "sliding_window": 16},
     "mlp_only_layers": {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
@@ -161,6 +169,11 @@ def test_values_that_no_native_model_has_are_all_named() -> None:
         config = {**config_of(name, FLAVORS[name], 300), **values}
         with pytest.raises(MismatchError, match=f"the folder has values .*\n  `{key}`"):
             with_values(FLAVORS[name], config, where="the folder")
+    for kind in ("linear", "dynamic", "llama3", "yarn"):
+        rope = {"rope_type": kind, "factor": 0, **LLAMA3}
+        config = {**config_of("llama3", FLAVORS["llama3"], 300), "rope_scaling": rope}
+        with pytest.raises(MismatchError, match="`factor` must be a number above 0, found: 0"):
+            with_values(FLAVORS["llama3"], config, where="the folder")
     both = {**REFUSED["hidden_act"], **REFUSED["attention_bias"]}
     with pytest.raises(MismatchError, match=r"gelu.*\n.*attention_bias"):
         with_values(FLAVORS["llama3"], both, where="the folder")

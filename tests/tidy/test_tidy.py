@@ -149,6 +149,23 @@ def test_a_store_is_made_by_the_functions_that_tell_a_folder_from_a_url(path: Pa
             assert called not in STORES, f"line {node.lineno}"
 
 
+DEVICE_KINDS = ("accelerator", "cuda", "mps", "mtia", "xpu", "Event", "Stream")
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p != SOURCE / "accelerator.py"], ids=_id)
+def test_only_one_module_knows_devices(path: Path) -> None:
+    """Method: outside of `accelerator.py`, look for modules and classes of torch that are about
+    devices, and for the argument `pin_memory`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "torch":
+            assert node.attr not in DEVICE_KINDS, f"line {node.lineno}"
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            names = [getattr(node, "module", ""), *(alias.name for alias in node.names)]
+            assert not {f"torch.{kind}" for kind in DEVICE_KINDS} & {*names}, f"line {node.lineno}"
+        if isinstance(node, ast.keyword):
+            assert node.arg != "pin_memory", f"line {node.lineno}"
+
+
 def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() -> None:
     """Method: compare the table of commands with the modules of `holdfast.cli` with a `run`."""
     modules = {

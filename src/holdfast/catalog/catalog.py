@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
 
 from holdfast.catalog.cleanup import delete_hidden, execute, plan_cleanup
@@ -46,6 +46,7 @@ from holdfast.format.names import (
 )
 from holdfast.format.pointer import id_in
 from holdfast.format.seal import SEAL
+from holdfast.storage.listed import ListedStore
 from holdfast.storage.opening import is_url
 from holdfast.storage.store import Check, ReadStore, Store
 
@@ -89,10 +90,18 @@ class Catalog:
         """Path of a checkpoint, for messages."""
         return location(self.store, name)
 
-    def check_free(self, name: str, *, replace: bool, hint: str, file: bool = False) -> None:
+    def check_free(
+        self,
+        name: str,
+        *,
+        replace: bool,
+        hint: str,
+        why_not: Callable[[ReadStore, str], str | None] = why_not_replaceable,
+    ) -> None:
         """Check that a checkpoint may be saved as `name`. Raises an ExistsError if not.
 
-        `replace`: an existing checkpoint may be replaced. `file`: the new one will be a file.
+        `replace`: an existing checkpoint may be replaced, unless `why_not` returns a reason against
+        it, as `why_not_replaceable` does.
         """
         for left in reversed(range(LOOKS_MAX)):
             folder = folder_among(self.store.list(), name)
@@ -101,7 +110,7 @@ class Catalog:
             if not replace:
                 raise ExistsError(f"`{self.where(name)}` exists already", hint=hint)
             try:
-                why = why_not_replaceable(self.store, folder, file=file)
+                why = why_not(self.store, folder)
                 break
             except NotFoundError:
                 # Another process is replacing it, so the folder of that name has changed.
@@ -292,8 +301,7 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
     where = location(store, name)
     files = set(store.list(name))
     for index in files.intersection(INDEX_FILES):
-        if store.leads_out(name, index):
-            raise FormatError(f"`{where}/{index}` is a link to a place outside of its folder")
+        check_inside(store, name, index)
     if MANIFEST in files:
         data = read_index(store, f"{name}/{MANIFEST}")
         if (folder := id_in(data)) is not None:
@@ -302,7 +310,8 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
                 f"`{folder}`",
                 hint=f"open `{where}/{folder}`",
             )
-        manifest = manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries)
+        last = store.last if isinstance(store, ListedStore) else None
+        manifest = manifests.decode(data, where=f"{where}/{MANIFEST}", entries=entries, last=last)
         connect_rows(store, name, manifest)
         return manifest
     if METADATA in files:
@@ -335,13 +344,23 @@ def connect_rows(store: ReadStore, name: str, manifest: Manifest) -> None:
         try:
             return store.read(key, start, stop)
         except NotFoundError as error:
-            if is_deleted(store, name):
-                raise
-            hint = verify_hint(location(store, name))
-            raise DamagedError(f"`{where}` is missing", hint=hint, file=where) from error
+            raise missing_file_error(store, name, ROWS) from error
 
     unit_bytes = _REMOTE_ROWS_BYTES if is_url(store.url) else BLOCK_BYTES
     manifest.rows.connect(fetch, where, unit_bytes)
+
+
+def check_inside(store: ReadStore, name: str, file: str) -> None:
+    """Raise a FormatError if a file is a link to a place outside of its folder.
+
+    A stranger's folder could otherwise include private files of its reader. The cache of the
+    Hugging Face hub, whose files are links, is the exception.
+    """
+    if store.leads_out(name, file):
+        raise FormatError(
+            f"`{location(store, name)}/{file}` is a link to a place outside of its folder",
+            hint="if the link is yours, replace it by a copy of the file: cp -L",
+        )
 
 
 def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -> tuple[int, ...]:
@@ -357,6 +376,15 @@ def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -
             hint=verify_hint(where),
         )
     return unpack(packed)
+
+
+def missing_file_error(store: ReadStore, name: str, file: str) -> HoldfastError:
+    """The error about a missing file: damage, unless the whole checkpoint was deleted."""
+    checkpoint = location(store, name)
+    if is_deleted(store, name):
+        return NotFoundError(f"`{checkpoint}` was deleted meanwhile")
+    where = f"{checkpoint}/{file}"
+    return DamagedError(f"`{where}` is missing", hint=verify_hint(checkpoint), file=where)
 
 
 def verify_hint(where: str) -> str:

@@ -6,11 +6,12 @@ The weights are files of safetensors or, in older folders, files of `torch.save`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from holdfast.catalog.catalog import location
+from holdfast.catalog.catalog import check_inside, location
+from holdfast.catalog.source import fetcher
 from holdfast.errors import DamagedError, FormatError, NotFoundError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
@@ -28,6 +29,9 @@ ADAPTER_BIN = "adapter_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 MODULES = "modules.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
+
+QUANTIZATION = ("quantization_config", "compression_config")
+"""Keys of `config.json`, either of which describes quantized weights."""
 
 _BIN = re.compile(r"(?!.*_rank[0-9]+\.bin)(.*pytorch_model|adapter_model).*\.bin", re.DOTALL)
 """Weights that `torch.save` wrote. Other `.bin` files hold an optimizer, arguments or a random
@@ -54,6 +58,11 @@ class HFFolder:
     torch_files: Mapping[str, TorchFile] = field(default_factory=dict)
     """Contents of each `.bin` file; empty if the weights are safetensors."""
 
+    @property
+    def strides(self) -> dict[str, tuple[int, ...]]:
+        """Strides, in elements, of tensors in `.bin` files that are not row-major."""
+        return {n: one for file in self.torch_files.values() for n, one in file.strides.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -65,6 +74,9 @@ class Weights:
 
     notes: tuple[str, ...]
     """Files that are ignored, for messages."""
+
+    file_of: Mapping[str, str] | None = None
+    """File of each tensor, as the index says; None without an index."""
 
     @property
     def is_adapter(self) -> bool:
@@ -78,7 +90,7 @@ def has_weights(names: Collection[str]) -> bool:
 
 def has_safetensors(names: Collection[str]) -> bool:
     """Whether a folder that holds files of these names has safetensors, which are preferred."""
-    suffixes = (safetensors.SUFFIX, f"{safetensors.SUFFIX}.index.json")
+    suffixes = (safetensors.SUFFIX, safetensors.INDEX_SUFFIX)
     return any(name.endswith(suffixes) for name in names)
 
 
@@ -98,14 +110,15 @@ def weights_in(store: ReadStore, name: str) -> Weights:
     if index_file not in present:
         return Weights(tuple(weights), "", ())
     check_inside(store, name, index_file)
-    files = {*read_weights_index(store, name, index_file).values()}
+    file_of = _read_weights_index(store, name, index_file)
+    files = {*file_of.values()}
     if single in present and single not in files:
         notes = [f"`{index_file}` does not name `{single}`, and is ignored, as by transformers"]
         notes += [f"`{file}` is ignored too" for file in weights if file != single]
         return Weights((single,), "", tuple(notes))
     ignored = [file for file in weights if file not in files]
     notes = [f"`{file}` is not in the index, and is ignored" for file in ignored]
-    return Weights(tuple(sorted(files)), index_file, tuple(notes))
+    return Weights(tuple(sorted(files)), index_file, tuple(notes), file_of)
 
 
 def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
@@ -145,13 +158,10 @@ def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
         else:
             torch_files[file] = open_torch_file(store, name, file)
             manifests[file] = torch_files[file].manifest
-    index = read_weights_index(store, name, weights.index) if weights.index else None
-    manifest = safetensors.joined(manifests, index, where=where)
-    values = {n: value for part in manifests.values() for n, value in part.values.items()}
     config = read_config(store, name) if CONFIG in present else None
     is_adapter = weights.is_adapter and ADAPTER_CONFIG in present
     return HFFolder(
-        manifest=replace(manifest, values=values),
+        manifest=safetensors.joined(manifests, weights.file_of, where=where),
         config=None if config is None else of_language_model(config),
         quantization={} if config is None else quantization_of(config),
         notes=(*weights.notes, *_notes_on_modules(store, name, present)),
@@ -225,39 +235,21 @@ def quantization_of(config: Config) -> Mapping[str, Any]:
     there is none."""
     text = config.get("text_config")
     for one in (config, text if isinstance(text, dict) else {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTIZATION:
             if one.get(key):
                 found: Mapping[str, Any] = one[key]
                 return found
     return {}
 
 
-def read_weights_index(store: ReadStore, name: str, file: str) -> dict[str, str]:
+def _read_weights_index(store: ReadStore, name: str, file: str) -> dict[str, str]:
     """Read the index of a folder: the file of each tensor."""
     data = _read(store, f"{name}/{file}", safetensors.INDEX_BYTES_MAX)
     return safetensors.read_index(data, where=f"{location(store, name)}/{file}")
 
 
-def fetcher(store: ReadStore, key: str) -> Callable[[int, int], bytes]:
-    """A function that reads `nbytes` at `offset` of a file."""
-    return lambda offset, nbytes: store.read(key, offset, offset + nbytes)
-
-
 def _read(store: ReadStore, key: str, nbytes_max: int) -> bytes:
     return store.read(key, 0, min(store.size(key), nbytes_max + 1))
-
-
-def check_inside(store: ReadStore, name: str, file: str) -> None:
-    """Raise a FormatError if a file is a link to a place outside of its folder.
-
-    A stranger's folder could otherwise include private files of its reader. The cache of the
-    Hugging Face hub, whose files are links, is the exception.
-    """
-    if store.leads_out(name, file):
-        raise FormatError(
-            f"`{location(store, name)}/{file}` is a link to a place outside of its folder",
-            hint="if the link is yours, replace it by a copy of the file: cp -L",
-        )
 
 
 def open_torch_file(store: ReadStore, name: str, file: str) -> TorchFile:

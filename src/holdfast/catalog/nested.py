@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from holdfast.catalog.catalog import location
+from holdfast.catalog.catalog import check_inside, location
 from holdfast.catalog.findings import named
-from holdfast.catalog.hf_folder import MODULES, check_inside, modules_of
+from holdfast.catalog.hf_folder import MODULES, modules_of
 from holdfast.catalog.pieces import format_among
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import number_of
+from holdfast.format.zero import UNIVERSAL_HINT
 from holdfast.storage.store import ReadStore
 
 DEPTH_MAX = 4
@@ -98,7 +99,7 @@ def checkpoint_in(store: ReadStore, name: str) -> str:
             return name
         if nested.why_not or len(nested.paths) > 1:
             raise _not_one(store, name, nested)
-        check_inside(store, name, nested.paths[0].partition("/")[0])
+        check_inside(store, name, nested.paths[0])
         name = f"{name}/{nested.paths[0]}"
     return name
 
@@ -162,7 +163,7 @@ def _deepspeed(folder: _Folder) -> Nested | None:
             (),
             f"it is divided over {len(files)} ranks of tensor parallelism, and its files do not "
             "say how",
-            "DeepSpeed's ds_to_universal.py joins it",
+            UNIVERSAL_HINT,
         )
     return Nested("a checkpoint of DeepSpeed", tuple(files)) if files else None
 

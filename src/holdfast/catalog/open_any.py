@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import connect_rows, location, open_manifest, read_manifest, steps_in
 from holdfast.catalog.findings import Format
-from holdfast.catalog.hf_folder import HFFolder, fetcher, open_hf_folder
+from holdfast.catalog.hf_folder import HFFolder, open_hf_folder
 from holdfast.catalog.nested import checkpoint_in
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import check_whole_checkpoint, format_among, no_checkpoint
-from holdfast.catalog.source import Source
+from holdfast.catalog.source import Source, fetcher
 from holdfast.catalog.steady import UNREADABLE, fingerprint, read_steadily
 from holdfast.catalog.zero_folder import open_zero_folder
 from holdfast.errors import HoldfastError, NotFoundError, StorageError
@@ -118,7 +118,7 @@ def open_any(
         read = open_manifest if check_files else read_manifest
         return OpenCheckpoint(form, Source(store, name, read(store, name, entries=entries)))
     if form == "zero":
-        joined, notes, _ = open_zero_folder(store, name)
+        joined, notes = open_zero_folder(store, name)
         return OpenCheckpoint(form, Source(store, name, joined), notes=notes)
     if is_folder(store, name):
         folder = open_hf_folder(store, name)
@@ -127,7 +127,7 @@ def open_any(
         return OpenCheckpoint(
             form,
             Source(store, name, folder.manifest),
-            {n: strides for part in contents.values() for n, strides in part.strides.items()},
+            folder.strides,
             hf=folder,
             values={n: value for part in contents.values() for n, value in part.values.items()},
             notes=(*folder.notes, *notes_of_files),

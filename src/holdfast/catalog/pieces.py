@@ -10,11 +10,9 @@ from holdfast.catalog.findings import Format
 from holdfast.catalog.hf_folder import has_safetensors, has_weights
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS
-from holdfast.format.safetensors import SUFFIX
+from holdfast.format.safetensors import INDEX_SUFFIX
 from holdfast.format.zero import ZERO_OPTIMIZER
 from holdfast.storage.store import ReadStore
-
-INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 _DATA = re.compile(r"__([0-9]+)_[0-9]+\.distcp", re.ASCII)
 _SHARD = re.compile(r".*-([0-9]{5})-of-([0-9]{5})\.(safetensors|bin)", re.ASCII)

@@ -35,22 +35,11 @@ _EXPORTED = re.compile(
 _TEMPLATES = "additional_chat_templates/"
 
 
-def why_not_replaceable(store: ReadStore, name: str, *, file: bool = False) -> str | None:
-    """Reason why the folder or file `name` may not be overwritten; None if it may.
+def why_not_replaceable(store: ReadStore, name: str) -> str | None:
+    """Reason why a folder may not replace the folder or file `name`; None if it may.
 
     All of its files must belong to one checkpoint or one export: files of users would be lost.
-    `file`: a file will replace it.
     """
-    if file:
-        # Imported here, since it imports the readers of all formats, and most deletions are of
-        # folders.
-        from holdfast.catalog.open_any import is_checkpoint
-
-        if not _is_file(store, name):
-            return "it is a folder, and a file was to take its place"
-        if is_checkpoint(store, name):
-            return None
-        return _special_file(store, name) or "it is a file, and no checkpoint"
     if why := why_not_removable(store, name):
         return why
     names = store.list(name)
@@ -72,8 +61,8 @@ def why_not_removable(store: ReadStore, name: str) -> str | None:
     Files of users in its folder are deleted with it. Another checkpoint, or a run, in it is a
     reason.
     """
-    if _is_file(store, name):
-        return _special_file(store, name) or "it is a file"
+    if is_file(store, name):
+        return special_file(store, name) or "it is a file"
     names = store.list(name)
     if LOCK in names:
         return f"a run saves in it: it holds `{LOCK}`"
@@ -117,12 +106,13 @@ def not_sealed(store: ReadStore, name: str) -> Iterator[str]:
                 yield path
 
 
-def _is_file(store: ReadStore, name: str) -> bool:
+def is_file(store: ReadStore, name: str) -> bool:
+    """Whether `name` is a file, or anything else but a folder."""
     parent, _, last = name.rpartition("/")
     return last in store.list(parent)
 
 
-def _special_file(store: ReadStore, name: str) -> str | None:
+def special_file(store: ReadStore, name: str) -> str | None:
     """Kind of a file that cannot be read: a broken link, a device, ...; None for a plain file."""
     try:
         store.size(name)

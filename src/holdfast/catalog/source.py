@@ -6,11 +6,12 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from holdfast.catalog.catalog import location, read_checksums, verify_hint
-from holdfast.catalog.steady import is_deleted
-from holdfast.errors import DamagedError, HoldfastError, NotFoundError
+from holdfast.catalog.catalog import location, missing_file_error, read_checksums, verify_hint
+from holdfast.errors import DamagedError, NotFoundError
+from holdfast.format.archive import Fetch
 from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
+from holdfast.format.torchzip import StoredTensor, locate
 from holdfast.storage.store import FileReader, ReadStore
 
 WINDOW_BYTES = 2 << 20
@@ -57,17 +58,31 @@ class Source:
                     self.store, self.folder, self.manifest, chunk.file
                 )
             except NotFoundError as error:
-                raise missing_file_error(self, chunk.file) from error
+                raise missing_file_error(self.store, self.folder, chunk.file) from error
         stop = chunk.first_block + num_blocks(nbytes, self.manifest.block_bytes)
         return self.tables[chunk.file][chunk.first_block : stop]
 
 
-def missing_file_error(source: Source, file: str) -> HoldfastError:
-    """The error about a missing file: damage, unless the whole checkpoint was deleted."""
-    if is_deleted(source.store, source.folder):
-        return NotFoundError(f"`{source.url}` was deleted meanwhile")
-    where = f"{source.url}/{file}"
-    return DamagedError(f"`{where}` is missing", hint=source.hint, file=where)
+def fetcher(store: ReadStore, key: str) -> Fetch:
+    """A function that reads `nbytes` at `offset` of a file."""
+    return lambda offset, nbytes: store.read(key, offset, offset + nbytes)
+
+
+def locate_chunk(source: Source, name: str, chunk: Chunk) -> StoredTensor:
+    """Find the elements of a chunk of tensor `name`, of which only its container tells the offset
+    and the strides. Raises a DamagedError if it has another dtype or shape than in the index."""
+    dtype, shape = source.manifest.tensors[name].dtype, chunk.region.shape
+    fetch = fetcher(source.store, source.key(chunk.file))
+    stored = locate(fetch, chunk.item, where=f"{chunk.file}:{name}")
+    if (stored.dtype, stored.shape) != (dtype, shape):
+        raise DamagedError(
+            f"`{source.url}/{chunk.file}`: `{name}` is {stored.dtype} {list(stored.shape)} in its "
+            f"file, {dtype} {list(shape)} in the index",
+            hint=source.hint,
+            file=f"{source.url}/{chunk.file}",
+            entry=name,
+        )
+    return stored
 
 
 def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
@@ -75,7 +90,7 @@ def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
     try:
         data = source.store.read(source.key(entry.file), entry.item.offset, entry.item.stop)
     except NotFoundError as error:
-        raise missing_file_error(source, entry.file) from error
+        raise missing_file_error(source.store, source.folder, entry.file) from error
     if len(data) != entry.item.nbytes:
         raise DamagedError(
             f"`{source.url}/{entry.file}` ends inside value `{name}`",
@@ -140,8 +155,11 @@ class ChunkData:
         if last < stop:
             target[last - start :] = self.window(last, stop)
 
-    def window(self, start: int, stop: int) -> memoryview:
-        """Read bytes `start` to `stop`, at most `WINDOW_BYTES`. The next call overwrites them."""
+    def window(self, start: int, stop: int, room: memoryview | None = None) -> memoryview:
+        """Read bytes `start` to `stop`, at most `WINDOW_BYTES`, into `room`, or where that is None
+        into the room of the call before. The next call with that room overwrites them."""
+        before = self._room
+        self._room = before if room is None else room
         first, last = start, stop
         if self._checksums is not None:
             block = self._source.manifest.block_bytes
@@ -149,9 +167,9 @@ class ChunkData:
             last = min(-(-stop // block) * block, self._span.nbytes)
         before_start, before_stop = self._in_room
         kept = min(before_stop, last) - first if before_start <= first < before_stop else 0
-        if kept and before_start < first:
-            shift = first - before_start
-            self._room[:kept] = self._room[shift : shift + kept]
+        shift = first - before_start
+        if kept and (shift or self._room is not before):
+            self._room[:kept] = before[shift : shift + kept]
         self._in_room = (0, 0)
         for offset in range(first + kept, last, CHECKED_BYTES):
             self._fill(

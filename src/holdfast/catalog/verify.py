@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from holdfast.catalog.catalog import location, read_checksums, read_manifest
+from holdfast.catalog.catalog import check_inside, location, read_checksums, read_manifest
 from holdfast.catalog.contents import (
     Advance,
     RecordReader,
@@ -32,10 +32,8 @@ from holdfast.catalog.hf_folder import (
     ADAPTER_CONFIG,
     CONFIG,
     Weights,
-    check_inside,
     open_hf_folder,
     read_config,
-    read_weights_index,
     weights_in,
 )
 from holdfast.catalog.nested import checkpoint_in
@@ -219,10 +217,9 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
     folder = is_folder(target.store, target.name)
     names = target.store.list(target.name) if folder else [""]
     chosen = weights_in(target.store, target.name) if folder else Weights(("",), "", ())
-    files, index_file = chosen.files, chosen.index
-    index = read_weights_index(target.store, target.name, index_file) if index_file else None
+    files = chosen.files
     findings: list[Finding] = []
-    if index is None:
+    if chosen.file_of is None:
         shards = safetensors.missing_shards(files)
         findings += [Finding("file", file, "is missing") for file in shards]
     manifests: dict[str, Manifest] = {}
@@ -249,9 +246,9 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
     manifest = Manifest({n: e for m in manifests.values() for n, e in m.tensors.items()}, {})
     if not findings:
         try:
-            manifest = safetensors.joined(manifests, index, where=target.where)
+            manifest = safetensors.joined(manifests, chosen.file_of, where=target.where)
         except FormatError as error:
-            findings.append(Finding("index", index_file, error.what))
+            findings.append(Finding("index", chosen.index, error.what))
     notes = [*chosen.notes]
     if not target.quick:
         notes.append(
@@ -295,7 +292,7 @@ def _verify_torch_folder(target: VerifyTarget) -> VerifyReport:
     if not findings:
         # Its errors are about files that contradict each other.
         if is_zero:
-            manifest, *_ = open_zero_folder(store, name)
+            manifest, _ = open_zero_folder(store, name)
         else:
             manifest = open_hf_folder(store, name).manifest
     return _report(target, manifest, findings, notes)

@@ -19,6 +19,7 @@ from holdfast.cli.terminal import (
     say_json,
 )
 from holdfast.convert.convert import convert
+from holdfast.convert.hub import again_hint, open_repository, upload
 from holdfast.convert.plan import ConvertOptions, Float, plan
 from holdfast.convert.target_format import TargetFormat, target_format
 from holdfast.errors import UsageError
@@ -86,13 +87,20 @@ class ConvertArguments(JsonOptions):
     """For --to hf from a checkpoint or folder with PEFT adapters: add them to their base, which is
     in SOURCE or in --hf-assets. TARGET becomes a whole model."""
 
+    push_to_hub: str | None = None
+    """For --to hf: repository ORG/NAME on the Hugging Face hub, to which TARGET is uploaded once it
+    is complete, with a model card. A new repository is private."""
+
     overwrite: bool = False
     """Replace an existing TARGET."""
 
     def convert_options(self) -> ConvertOptions:
         """Returns the options of the conversion."""
+        to = target_format(self.source, self.target, self.to)
+        if self.push_to_hub is not None and to != "hf":
+            raise UsageError("`--push-to-hub` uploads a Hugging Face folder, and needs `--to hf`")
         return ConvertOptions(
-            to=target_format(self.source, self.target, self.to),
+            to=to,
             hf_assets=self.hf_assets,
             dtype=self.dtype,
             max_shard_bytes=nbytes_of(self.max_shard_size),
@@ -104,6 +112,7 @@ class ConvertArguments(JsonOptions):
             renames=self.rename,
             adapter_config=self.adapter_config,
             merge=self.merge,
+            push_to_hub=self.push_to_hub,
             overwrite=self.overwrite,
         )
 
@@ -112,16 +121,20 @@ def run(arguments: Sequence[str]) -> int:
     """Convert, and print size and rate; returns the exit status."""
     options = parsed(ConvertArguments, "convert", arguments)
     planned = plan(options.source, options.convert_options())
+    if options.push_to_hub is not None:
+        open_repository(options.push_to_hub)
     try:
         with progress(options.target, planned.nbytes) as advance:
             result = convert(planned, options.target, advance)
     except KeyboardInterrupt:
         say_error("interrupted: run the same command again to continue")
         raise
+    commit = _uploaded(result.where, options.push_to_hub)
     if options.json:
         sizes = {"nbytes": result.nbytes, "kept_bytes": result.kept_bytes}
         facts = {"seconds": round(result.seconds, 3), "tensors": result.num_tensors}
-        say_json({"target": result.where, **sizes, **facts, "notes": planned.notes})
+        pushed = {} if commit is None else {"commit": commit}
+        say_json({"target": result.where, **sizes, **facts, **pushed, "notes": planned.notes})
         return 0
     for note in planned.notes:
         say(f"note: {note}")
@@ -130,7 +143,20 @@ def run(arguments: Sequence[str]) -> int:
         say(f"note: an interrupted conversion had written {kept} of it already")
     written = rate(result.nbytes, result.seconds)
     say(f"{result.where}: {result.num_tensors} tensors, {written}")
+    if commit is not None:
+        say(f"uploaded: {commit}")
     return 0
+
+
+def _uploaded(folder: str, name: str | None) -> str | None:
+    """Uploads an export; returns the URL of the commit, or None without a repository."""
+    if name is None:
+        return None
+    try:
+        return upload(folder, name)
+    except KeyboardInterrupt:
+        say_error(f"interrupted: {again_hint(folder, name)}")
+        raise
 
 
 def nbytes_of(text: str) -> int:

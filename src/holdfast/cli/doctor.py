@@ -256,7 +256,9 @@ def _space(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
     """Yields a trouble if less space is free than the largest checkpoint takes, without the files
     that it shares with others."""
     free = store.free_bytes()
-    needed = max((_own_bytes(store, report) for report in folder.reports), default=0)
+    # Only a checkpoint of more than the free bytes can need more, so few have to be looked at.
+    large = [report for report in folder.reports if free is not None and report.nbytes > free]
+    needed = max((_own_bytes(store, report) for report in large), default=0)
     if free is not None and free < needed:
         what = f"the next save needs {spelled_bytes(needed)}, {spelled_bytes(free)} are free"
         mend = folder.command("prune --keep-latest-k 2")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from holdfast.catalog.hf_folder import ADAPTER, ADAPTER_CONFIG
 from holdfast.catalog.steady import UNREADABLE
 from holdfast.convert.adapter import encoded_config
+from holdfast.convert.hub import with_card
 from holdfast.convert.plan import ConvertPlan
 from holdfast.convert.stream import Advance
 from holdfast.convert.target import (
@@ -96,11 +97,13 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
         if planned.adapter is not None:
             layout = lay_out_single(infos, ADAPTER)
             contents = iter([(ADAPTER_CONFIG, encoded_config(planned.adapter))])
-            return write_hf(target, outputs, layout, contents, advance)
-        assert planned.config is not None, "an export has a configuration"
-        assets = planned.assets or (planned.opened.where if planned.opened.has_config else None)
-        layout = shard(infos, options.max_shard_bytes)
-        contents = files_beside(planned.config, assets, layout.dtype, layout.index)
+        else:
+            assert planned.config is not None, "an export has a configuration"
+            assets = planned.assets or (planned.opened.where if planned.opened.has_config else None)
+            layout = shard(infos, options.max_shard_bytes)
+            contents = files_beside(planned.config, assets, layout.dtype, layout.index)
+        if options.push_to_hub is not None:
+            contents = with_card(contents, planned, layout.dtype)
         return write_hf(target, outputs, layout, contents, advance)
     if options.to == "torch":
         return write_torch_file(target, outputs, values, advance)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from reprlib import repr as shortened
 from typing import Any
 
@@ -20,10 +21,10 @@ from holdfast.errors import FormatError, HoldfastError, UsageError
 from holdfast.format.safetensors import INDEX, SUFFIX, parse_json
 from holdfast.hf.check import check_fit
 from holdfast.hf.families import table_of
-from holdfast.hf.family import HF_EMBEDDING, Config, fused_experts, mapping_of
+from holdfast.hf.family import HF_EMBEDDING, Config, mapping_for
+from holdfast.hf.shards import main_dtype
 from holdfast.storage.store import ReadStore
 from holdfast.tensors.lazy import Tensors, only
-from holdfast.tensors.numbers import is_floating
 from holdfast.tensors.quantized import Dequantized
 from holdfast.tensors.stored import StoredTensors
 
@@ -79,25 +80,23 @@ def check_export(path: str) -> ExportReport:
     return ExportReport(tuple(wrong), (*notes, *_missing(folder)))
 
 
-@dataclass(frozen=True, slots=True)
 class _Folder:
-    """A folder, open for checks."""
+    """A folder, open for checks. Lists its files and reads its configuration once."""
 
-    store: ReadStore
-    name: str
-    checkpoint: OpenCheckpoint
+    def __init__(self, store: ReadStore, name: str, checkpoint: OpenCheckpoint) -> None:
+        self.store, self.name, self.checkpoint = store, name, checkpoint
 
-    @property
+    @cached_property
     def files(self) -> Sequence[str]:
         return self.store.list(self.name)
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, str]:
         """Dtype of each tensor."""
         entries = self.checkpoint.manifest.tensors
         return {name: entry.dtype for name, entry in entries.items()}
 
-    @property
+    @cached_property
     def num_words(self) -> int | None:
         """Number of rows of the embedding, as far as it is known."""
         for name, entry in self.checkpoint.manifest.tensors.items():
@@ -105,6 +104,7 @@ class _Folder:
                 return entry.shape[0] if entry.shape else None
         return None
 
+    @cached_property
     def config(self) -> Config:
         return read_config(self.store, self.name)
 
@@ -124,7 +124,7 @@ def _config(folder: _Folder) -> Iterator[str]:
     if CONFIG not in folder.files:
         yield f"`{CONFIG}` is missing: no loader knows the class of the model"
         return
-    config = folder.config()
+    config = folder.config
     text = of_language_model(config)
     if not isinstance(config.get("model_type"), str):
         yield f"`{CONFIG}` has no `model_type`"
@@ -156,13 +156,9 @@ def _dtype(folder: _Folder, config: Config) -> Iterator[str]:
     places = [config, text] if isinstance(text, dict) else [config]
     declared = next((p[k] for p in places for k in ("dtype", "torch_dtype") if p.get(k)), None)
     entries = folder.checkpoint.manifest.tensors.values()
-    nbytes: dict[str, int] = {}
-    for entry in entries:
-        if is_floating(entry.dtype):
-            nbytes[entry.dtype] = nbytes.get(entry.dtype, 0) + entry.nbytes
-    most = max(nbytes, key=lambda dtype: nbytes[dtype], default=None)
-    if declared is not None and most is not None and declared not in (most, "auto"):
-        yield f"`{CONFIG}` says {shortened(declared)}, but most weights are {most}"
+    main = main_dtype((entry.dtype, entry.shape) for entry in entries)
+    if declared is not None and main is not None and declared not in (main, "auto"):
+        yield f"`{CONFIG}` says {shortened(declared)}, but most weights are {main}"
 
 
 def _weights(folder: _Folder) -> Iterator[str]:
@@ -179,7 +175,7 @@ def _weights(folder: _Folder) -> Iterator[str]:
             yield f"the header of `{file}` lacks `{{'format': 'pt'}}`, which transformers 4 needs"
     if CONFIG not in folder.files:
         return
-    config = of_language_model(folder.config())
+    config = of_language_model(folder.config)
     family = table_of(config)
     if family is None:
         return
@@ -190,8 +186,7 @@ def _weights(folder: _Folder) -> Iterator[str]:
     )
     if family.prefix:
         tensors = only(tensors, [n for n in tensors.infos if n.startswith(family.prefix)])
-    fused = fused_experts(family, config, tensors.infos)
-    mapping = mapping_of(family, config, fused_experts=fused)
+    mapping = mapping_for(family, config, tensors.infos)
     check_fit(tensors, mapping, "hf", where=folder.checkpoint.where, config_from=f"`{CONFIG}`")
 
 
@@ -253,7 +248,7 @@ def _missing(folder: _Folder) -> Iterator[str]:
     if "generation_config.json" not in files:
         yield "no `generation_config.json`: generation ends at the `eos_token_id` of `config.json`"
     if CONFIG in files and not files.intersection(PROCESSORS):
-        parts = [key for key in ("vision_config", "audio_config") if folder.config().get(key)]
+        parts = [key for key in ("vision_config", "audio_config") if folder.config.get(key)]
         if parts:
             yield f"no `{PROCESSORS[0]}`, though `{CONFIG}` has `{parts[0]}`"
 

@@ -81,6 +81,9 @@ class ConvertOptions:
     merge: bool = False
     """Whether an export adds the adapters to their base."""
 
+    push_to_hub: str | None = None
+    """Name of the repository on the hub that an export is for: it gets a model card."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConvertPlan:
@@ -240,7 +243,7 @@ def _both_dialects(
     others = other_names(family, [*model.infos], hf=opened.dialect == "hf")
     towers = only(model, others) if others else None
     model = only(model, [name for name in model.infos if name not in {*others}])
-    fused = opened.dialect == "hf" and fused_experts(family, config, model.infos)
+    fused = opened.dialect == "hf" and fused_experts(mapping, model.infos)
     stored = mapping_of(family, config, fused_experts=True) if fused else mapping
     side: SideName = "hf" if opened.dialect == "hf" else "native"
     if side == "native":

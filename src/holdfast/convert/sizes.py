@@ -41,9 +41,8 @@ def config_of_model(
     """Return the complete configuration of the model and its origin, or None if it is unknown."""
     found: list[tuple[Config, str]] = []
     for path in filter(None, (opened.where if opened.has_config else None, assets)):
-        store, folder = open_for_reading(path)
-        if CONFIG in store.list(folder):
-            found.append((read_config(store, folder), f"`{path}/{CONFIG}`"))
+        if (config_there := config_at(path)) is not None:
+            found.append((config_there, f"`{path}/{CONFIG}`"))
     if name is not None:
         config = _config_by_name(model, name, flavor, found)
         if config is not None:
@@ -56,6 +55,12 @@ def config_of_model(
     for other in found[1:]:
         check_alike(found[0], other)
     return found[0] if found else (None, "")
+
+
+def config_at(folder: str) -> dict[str, Any] | None:
+    """Return the `config.json` in a folder; None if there is none."""
+    store, name = open_for_reading(folder)
+    return read_config(store, name) if CONFIG in store.list(name) else None
 
 
 def _config_by_name(

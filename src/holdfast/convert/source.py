@@ -23,7 +23,8 @@ from holdfast.tensors.quantized import Dequantized
 from holdfast.tensors.renames import new_names, spelled, suggested
 from holdfast.tensors.stored import StoredTensors
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""Name of a repository on the hub."""
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 ASSETS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "README*")
@@ -33,6 +34,9 @@ ASSETS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENS
 @dataclass(frozen=True, slots=True)
 class ConvertSource:
     """A checkpoint, open for conversion."""
+
+    given: str
+    """Path, URL or name on the hub, as it was given."""
 
     checkpoint: OpenCheckpoint
     model: Tensors
@@ -85,6 +89,13 @@ class ConvertSource:
         return fingerprint(source.store, key) != self.fingerprint
 
 
+def hub_name(path: str) -> str | None:
+    """Return `path` if it names a repository on the hub, and does not exist here; else None."""
+    if is_url(path) or LocalPath(local_path(path)).exists():
+        return None
+    return path if HUB_NAME.fullmatch(path) else None
+
+
 def fetched(path: str, *, assets_only: bool = False) -> str:
     """Return `path` if it exists or is a URL, else the local copy of that repository on the hub.
 
@@ -92,7 +103,7 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
     """
     if is_url(path) or LocalPath(local_path(path)).exists():
         return path
-    if not _HUB_NAME.fullmatch(path):
+    if hub_name(path) is None:
         raise NotFoundError(
             f"nothing at `{path}`",
             hint="give a path, or the `org/name` of a repository on the Hugging Face hub",
@@ -118,13 +129,13 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
 
 def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
     """Open a checkpoint of any format. `renames`: rules for the names of the model's tensors."""
-    store, given = open_for_reading(fetched(path))
-    name = checkpoint_in(store, given)
-    found = () if name == given else (f"the checkpoint in it is `{location(store, name)}`",)
+    store, opened_name = open_for_reading(fetched(path))
+    name = checkpoint_in(store, opened_name)
+    found = () if name == opened_name else (f"the checkpoint in it is `{location(store, name)}`",)
     opened_as = fingerprint(store, name)
     checkpoint = open_any(store, name, check_files=True)
     names, others = _names_in_model(checkpoint)
-    stored_names = {*names.values()}
+    stored_names = [*names.values()]
     # PEFT's own names begin like those of a wrapper.
     is_adapter = any(".lora_A." in name for name in stored_names)
     if renames:
@@ -137,6 +148,7 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
     model = Dequantized(Renamed(stored, names), quantization)
     of_model = () if checkpoint.hf is None else model.notes
     return ConvertSource(
+        given=path,
         checkpoint=checkpoint,
         model=model,
         dialect=dialect_of(model.infos),

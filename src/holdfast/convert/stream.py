@@ -53,8 +53,12 @@ class Output:
         return self.tensors.infos[self.name].shape
 
     @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return prod(self.shape) * dtype_of(self.dtype).itemsize
+        return self.num_elements * dtype_of(self.dtype).itemsize
 
     def regions(self) -> Iterator[Region]:
         """Return the blocks in which the tensor is read and written."""

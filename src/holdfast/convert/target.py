@@ -12,7 +12,9 @@ import numpy as np
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.open_any import is_checkpoint
 from holdfast.catalog.paths import full_path, split_path
+from holdfast.catalog.replaceable import is_file, special_file, why_not_replaceable
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
@@ -29,7 +31,7 @@ from holdfast.saving.write import write
 from holdfast.spelling import spelled_bytes
 from holdfast.storage.continuing import Continuing
 from holdfast.storage.opening import is_url, store_to_save
-from holdfast.storage.store import Buffer, Creating, FileWriter, FolderStore, Store
+from holdfast.storage.store import Buffer, Creating, FileWriter, FolderStore, ReadStore, Store
 
 Values = Mapping[str, tuple[Path, bytes]]
 """Path and bytes of each value, by name, in the form that the target needs."""
@@ -101,9 +103,19 @@ def target_in(store: Store, name: str, *, overwrite: bool, file: bool = False) -
     is_empty_folder = not file and f"{name}/" in store.list() and not store.list(name)
     if not is_empty_folder:
         hint = "choose another target, or pass `--overwrite` to replace it"
-        catalog.check_free(name, replace=overwrite, hint=hint, file=file)
+        why_not = _why_not_replaceable_by_file if file else why_not_replaceable
+        catalog.check_free(name, replace=overwrite, hint=hint, why_not=why_not)
     replace_existing = overwrite or is_empty_folder
     return ConvertTarget(catalog, store, name, replace_existing, file, files)
+
+
+def _why_not_replaceable_by_file(store: ReadStore, name: str) -> str | None:
+    """Reason why a file may not replace the folder or file `name`; None if it may."""
+    if not is_file(store, name):
+        return "it is a folder, and a file was to take its place"
+    if is_checkpoint(store, name):
+        return None
+    return special_file(store, name) or "it is a file, and no checkpoint"
 
 
 def _check_apart(target: str, source: str) -> None:

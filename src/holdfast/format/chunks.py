@@ -164,7 +164,7 @@ class RowFile:
         self.where: str = ""
         self._fetch: Callable[[int, int], bytes] | None = None
         self._unit_bytes = BLOCK_BYTES
-        self._checksums: memoryview | None = None
+        self._checksums: tuple[int, ...] | None = None
         self._window = 0, b""
         """Offset and bytes of the last blocks that were read."""
 
@@ -210,22 +210,20 @@ class RowFile:
         for first in range(0, self.table.offset, _CHECKED_BYTES):
             self._checked(first, min(first + _CHECKED_BYTES, self.table.offset))
 
-    def check_table(self) -> memoryview:
+    def check_table(self) -> tuple[int, ...]:
         """Read the table, unless that is done, and check it. Returns the checksums."""
         if self._checksums is None:
             packed = self._read(self.table.offset, self.nbytes)
             if checksum.checksum(packed) != self.table.checksum:
                 raise self._damaged("its table of checksums does not match its checksum")
-            self._checksums = memoryview(packed).cast("Q")
+            self._checksums = checksum.unpack(packed)
         return self._checksums
 
     def _checked(self, first: int, stop: int) -> bytes:
         checksums = self.check_table()
         data = self._read(first, stop)
-        view = memoryview(data)
-        for start in range(0, len(data), BLOCK_BYTES):
-            block = (first + start) // BLOCK_BYTES
-            found = checksum.checksum(view[start : start + BLOCK_BYTES])
+        found_sums = checksum.block_checksums(memoryview(data), BLOCK_BYTES)
+        for block, found in enumerate(found_sums, first // BLOCK_BYTES):
             if found != checksums[block]:
                 raise self._damaged(
                     f"block {block} has checksum {found:016x}, its table says "
@@ -253,7 +251,8 @@ def row_file_of(stored: Sequence[Any]) -> RowFile:
     Raises a ValueError if it is invalid."""
     nbytes, offset, table_checksum = stored
     table = table_of(offset, table_checksum)
-    if count_of(nbytes) - table.offset != checksum.num_blocks(table.offset, BLOCK_BYTES) * 8:
+    num_blocks = checksum.num_blocks(table.offset, BLOCK_BYTES)
+    if count_of(nbytes) - table.offset != num_blocks * checksum.NBYTES:
         raise ValueError(f"no table of checksums from {offset} to {nbytes}")
     return RowFile(nbytes, table)
 

@@ -38,7 +38,7 @@ def read_value(data: bytes, *, where: str) -> object:
     try:
         allowed = AnyGlobal(GLOBALS)
         item = Span(0, len(data))
-        value, *_ = read_pickle(fetch, item, allowed, PICKLE_BYTES_MAX, where=where)
+        value, _ = read_pickle(fetch, item, allowed, PICKLE_BYTES_MAX, where=where)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is no container of torch.save: {error}") from error
     return value

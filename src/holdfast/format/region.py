@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import add, le, sub
@@ -69,6 +69,34 @@ class Region:
 
     def slices(self) -> tuple[slice, ...]:
         return tuple(map(slice, self.start, self.stop))
+
+
+def boxes_of_run(shape: Sequence[int], start: int, count: int) -> Iterator[Region]:
+    """Boxes that make up `count` consecutive elements of a tensor, from number `start` in row-major
+    order: all whole rows as one box, and the parts of rows before and after them.
+
+    >>> [(box.start, box.stop) for box in boxes_of_run((3, 4), 2, 7)]
+    [((0, 2), (1, 4)), ((1, 0), (2, 4)), ((2, 0), (3, 1))]
+    """
+    if not shape:
+        yield Region((), ())
+        return
+    row = prod(shape[1:])
+    first, skipped = divmod(start, row)
+    if skipped or count < row:
+        head = min(row - skipped, count)
+        yield from _in_row(first, boxes_of_run(shape[1:], skipped, head))
+        first, count = first + 1, count - head
+    num_rows = count // row
+    if num_rows:
+        zeros = (0,) * (len(shape) - 1)
+        yield Region((first, *zeros), (first + num_rows, *shape[1:]))
+    if count > num_rows * row:
+        yield from _in_row(first + num_rows, boxes_of_run(shape[1:], 0, count - num_rows * row))
+
+
+def _in_row(row: int, boxes: Iterator[Region]) -> Iterator[Region]:
+    return (Region((row, *box.start), (row + 1, *box.stop)) for box in boxes)
 
 
 PAIRS_MAX = 500_000

@@ -28,10 +28,12 @@ from holdfast.format.manifest import (
 )
 from holdfast.format.region import Region
 from holdfast.format.untrusted import check_file_name, check_sizes
+from holdfast.spelling import listed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 HEADER_BYTES_MAX = 100_000_000
 """Largest header, as in the reference implementation."""
@@ -200,19 +202,18 @@ def joined(
         if name not in tensors:
             problems.append(f"`{name}` is not in `{file}`, contrary to the index")
     if problems:
-        more = len(problems) - LISTED_MAX
         raise FormatError(
             f"`{where}`: {problems[0]}"
             if len(problems) == 1
-            else f"`{where}`: {len(problems)} tensors are in the wrong place:\n  "
-            + "\n  ".join(problems[:LISTED_MAX])
-            + (f"\n  ... and {more} more" if more > 0 else ""),
+            else f"`{where}`: {len(problems)} tensors are in the wrong place:"
+            + listed(problems, LISTED_MAX),
             hint="without an index all weights are read: move away files of other models"
             if index is None
             else "download the folder again",
         )
     files = {file: size for part in parts.values() for file, size in part.files.items()}
-    return Manifest(tensors, {}, files=files, kind="model")
+    values = {name: value for part in parts.values() for name, value in part.values.items()}
+    return Manifest(tensors, values, files=files, kind="model")
 
 
 @dataclass(frozen=True, slots=True)

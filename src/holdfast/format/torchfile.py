@@ -63,9 +63,6 @@ class TorchFile:
     strides: Mapping[str, tuple[int, ...]]
     """Strides, in elements, of tensors that are not row-major; they start at their item."""
 
-    records: Mapping[str, Record]
-    """All records of the archive."""
-
     values: Mapping[str, object]
     """The values, by name. An `Other` stands for an object that needs torch."""
 
@@ -82,13 +79,11 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
     check_kind(fetch, nbytes, where=where)
     allowed = AnyGlobal(GLOBALS)
     try:
-        records: Mapping[str, Record]
         if fetch(0, 1) == b"\x80":
             allowed.update(torchstream.GLOBALS)
-            stream = torchstream.read_stream(fetch, nbytes, allowed, where=where)
-            value, records = stream.value, stream.records
+            value, records = torchstream.read_stream(fetch, nbytes, allowed, where=where)
         else:
-            value, _, records = read_pickle(
+            value, records = read_pickle(
                 fetch, Span(0, nbytes), allowed, PICKLE_BYTES_MAX, where=where
             )
         read = _Reader(records, file, nbytes)
@@ -105,7 +100,7 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
             hint="in a program that has their classes, torch.save their `state_dict()`",
         )
     manifest = Manifest(read.tensors, read.values_in_file, files={file: nbytes})
-    return TorchFile(manifest, read.strides, records, read.values, read.left_out)
+    return TorchFile(manifest, read.strides, read.values, read.left_out)
 
 
 def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> None:

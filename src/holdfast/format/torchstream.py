@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -35,17 +34,6 @@ GLOBALS: Mapping[tuple[str, str], Any] = {
 """Globals that only the pickle of a stream may use for a tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """Contents of a stream."""
-
-    value: Any
-    """The object, as `pickles.loads` returns it."""
-
-    records: Mapping[str, Record]
-    """All pickles as `data.pkl`, and each storage as `data/<key>`, as in a ZIP archive."""
-
-
 def is_stream(fetch: Fetch) -> bool:
     """Whether a file begins like a stream of `torch.save`."""
     try:
@@ -56,8 +44,9 @@ def is_stream(fetch: Fetch) -> bool:
 
 def read_stream(
     fetch: Fetch, nbytes: int, allowed: Mapping[tuple[str, str], Any], *, where: str
-) -> Stream:
-    """Read the pickles of a stream of `nbytes`, and the positions of its storages.
+) -> tuple[Any, dict[str, Record]]:
+    """Read a stream of `nbytes`: the object in its pickle, as `pickles.loads` returns it, and its
+    records as those of a ZIP archive: all pickles as `data.pkl`, each storage as `data/<key>`.
 
     Raises:
         FormatError: it refers to a global that is not allowed.
@@ -103,7 +92,7 @@ class _Pickles(Unpickler):
 
 def _read(
     fetch: Fetch, data: bytes, nbytes: int, allowed: Mapping[tuple[str, str], Any], where: str
-) -> Stream:
+) -> tuple[Any, dict[str, Record]]:
     """Read a stream of `nbytes` whose pickles are in `data`."""
     pickles = _Pickles(data, allowed, where)
     magic, version, system, value, keys = (pickles.next() for _ in range(_NUM_PICKLES))
@@ -125,7 +114,7 @@ def _read(
             raise ValueError(f"it ends inside of storage `{key[:100]}`")
         records[name] = Record(position, item, 0)
         position = item.stop
-    return Stream(value, records)
+    return value, records
 
 
 def _sizes(storages: list[Any]) -> dict[str, tuple[int, int]]:

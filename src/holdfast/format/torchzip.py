@@ -135,7 +135,7 @@ def locate(fetch: Fetch, item: Span, *, where: str) -> StoredTensor:
         FormatError: it is no archive of a tensor, or refers to bytes outside of it.
     """
     try:
-        value, _, records = read_pickle(fetch, item, GLOBALS, _TENSOR_PICKLE_BYTES_MAX, where=where)
+        value, records = read_pickle(fetch, item, GLOBALS, _TENSOR_PICKLE_BYTES_MAX, where=where)
         return stored_tensor(described(value), records, item.offset)
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"`{where}` is not a tensor as torch.save writes it: {error}") from error
@@ -148,8 +148,8 @@ def read_pickle(
     nbytes_max: int,
     *,
     where: str,
-) -> tuple[Any, int, dict[str, Record]]:
-    """Read an archive: the object in its pickle, the bytes of the pickle, and all records.
+) -> tuple[Any, dict[str, Record]]:
+    """Read an archive: the object in its pickle, and all records.
 
     Raises:
         FormatError: the pickle refers to a global that is not allowed.
@@ -163,7 +163,7 @@ def read_pickle(
     if "byteorder" in records and _content(within, records["byteorder"], 16) != b"little":
         raise ValueError("byte order is not little-endian")
     pickled = _content(within, records["data.pkl"], nbytes_max)
-    return loads(pickled, allowed, where=where), len(pickled), records
+    return loads(pickled, allowed, where=where), records
 
 
 def _content(fetch: Fetch, record: Record, nbytes_max: int) -> bytes:

@@ -20,7 +20,7 @@ from math import prod
 from holdfast.errors import FormatError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
-from holdfast.format.region import Region
+from holdfast.format.region import boxes_of_run
 from holdfast.format.torchfile import TorchFile
 from holdfast.format.untrusted import check_sizes
 
@@ -39,19 +39,10 @@ _STAGE_2 = f"{_OPTIMIZER}.single_partition_of_fp32_groups"
 _STAGE_3 = f"{_OPTIMIZER}.fp32_flat_groups"
 """Path of the flat vectors in the files of stages 1 and 2, and of stage 3."""
 
-_UNIVERSAL = "DeepSpeed's ds_to_universal.py joins it"
+UNIVERSAL_HINT = "DeepSpeed's ds_to_universal.py joins it"
 
 _ALIGNED = 2
 """Stages 1 and 2 pad each group to a multiple of this, times the number of ranks."""
-
-
-@dataclass(frozen=True, slots=True)
-class ZeroFiles:
-    """Contents of all files of a ZeRO checkpoint, by file name."""
-
-    models: Mapping[str, TorchFile]
-    optimizers: Mapping[str, TorchFile]
-    """Files of the ranks, in the order of the ranks."""
 
 
 @dataclass(slots=True)
@@ -84,38 +75,44 @@ class _Vector:
             first += count
 
 
-def join(files: ZeroFiles, *, where: str) -> tuple[Manifest, tuple[str, ...]]:
+def join(
+    models: Mapping[str, TorchFile], optimizers: Mapping[str, TorchFile], *, where: str
+) -> tuple[Manifest, tuple[str, ...]]:
     """Return a manifest of the parameters, in float32, and of the buffers, and notes.
+
+    `models`, `optimizers`: contents of both kinds of files, by name, in the order of the ranks.
 
     Raises:
         FormatError: files are missing or contradict each other, or the model is divided in a way
             that the files do not describe.
     """
     try:
-        return _joined(files)
+        return _joined(models, optimizers)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else error
         raise FormatError(
             f"`{where}` is a checkpoint of DeepSpeed's ZeRO that cannot be joined: {reason}",
-            hint=_UNIVERSAL,
+            hint=UNIVERSAL_HINT,
         ) from error
 
 
-def _joined(files: ZeroFiles) -> tuple[Manifest, tuple[str, ...]]:
-    if not files.models:
+def _joined(
+    models: Mapping[str, TorchFile], optimizers: Mapping[str, TorchFile]
+) -> tuple[Manifest, tuple[str, ...]]:
+    if not models:
         raise ValueError("no `*_model_states.pt` is beside the parts")
-    first_model = next(iter(files.models.values()))
-    first_rank = next(iter(files.optimizers.values()))
+    first_model = next(iter(models.values()))
+    first_rank = next(iter(optimizers.values()))
     is_stage_3 = any(name.startswith(_STAGE_3) for name in first_rank.manifest.tensors)
     num_ranks = _partition_count(first_rank)
-    if num_ranks != len(files.optimizers):
-        raise ValueError(f"{num_ranks} ranks wrote it, files of {len(files.optimizers)} are there")
+    if num_ranks != len(optimizers):
+        raise ValueError(f"{num_ranks} ranks wrote it, files of {len(optimizers)} are there")
     shapes = _shapes(first_model)
     key = _STAGE_3 if is_stage_3 else _STAGE_2
-    groups = [_groups(part, key) for part in files.optimizers.values()]
+    groups = [_groups(part, key) for part in optimizers.values()]
     if is_stage_3:
         tensors = _stage_3(shapes, groups)
-        tensors |= _frozen_3(files.models)
+        tensors |= _frozen_3(models)
     else:
         tensors = _stage_2(shapes, groups, _paddings(first_rank))
         tensors |= _below(first_model, "frozen_param_fragments")
@@ -125,16 +122,13 @@ def _joined(files: ZeroFiles) -> tuple[Manifest, tuple[str, ...]]:
     for name, shared_with in _texts_below(first_model, "shared_params").items():
         if shared_with in tensors:
             tensors[name] = _renamed(tensors[shared_with], name)
-    sizes = {name: size for part in _all(files) for name, size in part.manifest.files.items()}
+    parts = (*models.values(), *optimizers.values())
+    sizes = {name: size for part in parts for name, size in part.manifest.files.items()}
     notes = (
         "the parameters are the float32 copies of ZeRO's optimizer; the optimizer's other state is "
         "not read",
     )
     return Manifest(tensors, {}, files=sizes, kind="model"), notes
-
-
-def _all(files: ZeroFiles) -> list[TorchFile]:
-    return [*files.models.values(), *files.optimizers.values()]
 
 
 def _partition_count(part: TorchFile) -> int:
@@ -151,10 +145,8 @@ def _shapes(model: TorchFile) -> list[dict[str, tuple[int, ...]]]:
     groups: dict[int | str, dict[str, tuple[int, ...]]] = {}
     for name, entry in model.manifest.values.items():
         if entry.path[0] == "param_shapes" and len(entry.path) == 3:
-            shape = model.values[name]
-            groups.setdefault(entry.path[1], {})[str(entry.path[2])] = check_sizes(
-                getattr(shape, "args", (shape,))[0]
-            )
+            shape = check_sizes(model.values[name])
+            groups.setdefault(entry.path[1], {})[str(entry.path[2])] = shape
     if not groups:
         raise KeyError("param_shapes")
     return list(groups.values())
@@ -227,17 +219,14 @@ def _stage_3(
 def _frozen_3(models: Mapping[str, TorchFile]) -> dict[str, TensorEntry]:
     """Frozen parameters of stage 3, of which each rank has a part."""
     first = next(iter(models.values()))
+    of_ranks = [_below(model, "frozen_param_fragments") for model in models.values()]
     tensors: dict[str, TensorEntry] = {}
     for name, value in first.manifest.values.items():
         path = value.path
         if path[0] != "frozen_param_shapes" or len(path) != 2:
             continue
-        shape = first.values[name]
-        sizes = check_sizes(getattr(shape, "args", (shape,))[0])
-        parameter = str(path[1])
-        fragments = [
-            _below(model, "frozen_param_fragments")[parameter] for model in models.values()
-        ]
+        sizes, parameter = check_sizes(first.values[name]), str(path[1])
+        fragments = [of_rank[parameter] for of_rank in of_ranks]
         dtype = fragments[0].dtype
         if any(entry.dtype != dtype for entry in fragments):
             raise ValueError(f"`{parameter}` has several dtypes")
@@ -259,37 +248,13 @@ def _entry(
     chunks: list[Chunk] = []
     for file, offset, low, high in vector.ranges(start, start + num_elements):
         position = offset
-        for region in _boxes(shape, low - start, high - start):
+        for region in boxes_of_run(shape, low - start, high - low):
             item = Span(position, region.num_elements * itemsize)
             chunks.append(Chunk(region, file, item, item.offset))
             position = item.stop
     if sum(chunk.region.num_elements for chunk in chunks) != num_elements:
         raise ValueError(f"`{name}` has {num_elements} elements, more than its files")
     return TensorEntry(dtype, shape, tuple(chunks), (name,))
-
-
-def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Region]:
-    """Divide the elements `start` to `stop` of a row-major tensor into boxes, in order.
-
-    >>> [(box.start, box.stop) for box in _boxes((3, 4), 2, 9)]
-    [((0, 2), (1, 4)), ((1, 0), (2, 4)), ((2, 0), (3, 1))]
-    """
-    if not shape:
-        yield Region((), ())
-        return
-    row = prod(shape[1:])
-    while start < stop:
-        index, within = divmod(start, row)
-        whole = 0 if within else (stop - start) // row
-        if whole:
-            origin = (0,) * len(shape[1:])
-            yield Region((index, *origin), (index + whole, *shape[1:]))
-            start += whole * row
-            continue
-        last = min(stop - index * row, row)
-        for box in _boxes(shape[1:], within, last):
-            yield Region((index, *box.start), (index + 1, *box.stop))
-        start = index * row + last
 
 
 def _below(file: TorchFile, key: str) -> dict[str, TensorEntry]:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from holdfast.catalog.hf_folder import CONFIG, check_inside
+from holdfast.catalog.catalog import check_inside
+from holdfast.catalog.hf_folder import CONFIG, QUANTIZATION
 from holdfast.catalog.paths import open_for_reading
 from holdfast.format.safetensors import INDEX
 from holdfast.storage.store import Creating, ReadStore, Store
@@ -17,9 +18,6 @@ _WEIGHTS = (
     "*.distcp *.lock *.incomplete"
 )
 """Patterns of files that an export does not copy: weights in any format."""
-
-_QUANTIZATION = ("quantization_config", "compression_config")
-"""Keys of a quantization, which an export has no more."""
 
 _TEMPLATES = "additional_chat_templates/"
 
@@ -62,7 +60,7 @@ def config_bytes(config: Mapping[str, Any], dtype: str) -> bytes:
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    changed = {key: value for key, value in config.items() if key not in _QUANTIZATION}
+    changed = {key: value for key, value in config.items() if key not in QUANTIZATION}
     # transformers 5 renamed the key, and reads both.
     keys = [key for key in ("dtype", "torch_dtype") if key in changed]
     nested = isinstance(changed.get("text_config"), dict)

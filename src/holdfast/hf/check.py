@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
+from holdfast import spelling
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.region import Region
 from holdfast.hf.dialects import is_balance
@@ -99,12 +100,23 @@ def differences(
     return [*lines, *_unexpected(unexpected, names, config_from)]
 
 
+def check_exportable(
+    infos: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName
+) -> None:
+    """Check that the tensors of a live model are those of its configuration. Raises a MismatchError
+    that lists all differences."""
+    wrong = differences(infos, mapping, side, "the configuration")
+    if wrong:
+        raise MismatchError(
+            f"the model cannot be exported:{listed(wrong)}",
+            hint="check that the `config.json` of the export belongs to this model",
+        )
+
+
 def listed(lines: Sequence[str]) -> str:
     """Return lines indented for an error. Many lines are merged by layer and expert, then cut."""
     shown = lines if len(lines) <= LISTED_MAX else list(_merged(lines))
-    more = len(shown) - LISTED_MAX
-    last = [f"... and {more} more"] if more > 0 else []
-    return "".join(f"\n  {line}" for line in (*shown[:LISTED_MAX], *last))
+    return spelling.listed(shown, LISTED_MAX)
 
 
 def _unmapped_balances(names: Collection[str], mapping: TensorMapping, side: SideName) -> set[str]:

@@ -25,14 +25,15 @@ from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.names import HiddenFolder
 from holdfast.format.region import Region
 from holdfast.hf.assets import files_beside, write_small
-from holdfast.hf.check import differences, listed
+from holdfast.hf.check import check_exportable
 from holdfast.hf.dialects import is_balance, renamed
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
-from holdfast.hf.own_names import check_export, keeps_names, own_dtypes, own_names_mapping
+from holdfast.hf.own_names import check_own_names, keeps_names, own_dtypes, own_names_mapping
 from holdfast.hf.shards import ExportLayout, shard
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.index import Index
+from holdfast.planning.write_plan import GlobalPlan
 from holdfast.storage.local import LocalStore
 from holdfast.storage.opening import folder_store
 from holdfast.storage.store import FileWriter
@@ -97,6 +98,21 @@ class ExportSnapshot:
     others: Collection[str]
     """Top-level names that do not belong to the model."""
 
+    @property
+    def plan(self) -> GlobalPlan:
+        """Plan of the save. On rank 0 only."""
+        assert self.index is not None, "rank 0 has it"
+        return self.index.plan
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Dtype and shape of each tensor of the model, on all ranks together. On rank 0 only."""
+        return {
+            placed.name: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
+            for placed in self.plan.tensors
+            if placed.tensor.path[0] not in self.others
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Exported:
@@ -160,17 +176,10 @@ class _OwnNames:
 
 def _own_names(snapshot: ExportSnapshot, model: HFModel) -> _OwnNames | None:
     """Return the tensors of a model that keeps its names; None for a model with native names."""
-    assert snapshot.index is not None, "rank 0 has it"
-    plan = snapshot.index.plan
-    infos = {
-        placed.name: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
-        for placed in plan.tensors
-        if placed.tensor.path[0] not in snapshot.others
-    }
-    config = of_language_model(model.config)
+    infos, config = snapshot.infos, of_language_model(model.config)
     if not keeps_names(infos, config):
         return None
-    return _OwnNames(infos, check_export(infos, config))
+    return _OwnNames(infos, check_own_names(infos, config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,21 +199,11 @@ class _Job:
 
     def create_files(self) -> None:
         """Check that the model fits the mapping, and create every file with its header."""
-        assert self.snapshot.index is not None, "rank 0 has it"
-        plan = self.snapshot.index.plan
+        plan = self.snapshot.plan
         names = [placed.name for placed in plan.tensors]
         native_names = self._native_names([*names, *plan.aliases])
-        infos = {
-            native_names[placed.name]: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
-            for placed in plan.tensors
-            if placed.tensor.path[0] not in self.snapshot.others
-        }
-        wrong = differences(infos, self.mapping, "native", "the configuration")
-        if wrong:
-            raise MismatchError(
-                f"the model cannot be exported:{listed(wrong)}",
-                hint="check that the `config.json` of the export belongs to this model",
-            )
+        infos = {native_names[name]: info for name, info in self.snapshot.infos.items()}
+        check_exportable(infos, self.mapping, "native")
         for file, layout in self.layout.files.items():
             with self.store.create(f"{self.attempt}/{file}", layout.nbytes) as writer:
                 writer.write(0, [layout.header])

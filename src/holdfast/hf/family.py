@@ -184,10 +184,19 @@ def rows_and_axes(family: Family, config: Config) -> tuple[list[Relation], Axes]
     return rows, axes
 
 
-def fused_experts(family: Family, config: Config, names: Collection[str]) -> bool:
-    """Return whether Hugging Face tensors have fused experts where published folders do not.
+def fused_experts(published: TensorMapping, names: Collection[str]) -> bool:
+    """Return whether Hugging Face tensors have fused experts where the mapping of published folders
+    has one tensor per expert.
 
     transformers has the experts of a layer in one tensor in memory, and some tools save them so.
     """
-    published = {*mapping_of(family, config).names("hf")}
-    return any(name.endswith(_FUSED) and name not in published for name in names)
+    fused = {name for name in names if name.endswith(_FUSED)}
+    return bool(fused) and not fused <= {*published.names("hf")}
+
+
+def mapping_for(family: Family, config: Config, names: Collection[str]) -> TensorMapping:
+    """Return the mapping for Hugging Face tensors of these names, with fused experts or without."""
+    published = mapping_of(family, config)
+    if fused_experts(published, names):
+        return mapping_of(family, config, fused_experts=True)
+    return published

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from holdfast.hf.rope import DynamicScaling, RopeScaling, Scaling, rope_scaling_of
+from holdfast.hf.rope import DynamicScaling, Llama3Scaling, Scaling, rope_scaling_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +121,11 @@ def config_of(name: str, flavor: Flavor, vocab_size: int) -> dict[str, Any]:
 
 LLAMA3: dict[str, Flavor] = {
     "debugmodel": Flavor(256, 6, 8, 4, 704, vocab_size=None),
-    "1B": Flavor(2048, 16, 32, 8, 8192, rope_scaling=RopeScaling(32), tied=True),
-    "3B": Flavor(3072, 28, 24, 8, 8192, rope_scaling=RopeScaling(32), tied=True),
-    "8B": Flavor(4096, 32, 32, 8, 14336, rope_scaling=RopeScaling(8)),
-    "70B": Flavor(8192, 80, 64, 8, 28672, rope_scaling=RopeScaling(8)),
-    "405B": Flavor(16384, 126, 128, 8, 53248, rope_scaling=RopeScaling(8)),
+    "1B": Flavor(2048, 16, 32, 8, 8192, rope_scaling=Llama3Scaling(32), tied=True),
+    "3B": Flavor(3072, 28, 24, 8, 8192, rope_scaling=Llama3Scaling(32), tied=True),
+    "8B": Flavor(4096, 32, 32, 8, 14336, rope_scaling=Llama3Scaling(8)),
+    "70B": Flavor(8192, 80, 64, 8, 28672, rope_scaling=Llama3Scaling(8)),
+    "405B": Flavor(16384, 126, 128, 8, 53248, rope_scaling=Llama3Scaling(8)),
 }
 """Llama 3.1 (8B, 70B, 405B) and 3.2 (1B, 3B), and a small one that trains on two CPU cores."""
 

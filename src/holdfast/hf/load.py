@@ -22,11 +22,11 @@ from holdfast.format.region import Region
 from holdfast.hf.check import check_fit
 from holdfast.hf.dialects import balances, dialect_of, is_balance, renamed
 from holdfast.hf.families import family_of, table_of
-from holdfast.hf.family import Config, fused_experts, mapping_of
+from holdfast.hf.family import Config, mapping_for
 from holdfast.hf.own_names import keeps_names, tensors_for
 from holdfast.loading.load import Loaded, load_tree
 from holdfast.loading.read import THREADS_MAX, Wanted
-from holdfast.state.layout import box_of, local_of
+from holdfast.state.layout import box_of, elements_of
 from holdfast.state.objects import StateTree
 from holdfast.state.shard import Piece
 from holdfast.state.tree import Leaf
@@ -111,9 +111,7 @@ def _open(source: Source, folder: HFFolder) -> Dequantized:
             f"`{source.url}` is a PEFT adapter, expected: a base model",
             hint=f"its base is `{folder.adapter.get('base_model_name_or_path')}`",
         )
-    files = folder.torch_files.values()
-    strides = {name: one for file in files for name, one in file.strides.items()}
-    return Dequantized(StoredTensors(source, strides), folder.quantization)
+    return Dequantized(StoredTensors(source, folder.strides), folder.quantization)
 
 
 def _table(
@@ -129,8 +127,7 @@ def _table(
     if folder.config is not None:
         config_from = f"`{source.url}/{CONFIG}`"
     family = family_of(config, where=config_from)
-    fused = fused_experts(family, config, tensors.infos)
-    return mapping_of(family, config, fused_experts=fused), config_from
+    return mapping_for(family, config, tensors.infos), config_from
 
 
 def _agreed(ranks: Ranks, *flags: bool) -> list[bool]:
@@ -143,10 +140,9 @@ def _tied(leaves: Mapping[str, Leaf]) -> list[tuple[str, str]]:
     names: dict[object, list[str]] = {}
     for name, leaf in leaves.items():
         if isinstance(leaf.value, torch.Tensor) and leaf.value.device.type != "meta":
-            local = local_of(leaf.value)
-            if local.numel():
-                memory = local.data_ptr(), local.shape, local.stride(), local.device
-                names.setdefault(memory, []).append(name)
+            elements = elements_of(leaf.value)
+            if elements:
+                names.setdefault(elements, []).append(name)
     return [pair for group in names.values() for pair in permutations(group, 2)]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from holdfast.errors import MismatchError, UsageError
-from holdfast.hf.check import DERIVED, differences, listed
+from holdfast.errors import UsageError
+from holdfast.hf.check import DERIVED, check_exportable
 from holdfast.hf.dialects import CORRECTION_BIAS, dialect_of
 from holdfast.hf.families import no_table, table_of
 from holdfast.hf.family import Config, fused_experts, mapping_of
@@ -60,7 +60,7 @@ def own_dtypes(infos: Mapping[str, TensorInfo], dtype: str) -> dict[str, DtypeAn
     return {n: (i.dtype if n in kept else dtype, i.shape) for n, i in infos.items()}
 
 
-def check_export(infos: Mapping[str, TensorInfo], config: Config) -> str:
+def check_own_names(infos: Mapping[str, TensorInfo], config: Config) -> str:
     """Check that the tensors are those of the configuration, as far as a table says. Returns a note
     for the log.
 
@@ -70,14 +70,11 @@ def check_export(infos: Mapping[str, TensorInfo], config: Config) -> str:
     family = table_of(config)
     if family is None:
         return no_table(config)
-    fused = fused_experts(family, config, infos)
-    mapping = mapping_of(family, config, fused_experts=fused)
-    wrong = differences(infos, mapping, "hf", "the configuration")
-    if wrong:
-        raise MismatchError(
-            f"the model cannot be exported:{listed(wrong)}",
-            hint="check that the `config.json` of the export belongs to this model",
-        )
+    mapping = mapping_of(family, config)
+    fused = fused_experts(mapping, infos)
+    if fused:
+        mapping = mapping_of(family, config, fused_experts=True)
+    check_exportable(infos, mapping, "hf")
     if fused:
         return (
             "the experts of a layer are in one tensor, as in the memory of transformers; `holdfast "
@@ -98,7 +95,8 @@ def tensors_for(
     """
     family = None if config is None else table_of(config)
     if family is not None and config is not None:
-        here, there = (fused_experts(family, config, one) for one in (names, hf_tensors.infos))
+        published = mapping_of(family, config)
+        here, there = (fused_experts(published, one) for one in (names, hf_tensors.infos))
         if here != there:
             stored = mapping_of(family, config, fused_experts=there)
             native = Mapped(hf_tensors, stored, "native")

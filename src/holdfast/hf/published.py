@@ -11,7 +11,7 @@ from typing import Any
 
 from holdfast.hf.family import Config
 from holdfast.hf.flavors import MODELS, ExpertFlavor, config_of, qwen3_moe
-from holdfast.hf.rope import RopeScaling, rope_scaling_of
+from holdfast.hf.rope import Llama3Scaling, rope_scaling_of
 
 TYPES: Mapping[str, tuple[str, ...]] = {
     "llama2": ("llama",),
@@ -229,7 +229,7 @@ PUBLISHED: Mapping[str, Mapping[str, Config]] = {
             1,
             qk_norm=True,
             max_position_embeddings=10485760,
-            rope_scaling=rope_scaling_of(RopeScaling(16.0, high_freq_factor=1.0)),
+            rope_scaling=rope_scaling_of(Llama3Scaling(16.0, high_freq_factor=1.0)),
         ),
         "17bx128e": _llama4(128, 2, qk_norm=False, max_position_embeddings=1048576),
     },

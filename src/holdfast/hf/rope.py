@@ -18,7 +18,7 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class RopeScaling:
+class Llama3Scaling:
     """Scaling of rotary frequencies in Llama 3.1, from 8192 to 131072 positions."""
 
     factor: float
@@ -76,17 +76,18 @@ class YarnScaling:
     """Whether the ramp between both begins and ends at whole frequency numbers."""
 
 
-Scaling = RopeScaling | LinearScaling | DynamicScaling | YarnScaling
+Scaling = Llama3Scaling | LinearScaling | DynamicScaling | YarnScaling
 """Scaling of rotary frequencies."""
+
+_POSITIONS = "max_position_embeddings"
+_ORIGINAL = "original_max_position_embeddings"
 
 THETA = 10000.0
 """Base of the rotary frequencies in a `config.json` without one."""
 
 
-def rope_of(config: Config, *, max_positions: int) -> tuple[float, Scaling | None]:
+def rope_of(config: Config) -> tuple[float, Scaling | None]:
     """Return base and scaling of the rotary frequencies.
-
-    `max_positions`: positions of the model if the configuration does not say.
 
     Raises:
         FormatError: the kind of scaling is not supported, or a value is missing or absurd.
@@ -95,7 +96,8 @@ def rope_of(config: Config, *, max_positions: int) -> tuple[float, Scaling | Non
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise _absurd("rope_parameters", "an object", rope)
-    theta = _number(rope, "rope_theta", _number(config, "rope_theta", THETA))
+    theta = _number(config, "rope_theta", THETA, positive=True)
+    theta = _number(rope, "rope_theta", theta, positive=True)
     partial = _number(rope, "partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
     if partial != 1.0:
         raise _absurd("partial_rotary_factor", "1", partial)
@@ -104,10 +106,9 @@ def rope_of(config: Config, *, max_positions: int) -> tuple[float, Scaling | Non
         return theta, None
     if not isinstance(kind, str) or kind not in _PARSERS:
         raise _absurd("rope_type", f"default, {', '.join(_PARSERS)}", kind)
-    positions = int(_number(config, "max_position_embeddings", max_positions))
-    original = rope.get("original_max_position_embeddings", positions)
-    original = config.get("original_max_position_embeddings", original)
-    known = {**rope, "max_position_embeddings": positions, "original": original}
+    known = {**rope, _POSITIONS: _positions(config, _POSITIONS, default=0)}
+    if _ORIGINAL in config:
+        known[_ORIGINAL] = config[_ORIGINAL]
     return theta, _PARSERS[kind](known)
 
 
@@ -127,37 +128,37 @@ def rope_scaling_of(scaling: Scaling) -> dict[str, Any]:
                 "beta_fast": scaling.beta_fast,
                 "beta_slow": scaling.beta_slow,
                 "truncate": scaling.truncate,
-                "original_max_position_embeddings": scaling.original_seq_len,
+                _ORIGINAL: scaling.original_seq_len,
             }
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,
         "low_freq_factor": scaling.low_freq_factor,
         "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_seq_len,
+        _ORIGINAL: scaling.original_seq_len,
     }
 
 
 def _linear(rope: Config) -> Scaling:
-    return LinearScaling(_number(rope, "factor"))
+    return LinearScaling(_number(rope, "factor", positive=True))
 
 
 def _dynamic(rope: Config) -> Scaling:
-    return DynamicScaling(_number(rope, "factor"), int(_number(rope, "max_position_embeddings")))
+    return DynamicScaling(_number(rope, "factor", positive=True), rope[_POSITIONS])
 
 
 def _llama3(rope: Config) -> Scaling:
-    return RopeScaling(
-        factor=_number(rope, "factor"),
+    return Llama3Scaling(
+        factor=_number(rope, "factor", positive=True),
         low_freq_factor=_number(rope, "low_freq_factor"),
         high_freq_factor=_number(rope, "high_freq_factor"),
-        original_seq_len=int(_number(rope, "original")),
+        original_seq_len=_positions(rope, _ORIGINAL, default=rope[_POSITIONS]),
     )
 
 
 def _yarn(rope: Config) -> Scaling:
-    original = int(_number(rope, "original"))
-    factor = _number(rope, "factor", rope["max_position_embeddings"] / max(original, 1))
+    original = _positions(rope, _ORIGINAL, default=rope[_POSITIONS])
+    factor = _number(rope, "factor", rope[_POSITIONS] / max(original, 1), positive=True)
     mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
     attention = _mscale(factor, 1.0)
     if mscale and mscale_all:
@@ -187,12 +188,25 @@ def _mscale(factor: float, scale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
-def _number(config: Config, key: str, default: Any = None) -> float:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise _absurd(key, "a number of at least 0", value)
+def _positions(config: Config, key: str, *, default: int) -> int:
+    """Return a number of positions, or `default` if the key is missing: null is refused."""
+    if key not in config:
+        return default
+    number = int(_number(config, key))
+    if number < 1:
+        raise _absurd(key, "a number of at least 1", config[key])
+    return number
+
+
+def _number(
+    config: Config, key: str, default: float | None = None, *, positive: bool = False
+) -> float:
+    """Return a number, or `default` if there is none. `positive`: whether 0 is refused."""
+    value: Any = config.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) not in (int, float) or not 0 <= value < math.inf or (positive and not value):
+        raise _absurd(key, f"a number {'above' if positive else 'of at least'} 0", value)
     return float(value)
 
 

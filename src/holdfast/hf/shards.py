@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -61,12 +61,16 @@ def shard(tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYT
 
 def lay_out_single(tensors: Mapping[str, DtypeAndShape], file: str) -> ExportLayout:
     """Assign all tensors to one file."""
-    nbytes_by_dtype: dict[str, int] = {}
-    for dtype, shape in tensors.values():
+    dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
+    main = main_dtype(tensors.values()) or "float32"
+    return ExportLayout({file: lay_out({**tensors})}, None, main, dtypes)
+
+
+def main_dtype(tensors: Iterable[DtypeAndShape]) -> str | None:
+    """Return the floating-point dtype with the most bytes; None if no tensor has one."""
+    nbytes: dict[str, int] = {}
+    for dtype, shape in tensors:
         # Small models may have more bytes in tables of indices than in weights.
         if is_floating(dtype):
-            nbytes = prod(shape) * dtype_of(dtype).itemsize
-            nbytes_by_dtype[dtype] = nbytes_by_dtype.get(dtype, 0) + nbytes
-    most = max(nbytes_by_dtype, key=lambda dtype: nbytes_by_dtype[dtype], default="float32")
-    dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
-    return ExportLayout({file: lay_out({**tensors})}, None, most, dtypes)
+            nbytes[dtype] = nbytes.get(dtype, 0) + prod(shape) * dtype_of(dtype).itemsize
+    return max(nbytes, key=lambda dtype: nbytes[dtype], default=None)

@@ -25,9 +25,14 @@ MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
 """Values of `model_type` that a native model computes, by its name in `flavors.MODELS`."""
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 4096 * 32, "sliding_window": 4096},
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "mistral": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 4096 * 32,
+        "sliding_window": 4096,
+    },
     "qwen3_moe": {
+        "rms_norm_eps": 1e-6,
         "max_position_embeddings": 32768,
         "norm_topk_prob": False,
         "num_experts_per_tok": 8,
@@ -56,17 +61,17 @@ def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
     Raises:
         MismatchError: the native model cannot compute it. All such values are listed.
     """
-    config = {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
+    config = _with_defaults(config)
     wrong = [
         f"`{key}` is {shortened(config[key])}, expected: {expected}"
         for key, expected in _FIXED.items()
         if config.get(key) is not None and config[key] != expected
     ]
     wrong += _sliding(config)
-    eps, head_dim = config.get("rms_norm_eps", 1e-6), config.get("head_dim")
+    eps: Any = config.get("rms_norm_eps")
     theta, scaling = flavor.rope_theta, flavor.rope_scaling
     try:
-        theta, scaling = rope_of(config, max_positions=config.get("max_position_embeddings", 0))
+        theta, scaling = rope_of(config)
     except FormatError as error:
         wrong.append(error.what)
     if type(eps) not in (int, float) or not 0 < eps < 1:
@@ -89,14 +94,27 @@ def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
             "))`; for the tokenizer alone, use a folder without `config.json`",
         )
     return replace(
-        flavor,
+        with_sizes(flavor, config),
         norm_eps=float(eps),
         rope_theta=theta,
         rope_scaling=scaling,
-        tied=config.get("tie_word_embeddings") is True,
-        head_width=head_dim if type(head_dim) is int else None,
         experts=experts,
     )
+
+
+def with_sizes(flavor: Flavor, config: Config) -> Flavor:
+    """Return a flavor with the head of a configuration, tied or not, and the width of its heads."""
+    width = config.get("head_dim")
+    return replace(
+        flavor,
+        tied=config.get("tie_word_embeddings") is True,
+        head_width=width if type(width) is int else None,
+    )
+
+
+def _with_defaults(config: Config) -> dict[str, Any]:
+    """Return a configuration with the values of transformers for missing keys."""
+    return {**_DEFAULTS.get(str(config.get("model_type")), {}), **config}
 
 
 def _sliding(config: Config) -> Iterator[str]:
@@ -120,14 +138,14 @@ def value_differences(one: Config, other: Config) -> list[str]:
 def _values(config: Config) -> dict[str, Any]:
     """Return the values of a configuration by name, and those that transformers uses for missing
     keys of the models that can be trained here."""
-    defaults = _DEFAULTS.get(str(config.get("model_type")), {})
-    known = {**({"rms_norm_eps": 1e-6, **defaults} if defaults else {}), **config}
+    known = _with_defaults(config)
     values = {key: known[key] for key in _COMPARED.split() if key in known}
     if not known.get("use_sliding_window", True):
         values["sliding_window"] = None
     has_rope = {"rope_theta", "rope_parameters", "rope_scaling"} & config.keys()
-    if has_rope or defaults:
+    if has_rope or str(config.get("model_type")) in _DEFAULTS:
         with suppress(FormatError):
-            positions = known.get("max_position_embeddings") or 0
-            values["rope_theta"], values["rope_scaling"] = rope_of(known, max_positions=positions)
+            # `rope_of` refuses null, and then no rotary value would be compared.
+            given = {key: value for key, value in known.items() if value is not None}
+            values["rope_theta"], values["rope_scaling"] = rope_of(given)
     return values

@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from holdfast import accelerator
 from holdfast.errors import MismatchError
 
 
@@ -52,13 +53,15 @@ def fits(numbers: torch.Tensor, wanted: torch.dtype) -> bool:
     return bool(same.all())
 
 
-def put(target: torch.Tensor, numbers: torch.Tensor, name: str) -> None:
-    """Copy numbers to `target`, converted to its dtype.
+def put(target: torch.Tensor, numbers: torch.Tensor, name: str, *, blocking: bool = True) -> None:
+    """Copy numbers to `target`, converted to its dtype. Not `blocking`: keep `numbers` as they are
+    until the copy in the current stream has ended.
 
     Raises:
         MismatchError: a number is too large for that dtype.
     """
-    target.copy_(numbers)
+    queued = not blocking and accelerator.has_streams(target.device)
+    target.copy_(numbers, non_blocking=queued)
     if target.dtype != numbers.dtype and _overflows(target, numbers):
         raise MismatchError(
             f"`{name}` is {numbers.dtype} in the checkpoint, and holds numbers beyond the range of "

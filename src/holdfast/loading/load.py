@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from holdfast import accelerator
 from holdfast.catalog.arguments import check_to_load
 from holdfast.catalog.open_any import open_in
 from holdfast.catalog.source import Source, read_value
@@ -200,7 +201,8 @@ def _mismatch(source: Source, lines: Sequence[str]) -> MismatchError:
 def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:
     """Fill the tensors. Returns the bytes read. Collective."""
     source, hosts = reading.source, hosts_of(ranks)
-    threads = threads_for(hosts.count(hosts[ranks.rank]))
+    devices = accelerator.devices_of(want.local for want in reading.wanted.values())
+    threads = threads_for(hosts.count(hosts[ranks.rank]), on_device=bool(devices))
 
     def read(wanted: Sequence[Wanted]) -> int:
         return read_tensors(source, wanted, threads) if fill is None else fill(source, wanted)

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from holdfast import accelerator
 from holdfast.catalog.source import (
     ROOM_BYTES,
     WINDOW_BYTES,
@@ -19,11 +20,11 @@ from holdfast.catalog.source import (
     Source,
     check,
     ends_inside,
+    locate_chunk,
 )
-from holdfast.errors import DamagedError
 from holdfast.format.manifest import Chunk, Span
 from holdfast.format.region import Region
-from holdfast.format.torchzip import contiguous_strides, locate
+from holdfast.format.torchzip import contiguous_strides
 from holdfast.loading.fit import put
 from holdfast.planning.divide import aligned, divide, grouped
 from holdfast.planning.gc_pause import gc_paused
@@ -33,6 +34,14 @@ from holdfast.state.shard import Piece
 from holdfast.storage.store import FileReader
 
 THREADS_MAX = 4
+"""Most threads per rank that read into host memory: more are no faster."""
+
+DEVICE_THREADS_MAX = 16
+"""Most threads per rank that read for an accelerator, whose link is faster than four threads."""
+
+RING_BUFFERS = 3
+"""Buffers of a thread that reads for an accelerator: one is read into while the others are
+copied."""
 
 JOB_BYTES = 32 << 20
 """Approximate size of one job of a thread, a multiple of a block. Two jobs on one chunk may both
@@ -65,17 +74,21 @@ def read_tensors(source: Source, wanted: Sequence[Wanted], threads: int | None =
     Raises:
         DamagedError: bytes are missing, or are not the bytes that were written.
     """
-    return _run(source, plan_reads(source, wanted), threads or threads_for(1))
+    devices = accelerator.devices_of(want.local for want in wanted)
+    threads = threads or threads_for(1, on_device=bool(devices))
+    return _run(source, plan_reads(source, wanted), threads, devices)
 
 
-def threads_for(num_local: int) -> int:
-    """Number of reading threads per rank, for `num_local` ranks on this host.
+def threads_for(num_local: int, *, on_device: bool = False) -> int:
+    """Number of reading threads per rank, for `num_local` ranks on this host. `on_device`: they
+    read for an accelerator.
 
     All ranks together use no more threads than the host has cores: more would evict each other's
     blocks from the CPU cache before they are checked.
     """
     cores = len(os.sched_getaffinity(0))
-    return min(THREADS_MAX, max(2 if num_local == 1 else 1, cores // num_local))
+    most = DEVICE_THREADS_MAX if on_device else THREADS_MAX
+    return min(most, max(2 if num_local == 1 else 1, cores // num_local))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,15 +161,21 @@ class _Read:
 # ------------------------------------------------------------------------------------------ threads
 
 
-def _run(source: Source, jobs: Sequence[ReadJob], threads: int) -> int:
+def _run(
+    source: Source, jobs: Sequence[ReadJob], threads: int, devices: Sequence[torch.device]
+) -> int:
     """Run all jobs in threads, this one included. Returns the bytes read."""
     queue = deque(jobs)
+    # A target may still be in use, such as by the kernel that initializes it.
+    queued = accelerator.QueuedWork(devices)
     num_read: list[int] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            num_read.append(_Worker(source).run(queue))
+            worker = _Worker(source, devices)
+            with queued.followed():
+                num_read.append(worker.run(queue))
         except BaseException as error:  # noqa: BLE001 - raised by the thread that waits for this one
             errors.append(error)
             # The other threads stop after the jobs that they have begun.
@@ -178,14 +197,12 @@ def _run(source: Source, jobs: Sequence[ReadJob], threads: int) -> int:
 
 
 class _Worker:
-    """State of one thread: its open file, and a buffer for bytes that cannot be read straight into
-    the target. The buffer is page-locked if the process uses a GPU."""
+    """State of one thread: its open file, and buffers for bytes that cannot be read straight into
+    the target."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, devices: Sequence[torch.device]) -> None:
         self.source = source
-        pinned = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self.memory = torch.empty(ROOM_BYTES, dtype=torch.uint8, pin_memory=pinned, device="cpu")
-        self.room = self.memory.numpy().data
+        self.ring = accelerator.Ring(RING_BUFFERS, ROOM_BYTES, devices)
         self._file: str | None = None
         self._open = ExitStack()
 
@@ -212,7 +229,7 @@ class _Worker:
         """Data of a chunk, which begins at `start` in its file."""
         place = read.chunk.file, Span(start, read.nbytes)
         reader = self.reader(read.chunk.file)
-        return ChunkData(self.source, read.name, place, checksums, reader, self.room)
+        return ChunkData(self.source, read.name, place, checksums, reader, self.ring.current)
 
 
 # ------------------------------------------------------------------------------------- large chunks
@@ -235,7 +252,7 @@ def _read_slices(read: _Read, slices: Sequence[_Slice], worker: _Worker) -> int:
     checksums = worker.source.checksums(read.chunk, read.nbytes)
     data = worker.data(read, read.data_start, checksums)
     for part in slices:
-        _read_slice(data, part, read)
+        _read_slice(data, part, read, worker.ring)
     return data.num_read
 
 
@@ -264,7 +281,7 @@ def _is_direct(stored: ByteRange, dtype: torch.dtype, target: torch.Tensor) -> b
     return stored.contiguous and plain and target.dtype == dtype
 
 
-def _read_slice(data: ChunkData, part: _Slice, read: _Read) -> None:
+def _read_slice(data: ChunkData, part: _Slice, read: _Read, ring: accelerator.Ring) -> None:
     """Read one slice into its place in the target."""
     stored = part.range
     target = box_of(read.target, stored.box)
@@ -272,9 +289,11 @@ def _read_slice(data: ChunkData, part: _Slice, read: _Read) -> None:
         memory = bytes_of(target)[part.start - stored.start : part.stop - stored.start]
         data.read(part.start, part.stop, memory)
         return
-    elements = torch.frombuffer(data.window(stored.start, stored.stop), dtype=read.dtype)
+    window = data.window(stored.start, stored.stop, ring.current)
+    elements = torch.frombuffer(window, dtype=read.dtype)
     strides = contiguous_strides(stored.box.shape if stored.contiguous else read.chunk.region.shape)
-    put(target, elements.as_strided(stored.box.shape, strides), read.name)
+    put(target, elements.as_strided(stored.box.shape, strides), read.name, blocking=False)
+    ring.advance()
 
 
 # ------------------------------------------------------------------------------------- small chunks
@@ -284,18 +303,21 @@ def _read_batch(reads: Sequence[_Read], worker: _Worker) -> int:
     """Read small chunks that lie close to each other in one file, in file order."""
     start, stop = reads[0].data_start, max(read.data_start + read.nbytes for read in reads)
     file, source = reads[0].chunk.file, worker.source
-    num_read = worker.reader(file).read_into(start, worker.room[: stop - start])
+    room = worker.ring.current
+    num_read = worker.reader(file).read_into(start, room[: stop - start])
     for read in reads:
         offset = read.data_start - start
         if offset + read.nbytes > num_read:
             raise ends_inside(source, file, read.name, start + num_read)
         checksums = source.checksums(read.chunk, read.nbytes)
         if checksums is not None:
-            data = worker.room[offset : offset + read.nbytes]
+            data = room[offset : offset + read.nbytes]
             check(source, file, read.name, 0, data, checksums)
         count = read.nbytes // read.dtype.itemsize
-        elements = torch.frombuffer(worker.room, dtype=read.dtype, count=count, offset=offset)
-        put(read.target, box_of(elements.view(read.chunk.region.shape), read.box), read.name)
+        elements = torch.frombuffer(room, dtype=read.dtype, count=count, offset=offset)
+        stored = box_of(elements.view(read.chunk.region.shape), read.box)
+        put(read.target, stored, read.name, blocking=False)
+    worker.ring.advance()
     return num_read
 
 
@@ -326,22 +348,8 @@ def _batches(small: list[_Read]) -> Iterator[list[_Read]]:
 def _read_container(read: _Read, worker: _Worker) -> int:
     """Read from a chunk that another program wrote, whose data offset and strides are known only
     from its container."""
-    source, chunk = worker.source, read.chunk
-    dtype, shape = source.manifest.tensors[read.name].dtype, chunk.region.shape
-    fetch = partial(source.store.read, source.key(chunk.file))
-    stored = locate(
-        lambda offset, nbytes: fetch(offset, offset + nbytes),
-        chunk.item,
-        where=f"{chunk.file}:{read.name}",
-    )
-    if (stored.dtype, stored.shape) != (dtype, shape):
-        raise DamagedError(
-            f"`{source.url}/{chunk.file}`: `{read.name}` is {stored.dtype} "
-            f"{list(stored.shape)} in its file, {dtype} {list(shape)} in the index",
-            hint=source.hint,
-            file=f"{source.url}/{chunk.file}",
-            entry=read.name,
-        )
+    shape = read.chunk.region.shape
+    stored = locate_chunk(worker.source, read.name, read.chunk)
     transposed = stored.strides != contiguous_strides(shape)
     if transposed and read.nbytes > read.dtype.itemsize:
         # Such as a transposed parameter. This is rare, so the whole chunk is read.
@@ -357,6 +365,6 @@ def _read_container(read: _Read, worker: _Worker) -> int:
         if stored.crc32 and read.box == Region.whole(shape):
             data = data.with_crc32(stored.crc32)
         for part in _slices(read):
-            _read_slice(data, part, read)
+            _read_slice(data, part, read, worker.ring)
     data.finish()
     return data.num_read

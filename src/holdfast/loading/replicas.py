@@ -16,10 +16,10 @@ from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source,
 from holdfast.comm import Ranks, Sending, capture, run_on_all
 from holdfast.errors import HoldfastError
 from holdfast.format.manifest import Chunk, Span, ValueEntry
-from holdfast.format.region import Region
+from holdfast.format.region import Region, boxes_of_run
 from holdfast.loading.fit import put
 from holdfast.loading.read import Wanted, read_tensors
-from holdfast.planning.divide import aligned, boxes_of_run, divide, grouped
+from holdfast.planning.divide import aligned, divide, grouped
 from holdfast.planning.read_plan import ReadItem, byte_ranges, read_items
 from holdfast.state.layout import box_of
 from holdfast.state.shard import Piece

@@ -114,6 +114,10 @@ class CheckpointConfig:
     """Most MB/s that all ranks together write, for file systems that others share. 0 is no
     limit."""
 
+    files: Literal["rank", "node"] = "rank"
+    """Data files of a checkpoint: one for each `rank`, or one for each `node`, which the ranks of a
+    host write together. `node` needs a folder, and suits many ranks on a parallel file system."""
+
     deduplicate: bool = False
     """Link the files of tensors that have not changed, instead of writing them again: a frozen base
     model, experts that are seldom trained. Needs hard links. Two consecutive checkpoints share no
@@ -218,6 +222,12 @@ class CheckpointConfig:
                     "work with `checkpoint.local_folder`",
                     hint="--checkpoint.no-deduplicate",
                 )
+        if self.deduplicate and self.files == "node":
+            raise UsageError(
+                "`checkpoint.deduplicate` links files of a single rank, and does not work with "
+                '`checkpoint.files = "node"`',
+                hint="--checkpoint.files rank",
+            )
         self._check_hf()
         self._check_frozen()
         check_names(self.stop_signals)

@@ -11,6 +11,7 @@ from torch import nn
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.hf_folder import of_language_model
 from holdfast.comm import Ranks, run_on_all, run_on_rank_0
 from holdfast.errors import MismatchError, UsageError
 from holdfast.format.names import step_name
@@ -99,7 +100,7 @@ class HFFormat:
         Raises:
             MismatchError: they do not, and the model is `exact`. All differences are listed.
         """
-        lines = value_differences(config, self.config)
+        lines = value_differences(of_language_model(config), of_language_model(self.config))
         if not lines or self._model is None:
             return
         if self._model.exact:

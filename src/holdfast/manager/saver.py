@@ -24,12 +24,14 @@ from holdfast.manager.retention import Retainer
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.background import Background
 from holdfast.saving.deduplicate import Deduplicator
+from holdfast.saving.memory import check_memory, free_memory
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending, abort, begin_save, finish_save, take_snapshot
-from holdfast.saving.stage import Snapshot, Staging, check_memory, free_memory
+from holdfast.saving.stage import Snapshot, Staging
 from holdfast.spelling import rate, spelled_bytes
 from holdfast.state.tree import FlatState
 from holdfast.storage.local import NO_SPACE
+from holdfast.storage.store import Joining
 from holdfast.tier.drain import Drained
 from holdfast.tier.local import LocalTier
 from holdfast.timing import Spans, times_of
@@ -54,7 +56,7 @@ class Saver:
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._hf = hf or HFFormat(run, None)
-        self._planner = Planner(run.ranks)
+        self._planner = Planner(run.ranks, _hosts_with_files(run))
         self._in_background = run.config.async_mode != "disabled"
         # The background thread's collectives must not mix with those of training and of new saves.
         self._finishing_ranks = run.ranks.duplicate() if self._in_background else run.ranks
@@ -275,7 +277,7 @@ class Saver:
         try:
             # Before one rank takes memory that another has counted as free.
             run_on_all(self._ranks, lambda: check_memory(growth, others))
-            run_on_all(self._ranks, lambda: self._snapshot.reserve(nbytes))
+            run_on_all(self._ranks, lambda: self._snapshot.reserve(nbytes, pending.devices))
         except UsageError as error:
             if self._config.on_low_memory == "raise":
                 abort(pending)
@@ -395,6 +397,24 @@ class Saver:
         if self._config.on_save_error == "raise" or isinstance(error, RankError):
             raise error
         self._run.warn(f"a save failed, the run goes on: {error}")
+
+
+def _hosts_with_files(run: RunContext) -> list[str] | None:
+    """The host of each rank, if the ranks of a host write one file together; else None. Collective.
+
+    Raises:
+        UsageError: the store of the run cannot do that.
+    """
+    if run.config.files == "rank" or not run.saves:
+        return None
+    store = run.catalog.store
+    if not isinstance(store, Joining):
+        raise UsageError(
+            f"`{store.url}` cannot have files that several ranks write, as "
+            '`checkpoint.files = "node"` needs: it is not a folder of a file system',
+            hint="--checkpoint.files rank",
+        )
+    return hosts_of(run.ranks)
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""Divide boxes, runs of elements and ranges of bytes into pieces of limited size."""
+"""Divide boxes and ranges of bytes into pieces of limited size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import prod
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from holdfast.format.region import Region
@@ -35,30 +34,6 @@ def divide_rows(region: Region, dim: int, num_rows: int) -> Iterator[Region]:
         start = (*region.start[:dim], first, *region.start[dim + 1 :])
         stop = (*region.stop[:dim], last, *region.stop[dim + 1 :])
         yield Region(start, stop)
-
-
-def boxes_of_run(shape: Sequence[int], start: int, count: int) -> Iterator[Region]:
-    """Boxes that make up `count` consecutive elements of a tensor, from number `start` in row-major
-    order: all whole rows as one box, and the parts of rows before and after them."""
-    if not shape:
-        yield Region((), ())
-        return
-    row = prod(shape[1:])
-    first, skipped = divmod(start, row)
-    if skipped or count < row:
-        head = min(row - skipped, count)
-        yield from _in_row(first, boxes_of_run(shape[1:], skipped, head))
-        first, count = first + 1, count - head
-    num_rows = count // row
-    if num_rows:
-        zeros = (0,) * (len(shape) - 1)
-        yield Region((first, *zeros), (first + num_rows, *shape[1:]))
-    if count > num_rows * row:
-        yield from _in_row(first + num_rows, boxes_of_run(shape[1:], 0, count - num_rows * row))
-
-
-def _in_row(row: int, boxes: Iterator[Region]) -> Iterator[Region]:
-    return (Region((row, *box.start), (row + 1, *box.stop)) for box in boxes)
 
 
 def aligned(start: int, stop: int, nbytes: int) -> Iterator[tuple[int, int]]:

@@ -21,6 +21,7 @@ from holdfast.format.tables import (
     encode_tensors,
 )
 from holdfast.planning.file_layout import TensorItem
+from holdfast.planning.host_file import TensorPlace
 from holdfast.planning.write_plan import GlobalPlan, Ints, TensorChunks
 
 LISTED_CHUNKS_MAX = 8192
@@ -36,14 +37,21 @@ class Index:
     """
 
     def __init__(
-        self, plan: GlobalPlan, layouts: Sequence[Ints], names: Sequence[str] | None = None
+        self,
+        plan: GlobalPlan,
+        layouts: Sequence[Ints],
+        names: Sequence[str] | None = None,
+        places: Sequence[TensorPlace] | None = None,
     ) -> None:
         """`layouts`: the `columns` of each rank's items. `names`: the name of each rank's file.
+        `places`: place of each rank's items in the file of its host; None if ranks have files of
+        their own.
 
         If ranks have several files, the ranks of `plan` stand for files: see `shared_files`.
         """
         self.plan = plan
         self._layouts = layouts
+        self._places = places
         self._names = [data_file(rank) for rank in range(len(layouts))] if names is None else names
         self._variants: dict[Hashable, Index] = {}
         self._encoded: Encoded | None = None
@@ -53,7 +61,7 @@ class Index:
         """Returns the encoded part. Any thread may call this."""
         with self._mutex:
             if self._encoded is None:
-                self._encoded = _encode(self.plan, self._layouts, self._names)
+                self._encoded = _encode(self.plan, self._layouts, self._names, self._places)
                 self._layouts = ()
             return self._encoded
 
@@ -98,13 +106,20 @@ def columns(items: Sequence[TensorItem]) -> Ints:
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
 
-def _encode(plan: GlobalPlan, layouts: Sequence[Ints], names: Sequence[str]) -> Encoded:
+def _encode(
+    plan: GlobalPlan,
+    layouts: Sequence[Ints],
+    names: Sequence[str],
+    places: Sequence[TensorPlace] | None,
+) -> Encoded:
     writing = {rank for rank, layout in enumerate(layouts) if len(layout)}
     writing |= {rank for rank, _ in plan.values.values()}
-    files = {rank: number for number, rank in enumerate(sorted(writing))}
+    owners = {rank: places[rank].leader if places else rank for rank in writing}
+    numbers = {owner: number for number, owner in enumerate(sorted(set(owners.values())))}
+    files = {rank: numbers[owner] for rank, owner in owners.items()}
     values = {name: path for name, (_, path) in plan.values.items()}
-    tables = list(_tables(plan, layouts, files))
-    stock = StockIndex(tables, values, [names[rank] for rank in files])
+    tables = list(_tables(plan, layouts, files, places))
+    stock = StockIndex(tables, values, [names[owner] for owner in numbers])
     num_chunks = sum(len(table.places) for table in tables)
     rows = encode_rows(tables) if num_chunks > LISTED_CHUNKS_MAX else None
     tensors = rows.tensors if rows else encode_tensors(tables)
@@ -112,10 +127,13 @@ def _encode(plan: GlobalPlan, layouts: Sequence[Ints], names: Sequence[str]) -> 
 
 
 def _tables(
-    plan: GlobalPlan, layouts: Sequence[Ints], files: Mapping[int, int]
+    plan: GlobalPlan,
+    layouts: Sequence[Ints],
+    files: Mapping[int, int],
+    places_in_files: Sequence[TensorPlace] | None,
 ) -> Iterator[TensorTable]:
     """Every tensor, under each of its names, with the places of its chunks."""
-    places = _places(plan.tensors, layouts, files)
+    places = _places(plan.tensors, layouts, files, places_in_files)
     aliases: dict[str, list[tuple[str, Path]]] = {}
     for alias, (first, path) in plan.aliases.items():
         aliases.setdefault(first, []).append((alias, path))
@@ -138,7 +156,10 @@ def _tables(
 
 
 def _places(
-    tensors: Sequence[TensorChunks], layouts: Sequence[Ints], files: Mapping[int, int]
+    tensors: Sequence[TensorChunks],
+    layouts: Sequence[Ints],
+    files: Mapping[int, int],
+    places_in_files: Sequence[TensorPlace] | None,
 ) -> Ints:
     """One row per chunk, in the order of the plan: the number of its file, and its row of
     `columns`. Each rank's items are in the order of the plan."""
@@ -153,6 +174,11 @@ def _places(
     rows = np.pad(np.concatenate([*distinct.values()]), ((0, 0), (1, 0)))
     places: Ints = rows[first_rows[ranks] + _times_before(ranks)]
     places[:, 0] = file_numbers[ranks]
+    if places_in_files is not None:
+        offsets = np.array([place.offset for place in places_in_files], np.int64)[ranks]
+        places[:, 1] += offsets
+        places[:, 3] += offsets
+        places[:, 4] += np.array([p.first_block for p in places_in_files], np.int64)[ranks]
     return places
 
 

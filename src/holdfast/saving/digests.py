@@ -24,7 +24,7 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     On an accelerator the digest is a hash of two sums, so tensors can be crafted to collide.
     """
     digests: dict[str, int] = {}
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if tensor.is_cpu:
             running = xxh3_64()
@@ -32,11 +32,11 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
                 running.update(window)
             digests[name] = running.intdigest()
         else:
-            sums[name] = _sums(tensor)
-    if sums:
+            sums.setdefault(tensor.device, {})[name] = _sums(tensor)
+    for of_device in sums.values():
         # One copy for all tensors, since each copy waits for the device.
-        values = torch.stack(list(sums.values())).cpu().tolist()
-        for name, pair in zip(sums, values, strict=True):
+        values = torch.stack(list(of_device.values())).cpu().tolist()
+        for name, pair in zip(of_device, values, strict=True):
             digests[name] = xxh3_64_intdigest(struct.pack("<qq", *pair))
     return digests
 

@@ -14,6 +14,7 @@ from holdfast.format.checksum import checksum
 from holdfast.format.structure import Node
 from holdfast.planning.alike import check_alike
 from holdfast.planning.file_layout import FileLayout, TensorItem, lay_out, lay_out_file
+from holdfast.planning.host_file import FilePart, place_parts, place_tensors, size_of
 from holdfast.planning.index import Index, columns
 from holdfast.planning.write_plan import (
     GlobalPlan,
@@ -72,8 +73,10 @@ class KnownTensor(NamedTuple):
 class Planner:
     """Agrees with the other ranks on a plan, and keeps it while no rank's layout changes."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, hosts: Sequence[str] | None = None) -> None:
+        """`hosts`: host of each rank, if the ranks of a host write one file together; else None."""
         self.ranks = ranks
+        self._hosts = hosts
         self._layouts = Layouts()
         self._previous = _Previous({}, [], {}, {}, {}, {})
         self._containers = Containers()
@@ -208,8 +211,13 @@ class Planner:
         ]
         self._items = run_on_all(ranks, lambda: lay_out(regions))
         layouts = gather_deduplicated(ranks, {"items": columns(self._items)})
+        places = None
+        if self._hosts is not None:
+            sizes = ranks.gather(size_of(lay_out_file(ranks.rank, self._items, [])))
+            places = place_tensors(self._hosts, sizes) if sizes else None
         if ranks.rank == 0:
-            self.index = Index(global_plans[0], [layout["items"] for layout in layouts])
+            columns_of = [layout["items"] for layout in layouts]
+            self.index = Index(global_plans[0], columns_of, places=places)
 
     def file_layout(self, held: LocalState) -> FileLayout:
         """Layout of the file that this rank writes."""
@@ -221,6 +229,14 @@ class Planner:
             if written:
                 containers.append((written, self._containers.of(written[0], value)))
         return lay_out_file(self.ranks.rank, self._items, containers)
+
+    def host_part(self, layout: FileLayout) -> FilePart | None:
+        """This rank's part of the file of its host; None if it writes a file of its own.
+        Collective."""
+        if self._hosts is None:
+            return None
+        sizes = self.ranks.gather(size_of(layout))
+        return self.ranks.scatter(place_parts(self._hosts, sizes) if sizes else [])
 
     def replicas(self, held: LocalState) -> Replicas:
         """Tensors that other ranks hold too, and that change only when an optimizer steps."""

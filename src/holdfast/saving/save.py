@@ -7,13 +7,14 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 
+from holdfast import accelerator
 from holdfast.catalog.arguments import place_to_save
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import (
@@ -30,12 +31,14 @@ from holdfast.format.names import HiddenFolder
 from holdfast.format.region import Region
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.gc_pause import gc_paused
+from holdfast.planning.host_file import FilePart
 from holdfast.planning.index import Index
 from holdfast.release import installed_version
 from holdfast.saving.background import lower_priority
 from holdfast.saving.commit import commit
 from holdfast.saving.deduplicate import Deduplicator
 from holdfast.saving.digests import Replicas, groups_that_differ, names_that_differ
+from holdfast.saving.host_file import write_together
 from holdfast.saving.planner import LocalState, Planner
 from holdfast.saving.seen import check_attempt
 from holdfast.saving.stage import Snapshot, Staging, TensorOf, host_bytes, host_windows
@@ -45,6 +48,7 @@ from holdfast.state.layout import box_of
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import FlatState
 from holdfast.storage.local import NO_SPACE
+from holdfast.storage.store import Creating
 from holdfast.timing import Spans
 from holdfast.uncompiled import uncompiled
 
@@ -149,15 +153,29 @@ class Pending:
     stepped: frozenset[str]
     """Names of all tensors that only optimizers change."""
 
+    devices: tuple[torch.device, ...] = ()
+    """Accelerators that hold tensors of this rank."""
+
     memory: memoryview | None = None
     """Memory of the snapshot, laid out as the file that this rank writes."""
 
     deduplicator: Deduplicator | None = None
     """Links files of an earlier checkpoint, if the run does that."""
 
+    host_part: FilePart | None = None
+    """This rank's part of the file of its host; None if it writes a file of its own."""
+
     deletes: bool = True
     """Whether this rank deletes the attempt if the save fails: rank 0 in a folder that all ranks
     share, else one rank on each host."""
+
+    @property
+    def file_nbytes(self) -> int:
+        """Bytes of the file that this rank creates; 0 if it creates none."""
+        part = self.host_part
+        if part is None:
+            return self.file_layout.nbytes
+        return part.nbytes if part.leads else 0
 
     def windows_of(self, item: TensorItem) -> Iterable[memoryview]:
         """Bytes of an item, as `write` takes them."""
@@ -219,7 +237,9 @@ def begin_save(
         spans=spans,
         replicas=planner.replicas(held),
         stepped=planner.stepped,
+        devices=accelerator.devices_of(held.tensors.values()),
         deduplicator=deduplicator,
+        host_part=planner.host_part(file_layout),
         deletes=planner.ranks.rank == 0,
     )
 
@@ -324,7 +344,8 @@ def take_snapshot(
         except HoldfastError:
             abort(pending)
             raise
-    staging = Staging(lambda: _copy(pending, snapshot, later, is_last=bool(later)))
+    copy = partial(_copy, pending, snapshot, later, is_last=bool(later))
+    staging = Staging(copy, pending.devices)
     memory = snapshot.memory(pending.file_layout.nbytes)
     return replace(pending, tensor_of=snapshot.tensor_of, memory=memory), staging
 
@@ -361,25 +382,9 @@ def finish_save(
     Collective: nothing else may use `ranks` meanwhile.
     """
     catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
-    deduplicator = pending.deduplicator
-
-    def stage_and_write() -> WriteResult:
-        if staging is not None:
-            with spans("stage"):
-                staging.run()
-            # Optimizers wait for the copy, so only what follows it may run behind training.
-            lower_priority()
-        if pending.index is not None and deduplicator is None:
-            # In parallel with the write. If it fails, `commit` encodes again and raises the error.
-            encode = partial(capture, pending.index.encoded)
-            threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
-        # Empty if the digests were taken with the copy of a snapshot.
-        needs_digests = bool(pending.replicas.tensors)
-        with _in_parallel(pending.replicas.take) if needs_digests else nullcontext():
-            result = _write(pending, Pace(bytes_per_s))
-        return replace(result, seconds=dict(spans.seconds))
-
-    written = capture(stage_and_write)
+    written = _stage_and_write(pending, ranks, staging, bytes_per_s)
+    if isinstance(written, WriteResult):
+        written = replace(written, seconds=dict(spans.seconds))
     with spans("commit"):
         if commit_by is not None:
             nbytes, shared_nbytes = commit_by(pending, written, ranks), 0
@@ -393,14 +398,63 @@ def finish_save(
                 catalog=catalog,
                 ranks=ranks,
             )
-    if deduplicator is not None:
-        deduplicator.published(attempt.name)
+    if pending.deduplicator is not None:
+        pending.deduplicator.published(attempt.name)
     return Saved(catalog.where(attempt.name), nbytes, spans, shared_nbytes)
 
 
-def _write(pending: Pending, pace: Pace) -> WriteResult:
-    """Write this rank's file, or the files that it does not link."""
-    store, spans = pending.catalog.store, pending.spans
+def _stage_and_write(
+    pending: Pending, ranks: Ranks, staging: Staging | None, bytes_per_s: float | None
+) -> WriteResult | HoldfastError:
+    """Finish the copy, and write what this rank writes. Returns the result, or the error, for the
+    commit. If ranks write one file together, an error of one of them is raised on all."""
+    store = pending.catalog.store
+
+    def stage() -> None:
+        if staging is not None:
+            with pending.spans("stage"):
+                staging.run()
+            # Optimizers wait for the copy, so only what follows it may run behind training.
+            lower_priority()
+        if pending.index is not None and pending.deduplicator is None:
+            # In parallel with the write. If it fails, `commit` encodes again and raises the error.
+            encode = partial(capture, pending.index.encoded)
+            threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
+
+    def write_to(target: Creating) -> WriteResult:
+        # Empty if the digests were taken with the copy of a snapshot.
+        needs_digests = bool(pending.replicas.tensors)
+        with _in_parallel(pending) if needs_digests else nullcontext():
+            return _write(pending, target, Pace(bytes_per_s))
+
+    def stage_and_write() -> WriteResult:
+        stage()
+        return write_to(store)
+
+    part = pending.host_part
+    if part is None:
+        return capture(stage_and_write)
+    try:
+        return write_together(
+            store,
+            str(pending.attempt),
+            pending.file_layout,
+            part,
+            before=stage,
+            write_part=write_to,
+            spans=pending.spans,
+            ranks=ranks,
+        )
+    except HoldfastError:
+        # This may fail for the same reason as the save. Then the next start cleans up.
+        with suppress(HoldfastError):
+            abort(pending)
+        raise
+
+
+def _write(pending: Pending, target: Creating, pace: Pace) -> WriteResult:
+    """Write this rank's file to `target`, or the files that it does not link."""
+    spans = pending.spans
     if pending.deduplicator is not None:
         return pending.deduplicator.write(
             pending.attempt,
@@ -411,15 +465,21 @@ def _write(pending: Pending, pace: Pace) -> WriteResult:
             spans=spans,
         )
     data = pending.windows_of if pending.memory is None else pending.memory
-    return write(store, str(pending.attempt), pending.file_layout, data, pace, spans)
+    return write(target, str(pending.attempt), pending.file_layout, data, pace, spans)
 
 
 @contextmanager
-def _in_parallel(work: Callable[[], None]) -> Iterator[None]:
-    """Run `work` in a thread while a file is written, since writing mostly waits for the disk.
-    Raises its error at the end."""
+def _in_parallel(pending: Pending) -> Iterator[None]:
+    """Take the digests in a thread while a file is written, since writing mostly waits for the
+    disk. Raises the error of the thread at the end."""
+    queued = accelerator.QueuedWork(pending.devices)
     outcome: list[HoldfastError | None] = []
-    thread = threading.Thread(target=lambda: outcome.append(capture(work)), name="holdfast-hash")
+
+    def take() -> None:
+        with queued.followed():
+            pending.replicas.take()
+
+    thread = threading.Thread(target=lambda: outcome.append(capture(take)), name="holdfast-hash")
     thread.start()
     try:
         yield

@@ -32,6 +32,8 @@ class WriteResult:
 
     file: str = ""
     nbytes: int = 0
+    """Bytes of `file`; 0 if another rank has created it, whose result has its bytes and table."""
+
     table: Table = field(default_factory=lambda: Table(0, 0))
     values: Mapping[str, tuple[Span, int]] = field(default_factory=dict)
     """Place and checksum of the container of each value, by name."""
@@ -46,8 +48,8 @@ class WriteResult:
     """Places of the items in all files: see `shared_index`. None if `file` has all items."""
 
     def files(self) -> list[StoredFile]:
-        """All files, by number."""
-        own = [StoredFile(self.file, self.nbytes, self.table)] if self.file else []
+        """All files that this rank has created or linked, by number."""
+        own = [StoredFile(self.file, self.nbytes, self.table)] if self.nbytes else []
         return sorted([*own, *self.others], key=lambda file: file.number)
 
 

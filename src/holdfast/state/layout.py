@@ -140,11 +140,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two tensors are tied: the same view of the same memory, with elements."""
-    elements = _elements(one)
-    return bool(elements) and elements == _elements(other)
+    elements = elements_of(one)
+    return bool(elements) and elements == elements_of(other)
 
 
-def _elements(tensor: torch.Tensor) -> tuple[object, ...]:
+def elements_of(tensor: torch.Tensor) -> tuple[object, ...]:
     """Return a key that is equal for tied tensors only; empty for a tensor without elements."""
     local = local_of(tensor)
     placements = str(tensor.placements) if isinstance(tensor, DTensor) else ""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from holdfast import accelerator
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, kind_of_node
 from holdfast.state.layout import dtype_name, local_of
@@ -154,7 +155,7 @@ class Match:
         if isinstance(template, torch.device):
             device = template
         elif template is None or isinstance(template, DTensor):
-            device = device_for(saved.get("device", "cpu"))
+            device = accelerator.device_for(saved.get("device", "cpu"))
         else:
             device = template.device
         return lambda: torch.empty(shape, dtype=dtype, device=device)
@@ -178,14 +179,6 @@ def is_expanded(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided and any(
         not stride and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
-
-
-def device_for(kind: str) -> torch.device:
-    """Return this process's device of a saved kind; the CPU if it has none."""
-    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if kind == "cpu" or current is None or current.type != kind:
-        return torch.device("cpu")
-    return torch.device(kind, torch.accelerator.current_device_index())
 
 
 class MadeValues:

@@ -1,4 +1,4 @@
-"""The state of a process's random number generators: torch, CUDA, numpy and Python."""
+"""The state of a process's random number generators: torch, its accelerator's, numpy and Python."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from holdfast import accelerator
+
 
 class RngState:
     """A `Stateful` for the generators of this process. Each rank has its own."""
@@ -15,8 +17,8 @@ class RngState:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every generator. Numpy's is included if numpy was imported."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
+        # Such as "cuda".
+        state |= accelerator.rng_states()
         numpy = sys.modules.get("numpy")
         if numpy is not None:
             name, keys, *rest = numpy.random.get_state()
@@ -27,8 +29,7 @@ class RngState:
         """Restore every saved generator that exists in this process."""
         torch.set_rng_state(state_dict["torch"])
         random.setstate(state_dict["python"])
-        if "cuda" in state_dict and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state_dict["cuda"])
+        accelerator.set_rng_states(state_dict)
         if "numpy" in state_dict:
             import numpy
 

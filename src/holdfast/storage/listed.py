@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+from holdfast.format.manifest import LastTensors
 from holdfast.storage.store import FileReader, ReadStore
 
 
@@ -12,13 +13,16 @@ class ListedStore:
     """A `ReadStore` that remembers the names in each folder.
 
     A command that looks at thousands of checkpoints would otherwise list the folder around them
-    several times for each. Another process may have changed the folder since: look again, at the
-    store itself, before you report that something is missing or damaged.
+    several times for each, and decode equal tensors for each. Another process may have changed the
+    folder since: look again, at the store itself, before you report that something is missing or
+    damaged.
     """
 
     def __init__(self, store: ReadStore) -> None:
         self.store = store
         self._listed: dict[str, Sequence[str]] = {}
+        self.last: LastTensors = LastTensors()
+        """Tensors of the manifest that was read last."""
 
     @property
     def url(self) -> str:

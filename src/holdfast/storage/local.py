@@ -45,13 +45,15 @@ class LocalStore:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = os.path.abspath(root)
+        self._prefix = os.path.join(self._root, "")
 
     @property
     def url(self) -> str:
         return self._root
 
     def _path(self, key: str) -> str:
-        return os.path.join(self._root, key).rstrip("/") or "/"
+        # A third of the time of `os.path.join`, since a listing makes ten paths per checkpoint.
+        return (self._prefix + key).rstrip("/") or "/"
 
     def list(self, folder: str = "") -> Sequence[str]:
         with self._errors_of("list", folder), os.scandir(self._path(folder)) as entries:
@@ -103,16 +105,31 @@ class LocalStore:
             file = os.open(self._path(key), flags, 0o666)
             stack.callback(os.close, file)
             _reserve(file, nbytes)
-            direct = open_direct(self._path(key)) if nbytes >= DIRECT_BYTES_MIN else None
-            if direct is None:
-                yield BufferedWriter(file)
-            else:
-                stack.callback(os.close, direct)
-                writer = DirectWriter(direct, file)
-                stack.callback(writer.close)
+            with self._writing(key, file, nbytes) as writer:
                 yield writer
-                writer.finish()
             os.fsync(file)
+
+    @contextmanager
+    def join(self, key: str) -> Iterator[FileWriter]:
+        with self._errors_of("write", key), ExitStack() as stack:
+            file = open_plain(self._path(key), os.O_WRONLY | os.O_NOFOLLOW)
+            stack.callback(os.close, file)
+            with self._writing(key, file, os.fstat(file).st_size) as writer:
+                yield writer
+
+    @contextmanager
+    def _writing(self, key: str, file: int, nbytes: int) -> Iterator[FileWriter]:
+        """Write into a file of `nbytes`. Everything is written when the context ends."""
+        direct = open_direct(self._path(key)) if nbytes >= DIRECT_BYTES_MIN else None
+        if direct is None:
+            yield BufferedWriter(file)
+            return
+        with ExitStack() as stack:
+            stack.callback(os.close, direct)
+            writer = DirectWriter(direct, file)
+            stack.callback(writer.close)
+            yield writer
+            writer.finish()
 
     @contextmanager
     def amend(self, key: str) -> Iterator[FileWriter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from holdfast.errors import ExistsError, NotFoundError, StorageError
 from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
@@ -79,6 +79,9 @@ class MemoryStore:
                 raise StorageError(f"`{self.url}{key}` exists already")
             entries[name] = file = bytearray(nbytes)
         yield _MemoryWriter(file)
+
+    def join(self, key: str) -> AbstractContextManager[FileWriter]:
+        return self.amend(key)
 
     def make_folder(self, key: str) -> None:
         with self._mutex:

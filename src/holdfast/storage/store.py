@@ -180,6 +180,19 @@ class FolderStore(Store, Protocol):
         ...
 
 
+@runtime_checkable
+class Joining(Protocol):
+    """The part of a store that lets several processes of one host write into a new file."""
+
+    def join(self, key: str) -> AbstractContextManager[FileWriter]:
+        """Open a file that another process has created and not ended yet, to write a part of it.
+
+        When the context ends without error, the part is written. It becomes durable when the
+        context of `create` ends after that.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Links:
     """The names of one file."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from math import prod
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, missing_file_error
-from holdfast.errors import DamagedError, NotFoundError
+from holdfast.catalog.catalog import missing_file_error
+from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, locate_chunk
+from holdfast.errors import NotFoundError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
-from holdfast.format.torchzip import contiguous_strides, locate
+from holdfast.format.torchzip import contiguous_strides
 from holdfast.planning.read_plan import ByteRange, byte_ranges, read_items
 from holdfast.storage.store import PlainReader
 from holdfast.tensors.lazy import TensorInfo
@@ -41,7 +41,8 @@ class StoredTensors:
             try:
                 self._fill(name, entry, item.chunk, item.region, box_of(elements, within))
             except NotFoundError as error:
-                raise missing_file_error(self._source, item.chunk.file) from error
+                store, folder = self._source.store, self._source.folder
+                raise missing_file_error(store, folder, item.chunk.file) from error
         return elements
 
     def _fill(
@@ -77,19 +78,9 @@ class StoredTensors:
             return chunk.item, self._strides[name]
         key = chunk.file, chunk.item.offset
         if key not in self._located:
-            found = locate(
-                partial(self._fetch, chunk.file), chunk.item, where=f"{chunk.file}:{name}"
-            )
-            if (found.dtype, found.shape) != (entry.dtype, shape):
-                raise DamagedError(
-                    f"`{self._source.url}/{chunk.file}`: `{name}` is {found.dtype} "
-                    f"{list(found.shape)} in its file, {entry.dtype} {list(shape)} in the index"
-                )
+            found = locate_chunk(self._source, name, chunk)
             self._located[key] = found.data, found.strides
         return self._located[key]
-
-    def _fetch(self, file: str, offset: int, nbytes: int) -> bytes:
-        return self._source.store.read(self._source.key(file), offset, offset + nbytes)
 
 
 def _read_range(

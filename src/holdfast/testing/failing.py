@@ -12,6 +12,7 @@ from holdfast.storage.store import (
     Check,
     FileWriter,
     FolderStore,
+    Joining,
     Linking,
     Links,
     PlainReader,
@@ -21,16 +22,17 @@ Fail = Callable[[str, str], None]
 """`fail(verb, key)` raises the error of an operation, or returns to let it happen."""
 
 
-class LinkingStore(FolderStore, Linking, Protocol):
+class LinkingStore(FolderStore, Linking, Joining, Protocol):
     """A store with every operation."""
 
 
 class FailingStore:
     """A wrapper of a store that calls `fail` before each operation.
 
-    The verbs are `list`, `size`, `read`, `make_folder`, `create`, `amend`, `write`, `end` (before
-    the content of a file becomes durable), `sync`, `rename`, `link`, `remove`, `free_bytes`,
-    `lock`, `holder` and `hold`. `publish` and `unpublish` consist of renames and deletions.
+    The verbs are `list`, `size`, `read`, `make_folder`, `create`, `amend`, `join`, `write`, `end`
+    (before the content of a file becomes durable, or a joined file is closed), `sync`, `rename`,
+    `link`, `remove`, `free_bytes`, `lock`, `holder` and `hold`. `publish` and `unpublish` consist
+    of renames and deletions.
     """
 
     def __init__(self, beneath: LinkingStore, fail: Fail) -> None:
@@ -66,6 +68,10 @@ class FailingStore:
     def amend(self, key: str) -> AbstractContextManager[FileWriter]:
         self._fail("amend", key)
         return self._failing(key, self._beneath.amend(key))
+
+    def join(self, key: str) -> AbstractContextManager[FileWriter]:
+        self._fail("join", key)
+        return self._failing(key, self._beneath.join(key))
 
     @contextmanager
     def _failing(

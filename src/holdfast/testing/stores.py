@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import held_of
-from holdfast.storage.store import FolderStore, Store
+from holdfast.storage.store import FolderStore, Joining, Store
 
 
 def read_opened(store: Store, key: str) -> int:
@@ -337,6 +337,22 @@ class FolderStoreSuite(StoreSuite):
             store.make_folder("one")
             with store.hold("one") as other:
                 assert other
+
+    def test_several_writers_fill_one_new_file(self) -> None:
+        """G1. Method: parts of a file by its creator and two that join it, if the store allows
+        that; then a file that is missing, and a folder."""
+        store = self.new_store()
+        if not isinstance(store, Joining):
+            return
+        with store.create("file", 7) as first:
+            first.write(0, [b"12"])
+            with store.join("file") as second, store.join("file") as third:
+                third.write(5, [b"67"])
+                second.write(2, [b"34", b"5"])
+        assert store.read("file", 0, 9) == b"1234567"
+        store.make_folder("folder")
+        refuses((NotFoundError, StorageError), lambda: store.join("absent").__enter__())
+        refuses((NotFoundError, StorageError), lambda: store.join("folder").__enter__())
 
     def test_a_file_is_renamed_only_to_a_free_name(self) -> None:
         """G16. Method: a file to the name of a file, then to a free name in another folder."""

@@ -75,7 +75,7 @@ class LocalTier:
     def begin(self, pending: Pending, ranks: Ranks) -> Pending:
         """Make the attempt of a save on every host. Raises on all ranks if one of them fails, as
         for lack of space. Collective."""
-        sizes = ranks.broadcast(ranks.gather(pending.file_layout.nbytes))
+        sizes = ranks.broadcast(ranks.gather(pending.file_nbytes))
         pending = replace(pending, catalog=self.catalog, deletes=self.leads)
         copies = self._copies(sizes, pending.attempt)
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from holdfast.data import EpochOrder, state_differences
 from holdfast.errors import MismatchError, UsageError
 from holdfast.trainer.corpus import Tokens
 
@@ -37,7 +38,7 @@ class DataLoader:
     def __post_init__(self) -> None:
         self._position = 0
         self._num_samples = (len(self.tokens.ids) - 1) // self.seq_len
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+        self._order = EpochOrder(self._num_samples, self.seed)
         if self._num_samples < 1:
             raise UsageError(
                 f"the data set has {len(self.tokens.ids)} tokens, too few for one sequence of "
@@ -68,12 +69,7 @@ class DataLoader:
         Raises:
             MismatchError: these are samples of other data, or in another order.
         """
-        differences = [
-            f"`{key}` is {state_dict.get(key)} in the checkpoint and {value} here"
-            for key, value in self._identity().items()
-            if state_dict.get(key) != value
-        ]
-        if differences:
+        if differences := state_differences(state_dict, self._identity()):
             raise MismatchError(
                 "the checkpoint's position in the data is of other data: " + "; ".join(differences),
                 hint="--checkpoint.exclude_from_loading dataloader starts these data from the "
@@ -91,8 +87,5 @@ class DataLoader:
 
     def _sample(self, number: int) -> npt.NDArray[np.int64]:
         epoch, index = divmod(number, self._num_samples)
-        if self._order is None or self._order[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self._num_samples)
-            self._order = (epoch, order)
-        start = int(self._order[1][index]) * self.seq_len
+        start = self._order.sample(epoch, index) * self.seq_len
         return self.tokens.ids[start : start + self.seq_len + 1].astype(np.int64)

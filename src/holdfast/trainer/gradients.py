@@ -86,7 +86,8 @@ def loss_context(parallel: ParallelContext) -> Iterator[None]:
     With tensor parallelism the loss is computed from logits that stay sharded by vocabulary. On a
     GPU without FSDP, autocast computes in bfloat16, as FSDP's policy does.
     """
-    unsharded = parallel.device.type == "cuda" and parallel.mesh("dp_replicate", "fsdp") is None
-    autocast = torch.autocast("cuda", torch.bfloat16) if unsharded else nullcontext()
+    kind = parallel.device.type
+    unsharded = kind != "cpu" and parallel.mesh("dp_replicate", "fsdp") is None
+    autocast = torch.autocast(kind, torch.bfloat16) if unsharded else nullcontext()
     with autocast, loss_parallel() if parallel.mesh("tp") is not None else nullcontext():
         yield

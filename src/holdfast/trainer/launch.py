@@ -212,12 +212,12 @@ def count_gpus() -> int:
     """
     if not any(map(os.path.exists, GPU_DEVICES)):
         return 0  # No driver, so no GPU: this saves the import of torch.
-    import torch
+    from holdfast import accelerator
 
     pid = os.fork()
     if pid == 0:
         try:
-            os._exit(min(torch.cuda.device_count(), 255))
+            os._exit(min(accelerator.num_devices(), 255))
         finally:
             os._exit(0)
     _, wait_status = os.waitpid(pid, 0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from holdfast import accelerator
 from holdfast.dashboard.history import METRICS, MetricsRow
 from holdfast.errors import UsageError
 from holdfast.manager.goodput import Timings
@@ -101,8 +102,8 @@ def with_timings(row: MetricsRow, timings: Timings) -> MetricsRow:
 
 def memory_bytes(device: torch.device) -> int:
     """Return this process's peak memory on its device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return accelerator.memory_bytes_max(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import (
 )
 
 from holdfast.hf.flavors import Flavor
-from holdfast.hf.rope import DynamicScaling, LinearScaling, RopeScaling, Scaling, YarnScaling
+from holdfast.hf.rope import DynamicScaling, LinearScaling, Llama3Scaling, Scaling, YarnScaling
 from holdfast.trainer.config import ActivationCheckpointConfig
 from holdfast.trainer.moe import MixtureOfExperts
 
@@ -245,7 +245,7 @@ def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: Scaling | N
         theta *= growth ** (head_dim / (head_dim - 2))
     frequency_P = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     match scaling:
-        case RopeScaling():
+        case Llama3Scaling():
             frequency_P = _scale_frequencies(frequency_P, scaling)
         case LinearScaling():
             frequency_P = frequency_P / scaling.factor
@@ -257,7 +257,7 @@ def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: Scaling | N
     return table_TP2 * scaling.attention_factor if isinstance(scaling, YarnScaling) else table_TP2
 
 
-def _scale_frequencies(frequency_P: Tensor, scaling: RopeScaling) -> Tensor:
+def _scale_frequencies(frequency_P: Tensor, scaling: Llama3Scaling) -> Tensor:
     """Scale as Llama 3.1 does: divide low frequencies by `factor`, keep high ones, interpolate."""
     turns_P = frequency_P * scaling.original_seq_len / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

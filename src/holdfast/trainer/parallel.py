@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from holdfast import accelerator
 from holdfast.errors import RankError, UsageError
 from holdfast.hf.flavors import Flavor
 from holdfast.trainer.config import Config
@@ -133,12 +134,12 @@ def init_parallel(config: Config, store: Store | None) -> Iterator[ParallelConte
     try:
         dist.init_process_group(
             # gloo on GPUs too, since checkpoints exchange values through host memory.
-            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            backend=_backends(device),
             store=PrefixStore("training", store),
             rank=rank,
             world_size=world_size,
             timeout=TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
+            device_id=None if device.type == "cpu" else device,
         )
     except RuntimeError as error:
         raise _absent_workers(store, world_size, error) from error
@@ -165,18 +166,22 @@ def _absent_workers(store: Store, world_size: int, error: RuntimeError) -> RankE
 
 def _device(local_rank: int, config: Config) -> torch.device:
     # A seed checkpoint is built from the whole model, which may not fit on a GPU.
-    if config.checkpoint.create_seed_checkpoint or not torch.cuda.is_available():
+    if config.checkpoint.create_seed_checkpoint or not (num_gpus := accelerator.num_devices()):
         return torch.device("cpu")
-    num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise UsageError(
             f"worker {local_rank} of this machine has no GPU: there are {num_gpus}",
             hint=f"NGPU={num_gpus} starts one worker per GPU; CUDA_VISIBLE_DEVICES= runs all "
             "workers on the CPU",
         )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+    return accelerator.use_device(local_rank)
+
+
+def _backends(device: torch.device) -> str:
+    """Backends of the process group, by kind of device."""
+    if device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
 
 
 def build_model(
@@ -287,7 +292,7 @@ def apply_fsdp(model: Transformer, parallel: ParallelContext) -> None:
         "reshard_after_forward": parallel.mesh("pp") is None,
         "mp_policy": MixedPrecisionPolicy(),
     }
-    if parallel.device.type == "cuda":
+    if parallel.device.type != "cpu":
         # Inputs are not cast: hidden states are bfloat16 already, the rotary table needs float32.
         settings["mp_policy"] = MixedPrecisionPolicy(
             torch.bfloat16, torch.float32, cast_forward_inputs=False

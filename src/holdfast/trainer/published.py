@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from holdfast.catalog.hf_folder import CONFIG, read_config
-from holdfast.catalog.paths import open_for_reading
-from holdfast.convert.sizes import check_alike
+from holdfast.catalog.hf_folder import CONFIG
+from holdfast.convert.sizes import check_alike, config_at
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError
 from holdfast.hf.export import HFModel
 from holdfast.hf.flavors import Flavor, config_of
-from holdfast.hf.values import MODEL_TYPES, with_values
+from holdfast.hf.values import MODEL_TYPES, with_sizes, with_values
 from holdfast.trainer.config import Config
 
 logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 
 @dataclass(frozen=True, slots=True)
-class PublishedModel:
+class FollowedModel:
     """Model of a run, as it is trained and as exports describe it."""
 
     flavor: Flavor
     hf_model: HFModel
 
 
-def published_model(config: Config, vocab_size: int) -> PublishedModel:
+def followed_model(config: Config, vocab_size: int) -> FollowedModel:
     """Return the model of a run, with the values of the `config.json` that the run follows.
 
     That is the one beside the weights that the run starts from, else the one in
@@ -37,25 +36,25 @@ def published_model(config: Config, vocab_size: int) -> PublishedModel:
         MismatchError: the native model has other values than the `config.json`, or the weights to
             start from are of other sizes.
     """
-    name, assets = config.model.name, config.model.hf_assets_path
-    flavor, given = config.model.shape, None
-    weights = config.checkpoint.initial_load_path or assets
-    starts_in_hf = config.checkpoint.enable and config.checkpoint.initial_load_in_hf
-    for folder in filter(None, (weights if starts_in_hf else None, assets)):
+    assets, weights = config.model.hf_assets_path, None
+    if config.checkpoint.enable and config.checkpoint.initial_load_in_hf:
+        weights = config.checkpoint.initial_load_path or assets
+    for folder in filter(None, (weights, assets)):
         given = _read(folder)
         if given is None:
             continue
         try:
             flavor = _followed(config, vocab_size, given, where=f"`{folder}/{CONFIG}`")
-            break
-        except MismatchError as error:
-            if (starts_in_hf and folder == weights) or not isinstance(error, _OtherModelError):
+        except _OtherModelError as error:
+            if folder == weights:
                 raise
-            given = None
             if config.checkpoint.last_save_in_hf or config.checkpoint.hf_export_interval:
                 logger.warning("exports get a `%s` of their own: %s", CONFIG, error.what)
-    described = config_of(name, flavor, vocab_size) if given is None else given
-    return PublishedModel(flavor, HFModel(described, assets, exact=True))
+        else:
+            return FollowedModel(flavor, HFModel(given, assets, exact=True))
+    flavor = config.model.shape
+    described = config_of(config.model.name, flavor, vocab_size)
+    return FollowedModel(flavor, HFModel(described, assets, exact=True))
 
 
 class _OtherModelError(MismatchError):
@@ -63,10 +62,9 @@ class _OtherModelError(MismatchError):
 
 
 def _read(folder: str) -> dict[str, Any] | None:
-    """Return the `config.json` of a folder, or None if there is none."""
+    """Return the `config.json` in a folder; None if there is none, or no folder."""
     try:
-        store, name = open_for_reading(folder)
-        return read_config(store, name) if CONFIG in store.list(name) else None
+        return config_at(folder)
     except NotFoundError:
         return None
 
@@ -81,11 +79,8 @@ def _followed(config: Config, vocab_size: int, given: dict[str, Any], *, where: 
             hint="set `model.name` to the model of these weights",
         )
     # Heads of another width and a tied head are values to follow, not other sizes.
-    tied = given.get("tie_word_embeddings") is True
-    width = given.get("head_dim")
-    sizes = replace(shape, tied=tied, head_width=width if type(width) is int else None)
     try:
-        derived = config_of(name, sizes, vocab_size)
+        derived = config_of(name, with_sizes(shape, given), vocab_size)
         check_alike((derived, f"flavor {config.model.flavor}"), (given, where))
     except HoldfastError as error:
         hint = "set `model.flavor` to the size of these weights"

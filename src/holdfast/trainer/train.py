@@ -41,7 +41,7 @@ from holdfast.trainer.parallel import (
     raise_from_rank_0,
     sum_over_data,
 )
-from holdfast.trainer.published import PublishedModel, published_model
+from holdfast.trainer.published import FollowedModel, followed_model
 
 logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
@@ -75,7 +75,7 @@ class Run:
         self.parallel: ParallelContext = parallel
         tokenizer, tokens = _open_data(config, parallel)
         self.vocab_size: int = _vocab_size(config, tokenizer)
-        self.published: PublishedModel = _published(config, parallel, self.vocab_size)
+        self.published: FollowedModel = _published(config, parallel, self.vocab_size)
         self.stages: list[nn.Module] = build_model(
             config, parallel, self.vocab_size, flavor=self.published.flavor
         )
@@ -251,10 +251,10 @@ def _tokenizer_and_tokens(config: Config) -> tuple[Tokenizer, Tokens]:
     return tokenizer, open_tokens(config, tokenizer)
 
 
-def _published(config: Config, parallel: ParallelContext, vocab_size: int) -> PublishedModel:
+def _published(config: Config, parallel: ParallelContext, vocab_size: int) -> FollowedModel:
     """Return the model to train, checked against the number of workers again if its heads differ
     from the flavor's."""
-    published = published_model(config, vocab_size)
+    published = followed_model(config, vocab_size)
     config.check(parallel.world_size, published.flavor)
     return published
 

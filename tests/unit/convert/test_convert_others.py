@@ -247,6 +247,16 @@ def test_rules_rename_the_tensors_of_the_model(tmp_path: Path) -> None:
         assert "--rename" in refused.value.what
 
 
+def test_rules_are_suggested_in_the_order_of_the_tensors(tmp_path: Path) -> None:
+    """Method: several wrapped parts, whose rules the note lists in the same order each time."""
+    parts = ("stem", "body", "neck", "head", "pool", "gate")
+    file = tmp_path / "wrapped.pt"
+    torch.save({f"{part}._orig_mod.weight": torch.ones(1) for part in parts}, file)
+    (note,) = plan(str(file), ConvertOptions("dcp")).notes
+    rules = " ".join(f"--rename '{part}._orig_mod={part}'" for part in parts)
+    assert f"`{rules}` drops them" in note
+
+
 def test_names_without_the_prefix_of_the_family_are_recognised(tmp_path: Path) -> None:
     """Method: a model saved without its head's wrapper, as embedding models are: the error's hint
     has the rules that make it fit, and with these rules it converts."""

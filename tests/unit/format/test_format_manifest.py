@@ -17,6 +17,7 @@ from holdfast.format.dtypes import BY_NAME
 from holdfast.format.manifest import (
     Chunk,
     Kind,
+    LastTensors,
     Manifest,
     Path,
     Span,
@@ -118,9 +119,9 @@ SMALL = Manifest(
 )
 
 
-def sealed(body: object) -> bytes:
+def sealed(body: object, separators: tuple[str, str] | None = None) -> bytes:
     """Add a correct checksum to any body, as an attacker would."""
-    text = json.dumps(body).encode()
+    text = json.dumps(body, separators=separators).encode()
     seal = checksum.to_hex([checksum.checksum(text)]).encode()
     return text[:-1] + b',"checksum":"' + seal + b'"}'
 
@@ -151,6 +152,33 @@ def test_decoding_without_entries_does_not_depend_on_names_or_order(kind: Kind) 
     first = {"tensors": body.pop("tensors"), **body}
     for data in (encode(manifest), sealed(first)):
         assert decode(data, where="here", entries=False) == expected
+
+
+@given(st.lists(manifests(), min_size=1, max_size=2), st.data())
+def test_decoding_several_manifests_gives_what_decoding_each_gives(
+    distinct: list[Manifest], data: st.DataObject
+) -> None:
+    """Method: any sequence of a few manifests, so that some follow an equal one; some of them with
+    other values and sizes of files."""
+    last = LastTensors()
+    for manifest in data.draw(st.lists(st.sampled_from(distinct), min_size=2, max_size=4)):
+        encoded = encode(replace(manifest, step=data.draw(st.integers(0, 99))))
+        assert decode(encoded, where="m", last=last) == decode(encoded, where="m")
+
+
+def test_equal_tensors_in_other_files_are_checked_again() -> None:
+    """G8. Method: after a good manifest, one with the same tensors in a shorter file; then one
+    with a member behind its tensors; then one whose value has the name of a tensor."""
+    short, behind, double = (body_of(SMALL) for _ in range(3))
+    short["files"][0][1:3] = [708, 700]
+    behind["kind"] = behind.pop("kind")
+    double["values"][0]["entries"] = {"w": None}
+    last = LastTensors()
+    assert decode(encode(SMALL), where="m", last=last) == SMALL
+    assert decode(sealed(behind, (",", ":")), where="m", last=last) == SMALL
+    for body in (short, double):
+        with pytest.raises(FormatError):
+            decode(sealed(body, (",", ":")), where="m", last=last)
 
 
 @given(manifests())

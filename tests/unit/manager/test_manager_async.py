@@ -24,8 +24,9 @@ from holdfast.manager.context import RunContext
 from holdfast.manager.saver import Saver
 from holdfast.planning.file_layout import FileLayout, lay_out, lay_out_file
 from holdfast.saving.digests import Replicas
+from holdfast.saving.memory import free_memory
 from holdfast.saving.save import Pending
-from holdfast.saving.stage import Snapshot, free_memory
+from holdfast.saving.stage import Snapshot
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks
 from holdfast.timing import Spans

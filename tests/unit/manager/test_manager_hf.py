@@ -210,3 +210,20 @@ def test_weights_with_other_values_are_refused_or_warned_about(
         assert caplog.text.count("was trained with another value") == 2
         with manager_of(where, model_of(), HFModel(trained, exact=True), **settings) as manager:
             manager.load()
+
+
+def test_the_values_of_a_multimodal_model_are_those_of_its_language_model(tmp_path: Path) -> None:
+    """G10. Method: a run resumes with another `text_config` than the checkpoint has."""
+    config: dict[str, Any] = {"model_type": "gemma3", "text_config": CONFIG}
+    trained = {**config, "text_config": {**CONFIG, "rope_theta": 10000.0, "rms_norm_eps": 1e-3}}
+    with manager_of(tmp_path, model_of(), HFModel(trained)) as manager:
+        manager.save(2)
+    with (
+        manager_of(tmp_path, model_of(), HFModel(config, exact=True)) as manager,
+        pytest.raises(MismatchError, match="trained with other values") as raised,
+    ):
+        manager.load()
+    for line in ("`rms_norm_eps` is 0.001 and 1e-05", "`rope_theta` is 10000.0 and 500000.0"):
+        assert line in str(raised.value)
+    with manager_of(tmp_path, model_of(), HFModel(trained, exact=True)) as manager:
+        assert manager.load() == 2

@@ -13,7 +13,7 @@ import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.comm import Ranks, hosts_of
-from holdfast.saving import seen, stage
+from holdfast.saving import memory, seen
 from holdfast.saving.save import save_in
 from holdfast.storage.local import LocalStore
 from holdfast.testing.ranks import run_ranks, try_ranks
@@ -94,7 +94,7 @@ def test_the_snapshots_of_all_ranks_on_a_host_must_fit_into_its_memory(
     """G13. Method: memory for one and a half snapshots: enough for each rank of three hosts, not
     for both ranks of `node0`."""
     nbytes = 1 << 20
-    monkeypatch.setattr(stage, "free_memory", lambda: nbytes * 3 // 2)
+    monkeypatch.setattr(memory, "free_memory", lambda: nbytes * 3 // 2)
     state = {"big": torch.zeros(nbytes // 4)}
 
     def save(ranks: Ranks) -> None:

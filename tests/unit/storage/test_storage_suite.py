@@ -60,6 +60,18 @@ class TestLocalStore(FolderStoreSuite):
     def new_store(self) -> FolderStore:
         return LocalStore(self.folder)
 
+    def test_several_writers_fill_one_large_file(self) -> None:
+        """G1. Method: a file that is written with `O_DIRECT`, in parts that end inside of pages."""
+        store, data = self.new_store(), bytes(range(251)) * 20_000
+        assert isinstance(store, LocalStore)
+        third = len(data) // 3
+        with store.create("file", len(data)) as first:
+            first.write(0, [data[:third]])
+            with store.join("file") as second, store.join("file") as other:
+                other.write(2 * third, [data[2 * third :]])
+                second.write(third, [data[third : 2 * third]])
+        assert store.read("file", 0, len(data)) == data
+
 
 class TestLocalStoreReachedByALink(TestLocalStore):
     """A folder that is reached through a symbolic link."""

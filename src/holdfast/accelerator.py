@@ -1,0 +1,149 @@
+"""Accelerators: devices, the order of work in their streams, and page-locked memory.
+
+No other module asks torch for a device. Everything here works on each kind of `torch.accelerator`:
+CUDA, ROCm and XPU. MPS has one stream, so copies from and to it block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+WITHOUT_STREAMS = ("cpu", "meta", "mps")
+"""Kinds of devices on which copies block, and nothing has to be ordered."""
+
+
+def num_devices() -> int:
+    """Number of devices that processes of this host can train on; 0 for MPS, which has no
+    collectives."""
+    current = torch.accelerator.current_accelerator()
+    return torch.accelerator.device_count() if current and has_streams(current) else 0
+
+
+def use_device(index: int) -> torch.device:
+    """Make a device the current one of this thread."""
+    torch.accelerator.set_device_index(index)
+    current = torch.accelerator.current_accelerator()
+    assert current is not None, "only a device that `num_devices` counts may be used"
+    return torch.device(current.type, index)
+
+
+def device_for(kind: str) -> torch.device:
+    """Return this process's device of a saved kind; the CPU if it has none."""
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind == "cpu" or current is None or current.type != kind:
+        return torch.device("cpu")
+    return torch.device(kind, torch.accelerator.current_device_index())
+
+
+def memory_bytes_max(device: torch.device) -> int:
+    """Peak of the bytes that this process has allocated on a device."""
+    return torch.accelerator.max_memory_allocated(device)
+
+
+def rng_states() -> dict[str, torch.Tensor]:
+    """State of the random number generator of this thread's device, by kind of device; empty
+    without an accelerator."""
+    current = torch.accelerator.current_accelerator()
+    if current is None or not torch.accelerator.is_available():
+        return {}
+    return {current.type: torch.get_device_module(current).get_rng_state()}
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Restore the state of the generator that this process has too. Ignores other keys."""
+    for kind in rng_states().keys() & states.keys():
+        torch.get_device_module(kind).set_rng_state(states[kind])
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether copies from and to this device are queued, and may end later than the call."""
+    return device.type not in WITHOUT_STREAMS
+
+
+def devices_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
+    """Devices with streams that hold these tensors, in order."""
+    devices = {tensor.device for tensor in tensors}
+    return tuple(sorted(filter(has_streams, devices), key=lambda device: device.index))
+
+
+def synchronize(devices: Iterable[torch.device]) -> None:
+    """Wait for the work in this thread's current stream of each device."""
+    for device in devices:
+        torch.accelerator.current_stream(device).synchronize()
+
+
+class QueuedWork:
+    """The work that a thread has queued on some devices, for other threads to follow.
+
+    A new thread has device 0 and the default streams. Its kernels and copies are ordered behind
+    those of the thread that trains only by an event for each device.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        """Call this in the thread that has queued the work."""
+        self.devices: tuple[torch.device, ...] = tuple(devices)
+        self._events = [
+            torch.accelerator.current_stream(device).record_event() for device in self.devices
+        ]
+        self._index = torch.accelerator.current_device_index() if self.devices else None
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Context in which this thread uses the other thread's device, and on each device a new
+        stream that follows the queued work. Waits for the new streams at the end."""
+        with ExitStack() as entered:
+            streams = [torch.Stream(device) for device in self.devices]
+            for stream, event in zip(streams, self._events, strict=True):
+                stream.wait_event(event)
+                entered.enter_context(stream)
+            if self._index is not None:
+                entered.enter_context(torch.accelerator.device_index(self._index))
+            try:
+                yield
+            finally:
+                for stream in streams:
+                    stream.synchronize()
+
+
+def locked_memory(nbytes: int) -> torch.Tensor:
+    """Page-locked memory, which a device copies from and to on its own."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
+
+
+class Ring:
+    """Buffers for copies to devices. A buffer is reused once the copies from it have ended.
+
+    One thread may use it. Keep it until `QueuedWork.followed` has waited for the copies.
+    """
+
+    def __init__(self, num: int, nbytes: int, devices: Iterable[torch.device]) -> None:
+        """`num` page-locked buffers of `nbytes`; one of pageable memory without devices."""
+        self._devices = tuple(devices)
+        if self._devices:
+            self._tensors = [locked_memory(nbytes) for _ in range(num)]
+        else:
+            self._tensors = [torch.empty(nbytes, dtype=torch.uint8, device="cpu")]
+        self._buffers = [tensor.numpy().data for tensor in self._tensors]
+        self._events: list[list[torch.Event]] = [[] for _ in self._tensors]
+        self._current = 0
+
+    @property
+    def current(self) -> memoryview:
+        """The buffer that is in use."""
+        return self._buffers[self._current]
+
+    def advance(self) -> memoryview:
+        """Call this after the copies from the current buffer are queued in the current streams.
+        Returns the next buffer, once it is free."""
+        if self._devices:
+            self._events[self._current] = [
+                torch.accelerator.current_stream(device).record_event() for device in self._devices
+            ]
+            self._current = (self._current + 1) % len(self._tensors)
+            for event in self._events[self._current]:
+                event.synchronize()
+        return self.current

@@ -1,0 +1,81 @@
+"""Host memory for snapshots: how much is free, and how it is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from holdfast.errors import UsageError
+from holdfast.spelling import spelled_bytes
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def check_own_memory(nbytes: int) -> None:
+    """Check that the host has room for a snapshot of `nbytes`. Raises a UsageError if not."""
+    free = free_memory()
+    if free is not None and nbytes > free:
+        raise UsageError(
+            f"saving in the background needs {spelled_bytes(nbytes)} of host memory on this rank "
+            f"for a snapshot, {spelled_bytes(free)} are free",
+        )
+
+
+def check_memory(nbytes: int, others: Sequence[int]) -> None:
+    """Check that the host has room for `nbytes` of this rank, and for those that the other ranks on
+    it need at the same time. Raises a UsageError if not."""
+    free, total = free_memory(), nbytes + sum(others)
+    num_ranks = 1 + len(others)
+    if num_ranks > 1 and free is not None and total > free:
+        raise UsageError(
+            f"saving in the background needs {spelled_bytes(total)} of host memory for the "
+            f"snapshots of the {num_ranks} ranks on this host, {spelled_bytes(free)} are free",
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes of host memory that are available to this process without swapping: those of the host,
+    or fewer under the limit of a cgroup. None if the system does not say."""
+    free = [*_free_on_host(), *_free_in_cgroups()]
+    return max(0, min(free)) if free else None
+
+
+def _free_on_host() -> Iterator[int]:
+    with suppress(OSError, KeyError):
+        lines = MEMINFO.read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        yield int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """Bytes that each cgroup of this process has left. The cache of files counts as free, since the
+    system takes it back."""
+    # The file of version 2 has one line, `0::/path`. Version 1 has a line per controller.
+    with suppress(OSError, ValueError):
+        for line in CGROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            names = ("memory.max", "memory.current", "inactive_file")
+            root = CGROUPS
+            if "memory" in controllers.split(","):
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                root = CGROUPS / "memory"
+            elif controllers:
+                continue
+            group = root / path.lstrip("/")
+            # A parent's limit holds for its children too. In a container, the path may be the
+            # host's, and then the files of the container are those of the root.
+            parents = [folder for folder in group.parents if folder.is_relative_to(root)]
+            for folder in {group, root, *parents}:
+                yield from _free_in(folder, names)
+
+
+def _free_in(folder: Path, names: tuple[str, str, str]) -> Iterator[int]:
+    limit, used, cache = names
+    with suppress(OSError, ValueError, KeyError):
+        # Without a limit, the file of version 2 says `max`, which is no number.
+        total = int((folder / limit).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        yield total - int((folder / used).read_text()) + int(stat[cache])
