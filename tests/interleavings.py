@@ -91,11 +91,13 @@ def orders(
     actors: Sequence[Actor],
     *,
     switches_max: int,
+    stride: int = 1,
 ) -> Iterator[Ran[S]]:
     """Like `interleavings`, on what `new` makes. `view` gives each actor its own store there.
 
     Any actor begins. A switch goes to any other one. Where an actor ends, the next in number that
-    has not ended continues, which is no switch.
+    has not ended continues, which is no switch. `stride`: switches are made at each place of this
+    number only.
     """
     numbers = range(len(actors))
     waiting: list[tuple[int, list[_Switch]]] = [(number, []) for number in numbers]
@@ -111,7 +113,7 @@ def orders(
             yield Ran(store, outcomes, tuple(turns.trace))
             if len(switches) < switches_max:
                 # One more switch, before each later operation but the first after the last switch.
-                places: Sequence[int] = range(1, len(turns.others))
+                places: Sequence[int] = range(1, len(turns.others), stride)
                 if len(switches) == switches_max - 1 > 0:
                     places = every(3, places, start=switches[-1].length)
                 waiting += [

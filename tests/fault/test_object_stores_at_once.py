@@ -24,6 +24,7 @@ from bucket_runs import (
     store_in,
 )
 from buckets import ModelBucket
+from extent import EVERYTHING
 from holdfast.catalog.cleanup import put_in_order
 from holdfast.errors import ExistsError, NotFoundError
 from holdfast.saving.save import Saved
@@ -57,13 +58,17 @@ def ran_in(
 
 
 def all_ran_in(
-    actors: Sequence[Actor], switches: int, before: Callable[[ObjectStore], object]
+    actors: Sequence[Actor],
+    switches: int,
+    before: Callable[[ObjectStore], object],
+    *,
+    stride: int = 1,
 ) -> Iterator[Ran[ModelBucket]]:
     """Run actors in every order of their requests: see `orders`."""
     first = ModelBucket()
     before(store_in(first))
     contents = first.contents()
-    return orders(lambda: ModelBucket(contents), view, actors, switches_max=switches)
+    return orders(lambda: ModelBucket(contents), view, actors, switches_max=switches, stride=stride)
 
 
 def check(ran: Ran[Any], condition: object) -> None:
@@ -130,12 +135,17 @@ def test_a_deletion_beside_a_load_or_a_save(switches: int) -> None:
         check(ran, value in ((NEW, None) if saved else (OLD, None)))
 
 
-@pytest.mark.parametrize("switches", [1, pytest.param(2, marks=MANY)])
+@pytest.mark.parametrize(
+    ("switches", "stride"), [(1, 1 if EVERYTHING else 11), pytest.param(2, 17, marks=MANY)]
+)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_two_saves_a_load_and_a_cleanup_at_once(switches: int, overwrite: bool) -> None:
+def test_two_saves_a_load_and_a_cleanup_at_once(
+    switches: int, stride: int, overwrite: bool
+) -> None:
     """G1, G2, G16. Method: two saves to a name, free or of a checkpoint that both replace, a load
-    and the cleanup of a start, beside what a killed save has left. Every order with one switch;
-    `--all` has those with two. A save wins, the load gives one checkpoint or finds none, the
+    and the cleanup of a start, beside what a killed save has left. Any of them begins, and there is
+    one switch to any other, after each eleventh request; `--all` has one switch after each request,
+    and two after each seventeenth. A save wins, the load gives one checkpoint or finds none, the
     cleanup fails nowhere, and a later start leaves the winner's checkpoint alone."""
     saves = [partial(save, value, overwrite=overwrite) for value in (OLD, NEW)]
 
@@ -145,7 +155,7 @@ def test_two_saves_a_load_and_a_cleanup_at_once(switches: int, overwrite: bool) 
         if overwrite:
             save(9, store)
 
-    for ran in all_ran_in([*saves, load, clean_up], switches, before):
+    for ran in all_ran_in([*saves, load, clean_up], switches, before, stride=stride):
         won = [n for n, outcome in enumerate(ran.outcomes[:2], 1) if isinstance(outcome, Saved)]
         lost = [outcome for outcome in ran.outcomes[:2] if not isinstance(outcome, Saved)]
         check(ran, won if overwrite else len(won) == 1)
