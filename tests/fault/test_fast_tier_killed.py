@@ -144,7 +144,7 @@ def test_a_run_that_is_killed_resumes_from_its_hosts(
     (step,) = {step for step, _ in found}
     assert step >= min(saved) > 0
     for path in (tmp_path / "run").glob("step-*"):
-        rows = holdfast.open(path).read("model.weight")
+        rows = holdfast.open(path).read("weight")
         assert (rows == float(path.name.removeprefix("step-"))).all()
     hidden = [*tmp_path.rglob(".attempt-*"), *tmp_path.rglob(".removing-*")]
     assert hidden == []
