@@ -200,12 +200,13 @@ class ModelClient:
         prefixes = sorted({name for name, slash, _ in names.values() if slash})
         return Listing(objects, prefixes)
 
-    def list_all(self, prefix: str) -> Sequence[str]:
+    def list_all(self, prefix: str) -> Iterator[StoredObject]:
         self._fail("list", prefix, "before")
         with self._bucket.mutex:
             listed = self._bucket.listed()
         self._fail("list", prefix, "after")
-        return [key for key in listed if key.startswith(f"{prefix}/" if prefix else "")]
+        start = f"{prefix}/" if prefix else ""
+        yield from (found.described(key) for key, found in listed.items() if key.startswith(start))
 
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:

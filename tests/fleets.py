@@ -7,13 +7,23 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Sequence
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import holdfast.dashboard.watch as watch
 from holdfast.catalog.seal import write_seal
+from holdfast.dashboard.condition import Limits
+from holdfast.dashboard.watch import Fleet
+from holdfast.dashboard.web import server_of
 from holdfast.format.manifest import Kind, Manifest, Table
 from holdfast.format.timings import Stage
 from holdfast.timing import Times
@@ -190,3 +200,45 @@ def remove_run(root: Path) -> None:
 def age(path: Path, time: float) -> None:
     """Set the time of the last change of a file or folder."""
     os.utime(path, (time, time))
+
+
+def read_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all folders be read and searched often."""
+    for name in ("READ_S", "READ_BUCKET_S", "SEARCH_S", "SEARCH_BUCKET_S"):
+        monkeypatch.setattr(watch, name, 0.1)
+    monkeypatch.setattr(watch, "CPU_SHARE", 10.0)
+    monkeypatch.setattr(watch, "SEARCH_CPU_SHARE", 10.0)
+    monkeypatch.setattr(watch, "READ_SHARE", 1.0)
+
+
+def wait_for(found: Callable[[], object], expected: object, *, timeout_s: float = 30) -> None:
+    """Wait until a function returns the expected value."""
+    deadline = time.monotonic() + timeout_s
+    while found() != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found() == expected
+
+
+@contextmanager
+def watched(*folders: Path | str) -> Iterator[Fleet]:
+    """Watch the runs below folders. The context begins once each has been read."""
+    fleet = Fleet([str(folder) for folder in folders])
+    try:
+        wait_for(lambda: {bool(run.latest.time) for run in fleet.runs.values()}, {True})
+        yield fleet
+    finally:
+        fleet.stop()
+
+
+@contextmanager
+def served(root: Path | str) -> Iterator[str]:
+    """Serve the runs below `root` from a thread. The context gives the address."""
+    with watched(root) as fleet, socket.create_server(("127.0.0.1", 0)) as listener:
+        server = server_of(fleet, {"localhost"}, Limits(), None)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join(20)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 UNKNOWN = "unknown"
 """Version of code that runs from a folder without being installed."""
 
 
+@cache
 def installed_version() -> str:
     """Return the version of the installed package, or `unknown`."""
+    # Every save asks for it, and reading the metadata takes longer than sealing a small file.
     # Imported here: it takes longer than the rest of `import holdfast`.
     from importlib.metadata import PackageNotFoundError, version
 

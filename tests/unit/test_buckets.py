@@ -75,7 +75,7 @@ def test_a_run_saves_resumes_and_retains_in_a_bucket(
     assert "weight" in said(capsys, "show", f"{run}/step-4")
 
     bucket = CloudBucket(run)
-    (data,) = (key for key in bucket.list_all("step-4") if key.endswith(".distcp"))
+    (data,) = (one.key for one in bucket.list_all("step-4") if one.key.endswith(".distcp"))
     whole = bucket.get(data, 1 << 20)[0]
     bucket.put(data, bytes(255 - byte for byte in whole))
     other = nn.Linear(3, 2)
@@ -108,7 +108,7 @@ def test_a_downloaded_checkpoint_names_its_inner_folder(run: str, tmp_path: Path
     """Method: every object of a checkpoint as a file."""
     holdfast.save(f"{run}/a", {"w": torch.arange(6.0)})
     bucket = CloudBucket(run)
-    for key in bucket.list_all("a"):
+    for key in [found.key for found in bucket.list_all("a")]:
         path = tmp_path / key
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bucket.get(key, 1 << 20)[0])
@@ -146,7 +146,7 @@ def test_a_folder_of_files_is_not_sealed_in_a_bucket(
             sealed_by_all(str(path), ranks=Solo(), publishes=True, moves_aside=True),
         ):
             pass
-    assert CloudBucket(run).list_all("") == []
+    assert [*CloudBucket(run).list_all("")] == []
     assert [*tmp_path.iterdir()] == []
     with holdfast.sealed(f"file://{tmp_path}/a") as folder:
         (folder / "file").touch()

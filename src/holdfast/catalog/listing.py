@@ -26,7 +26,7 @@ from holdfast.format.names import (
 )
 from holdfast.format.timings import Stage
 from holdfast.storage.listed import ListedStore
-from holdfast.storage.store import Linking, ReadStore
+from holdfast.storage.store import Linking, Links, ReadStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,8 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
         try:
             manifest, is_hf = read(key)
         except HoldfastError:
+            if isinstance(store, ListedStore):
+                raise  # `survey` looks again, at the store itself.
             # Another process may be replacing it. The fingerprint takes as long as the first read.
             manifest, is_hf = read_steadily(store, key, read)
     except HoldfastError as error:
@@ -104,21 +106,28 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
         timings=manifest.timings,
         why_not=None if step is None else why_not_resumable(step, manifest),
         written_nbytes=manifest.nbytes - sum(manifest.files[f] for f in manifest.shared or ()),
-        links=_links(store, key, manifest),
+        # Only a run that deduplicates has any: the others need not be looked at.
+        links={
+            file: links.file
+            for file, links in shared_files(
+                store, key, manifest.files if manifest.shared is not None else ()
+            ).items()
+        },
     )
 
 
-def _links(store: ReadStore, key: str, manifest: Manifest) -> dict[str, str]:
-    """The data files with several names. Only those of a run that deduplicates are looked at."""
-    found: dict[str, str] = {}
+def shared_files(store: ReadStore, folder: str, files: Iterable[str]) -> dict[str, Links]:
+    """The identity of each of these files that has several names, as other checkpoints share it.
+    Files that cannot be looked at are left out."""
+    found = {}
     if isinstance(store, ListedStore):
         store = store.store
-    if manifest.shared is not None and isinstance(store, Linking):
-        for file in manifest.files:
+    if isinstance(store, Linking):
+        for file in files:
             with suppress(HoldfastError):
-                links = store.links(f"{key}/{file}")
+                links = store.links(f"{folder}/{file}")
                 if links.count > 1:
-                    found[file] = links.file
+                    found[file] = links
     return found
 
 
@@ -145,17 +154,13 @@ def survey(
     Raises:
         NotFoundError: there is no such folder, or it holds no checkpoint.
     """
-    keys, names = steps_in(store, name), store.list(name)
+    listed = ListedStore(store)
+    keys, names = steps_in(listed, name), listed.list(name)
     published = {key.rpartition("/")[2] for key in keys}
     folders = [folder.rstrip("/") for folder in names]
     unfinished = [f for f in folders if hidden_folder_of(f) is not None and f not in published]
-    local = local_rows(store, name) if TIER in names else []
-    if not keys and not unfinished and not local:
-        raise NotFoundError(
-            f"`{location(store, name)}` holds no step", hint=hint_without_steps(store, name, names)
-        )
-    damaged, pinned = damaged_steps(store, name), pinned_steps(store, name)
-    rows, listed = [], ListedStore(store)
+    damaged, pinned = damaged_steps(listed, name), pinned_steps(listed, name)
+    rows = []
     for key in keys:
         row = look_at(listed, key)
         if row.state == "damaged":
@@ -164,28 +169,34 @@ def survey(
                 continue
             row = look_at(store, key)
         rows.append(_marked(row, damaged, pinned))
-    durable = {row.step for row in rows if row.state == "good"}
-    rows += [row for row in local if row.step not in durable]
+    if TIER in names:
+        durable = {row.step for row in rows if row.state == "good" and row.step is not None}
+        rows += local_rows(store, name, besides=durable)
+    if not keys and not unfinished and not rows:
+        raise NotFoundError(
+            f"`{location(store, name)}` holds no step", hint=hint_without_steps(store, name, names)
+        )
     return rows + [CheckpointRow(folder, None, "attempt") for folder in unfinished]
 
 
-def local_rows(store: ReadStore, name: str) -> list[CheckpointRow]:
-    """The checkpoints of a run in its fast tier on this host, oldest first. Unreadable ones are
-    left out."""
+def local_rows(store: ReadStore, name: str, *, besides: Collection[int]) -> list[CheckpointRow]:
+    """The checkpoints of a run in its fast tier on this host, oldest first, except those of the
+    steps `besides`. Unreadable ones are left out."""
     local = local_store(store, name)
     rows: list[CheckpointRow] = []
     if local is None:
         return rows
     for step, folder in steps_among(local.list()).items():
-        with suppress(HoldfastError):
-            rows.append(_local_row(local, step, folder))
+        if step not in besides:
+            with suppress(HoldfastError):
+                rows.append(_local_row(local, step, folder))
     return rows
 
 
 def _local_row(local: ReadStore, step: int, folder: str) -> CheckpointRow:
     manifest = read_manifest(local, folder, entries=False)
     num_missing = len(manifest.files.keys() - {*local.list(folder)})
-    why_not = misnumbered(step, manifest) or why_not_resumable(step, manifest)
+    why_not = why_not_resumable(step, manifest)
     if num_missing:
         why_not = f"{num_missing} of its {len(manifest.files)} files are on other hosts"
     return CheckpointRow(

@@ -25,7 +25,7 @@ from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageE
 from holdfast.format import seal as seals
 from holdfast.format.checksum import block_checksums, checksum_of_parts
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import HiddenFolder, folder_among, hidden_folder_of, number_of
+from holdfast.format.names import HiddenFolder, folder_among, number_of, visible_name
 from holdfast.format.seal import SEAL, Seal, SealedFile
 from holdfast.release import installed_version
 from holdfast.storage import links
@@ -362,15 +362,6 @@ def _check_file(
     if len(found) != len(sealed_file.checksums):
         return [Finding("file", file, "ended while it was read")]
     return []
-
-
-def visible_name(folder: str) -> str | None:
-    """Name under which readers know a folder: that of the checkpoint if a killed save has renamed
-    it; None if it is hidden from them."""
-    hidden = hidden_folder_of(folder)
-    if hidden is None:
-        return folder
-    return hidden.name if hidden.role == "replaced" else None
 
 
 def matching(store: ReadStore, pattern: str | re.Pattern[str]) -> list[str]:

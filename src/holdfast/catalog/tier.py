@@ -9,15 +9,22 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.catalog.catalog import read_manifest
 from holdfast.errors import FormatError, HoldfastError
-from holdfast.format.names import TIER
+from holdfast.format.names import TIER, steps_among
+from holdfast.storage.local import LocalStore
 from holdfast.storage.opening import folder_store
 from holdfast.storage.store import ReadStore, Store
+
+HOSTS_MAX = 1024
+"""Most hosts whose folders are looked at."""
 
 _BYTES_MAX = 1 << 16
 _ID = re.compile(r"run-[0-9a-f]{16}", re.ASCII)
@@ -109,3 +116,67 @@ def local_store(store: ReadStore, folder: str = "") -> ReadStore | None:
     except HoldfastError:
         return None
     return local
+
+
+def host_stores(record: TierRecord) -> dict[str, LocalStore]:
+    """The checkpoints of a run on each host, as far as this machine sees them: on its own disk, and
+    where `{host}` is the name of a folder, on the disks that are mounted beside it."""
+    before, mark, after = record.local_folder.partition("{host}")
+    parent, _, start = before.rpartition("/")
+    end = after.partition("/")[0]
+    names = [f"{start}{os.uname().nodename}{end}"]
+    if mark:
+        with suppress(HoldfastError):
+            names += [name.rstrip("/") for name in folder_store(parent or "/").list()]
+    stores = {}
+    for name in dict.fromkeys(names[:HOSTS_MAX]):
+        host = name.removeprefix(start).removesuffix(end)
+        if f"{start}{host}{end}" == name:
+            with suppress(HoldfastError):
+                store = folder_store(record.folder_on(host))
+                store.list()
+                stores[host] = store
+    return stores
+
+
+@dataclass(frozen=True, slots=True)
+class TierView:
+    """The fast tier of a run, as far as this machine sees it."""
+
+    hosts: Sequence[str]
+    """Hosts whose folder is seen."""
+
+    step: int | None = None
+    """Newest step that one of them has published, and so all hosts have written."""
+
+    num_files: int = 0
+    """Number of data files of that step, on all hosts."""
+
+    num_seen: int = 0
+    """Number of those that the hosts seen have."""
+
+    copies: int = 0
+    """Number of the hosts seen that have each file, at least."""
+
+
+def view_tier(stores: Mapping[str, ReadStore]) -> TierView:
+    """Describe the newest step on these hosts: see `host_stores`."""
+    hosts = sorted(stores)
+    folders: dict[str, dict[int, str]] = {}
+    for host in hosts:
+        with suppress(HoldfastError):
+            folders[host] = steps_among(stores[host].list())
+    step = max((step for steps in folders.values() for step in steps), default=None)
+    if step is None:
+        return TierView(hosts)
+    expected: Sequence[str] = ()
+    counts: Counter[str] = Counter()
+    for host, steps in folders.items():
+        if step in steps:
+            with suppress(HoldfastError):
+                # The manifest is the same on every host.
+                files = read_manifest(stores[host], steps[step], entries=False).files
+                expected = expected or [*files]
+                counts.update(files.keys() & {*stores[host].list(steps[step])})
+    copies = min((counts[file] for file in expected), default=0)
+    return TierView(hosts, step, len(expected), len(counts), copies)

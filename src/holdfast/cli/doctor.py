@@ -14,7 +14,7 @@ from typing import Literal
 from holdfast.catalog.catalog import Catalog, location, read_manifest, steps_in
 from holdfast.catalog.cleanup import is_at_work, plan_cleanup
 from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, summary_of
-from holdfast.catalog.listing import hint_without_steps
+from holdfast.catalog.listing import hint_without_steps, shared_files
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
@@ -270,10 +270,9 @@ def _own_bytes(store: LocalStore, report: VerifyReport) -> int:
     shared = 0
     folder = os.path.relpath(report.where, store.url)
     with suppress(HoldfastError):
-        for file in store.list(folder):
-            key = f"{folder}/{file}"
-            if rank_and_number(file) is not None and store.links(key).count > 1:
-                shared += store.size(key)
+        files = [file for file in store.list(folder) if rank_and_number(file) is not None]
+        for file in shared_files(store, folder, files):
+            shared += store.size(f"{folder}/{file}")
     return report.nbytes - shared
 
 

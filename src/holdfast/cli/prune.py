@@ -13,7 +13,7 @@ from typing import Literal
 from holdfast.catalog.catalog import Catalog, read_manifest, sealed_among
 from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
 from holdfast.catalog.findings import misnumbered
-from holdfast.catalog.listing import hint_without_steps
+from holdfast.catalog.listing import hint_without_steps, shared_files
 from holdfast.catalog.open_any import check_folder, format_of
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.replaceable import why_not_removable
@@ -28,7 +28,7 @@ from holdfast.manager.resume import good_steps
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.listed import ListedStore
 from holdfast.storage.opening import store_to_save
-from holdfast.storage.store import Linking, Links, ReadStore, Store
+from holdfast.storage.store import Links, ReadStore, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,17 +208,14 @@ def _say(store: Store, decisions: Sequence[Decision], options: PruneArguments) -
 def _kept_bytes(store: Store, going: Sequence[Decision]) -> int:
     """Bytes that removing these folders does not free: of files that another checkpoint shares, or
     that count more than once because several of these folders share them."""
-    if not isinstance(store, Linking):
-        return 0
     names: Counter[Links] = Counter()
     sizes: dict[Links, int] = {}
     for decision in going:
         with suppress(HoldfastError):
-            for file in store.list(decision.name):
-                key = f"{decision.name}/{file}"
-                if not file.endswith("/") and (links := store.links(key)).count > 1:
-                    names[links] += 1
-                    sizes[links] = store.size(key)
+            files = [file for file in store.list(decision.name) if not file.endswith("/")]
+            for file, links in shared_files(store, decision.name, files).items():
+                names[links] += 1
+                sizes[links] = store.size(f"{decision.name}/{file}")
     return sum(
         sizes[links] * (going_names - (going_names == links.count))
         for links, going_names in names.items()

@@ -20,6 +20,8 @@ from holdfast.cli.terminal import POSITIONAL, Options, parsed, say, say_error
 from holdfast.errors import ExistsError, StorageError, UsageError
 from holdfast.skills.startup import refresh
 from holdfast.spelling import counted
+from holdfast.storage.local import LocalStore
+from holdfast.storage.objects import ObjectStore
 
 PACKAGES = ("prometheus_client", "starlette", "uvicorn")
 """Packages of the extra `serve`."""
@@ -40,8 +42,8 @@ class ServeArguments(Options):
     """
 
     folders: tuple[str, ...] = field(metadata=POSITIONAL)
-    """Folders of checkpoints, or folders above them. One that does not exist yet is shown once it
-    does."""
+    """Paths or URLs of folders of checkpoints, or of folders above them. One that does not exist
+    yet is shown once it does."""
 
     host: str = "127.0.0.1"
     """Address to listen on. Beyond this machine, the server asks for a token: the one in the
@@ -151,12 +153,15 @@ def check(options: ServeArguments) -> None:
             "`holdfast serve` needs a folder", hint="holdfast serve outputs/checkpoint"
         )
     for folder in options.folders:
-        if "://" in folder:
+        store, name = open_parent(folder)
+        if isinstance(store, LocalStore):
+            check_folder(store, name)
+        elif not isinstance(store, ObjectStore):
             raise UsageError(
-                f"`{folder}` is a URL: `holdfast serve` watches folders of this machine",
+                f"`{folder}` is a URL that `holdfast serve` cannot watch: it watches folders and "
+                "buckets",
                 hint=f"holdfast report {folder}",
             )
-        check_folder(*open_parent(folder))
     if not 0 <= options.port < 1 << 16:
         raise UsageError(f"`--port` must be 0 to 65535, found: {options.port}")
     if options.max_age is not None and not options.max_age > 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, get_args
 
-from holdfast.dashboard.discovery import path_of
+from holdfast.catalog.tier import TierView
 from holdfast.dashboard.figures import Figures
 from holdfast.dashboard.watch import ReadResult, WatchedFolder
 from holdfast.spelling import counted, spelled_age
@@ -83,22 +83,26 @@ class Condition:
     """Facts that need attention in any state: the loss is not finite, or saves failed."""
 
 
+def age_s_of(figures: Figures, now: datetime) -> float | None:
+    """Returns the age in seconds of the checkpoint that a resume takes; None where unknown."""
+    return None if figures.saved_at is None else max(now.timestamp() - figures.saved_at, 0.0)
+
+
 def condition_of(run: WatchedFolder, now: datetime, limits: Limits) -> Condition:
     """Returns the state of a run."""
     latest, time = run.latest, now.timestamp()
     figures = latest.figures
-    age_s = None if figures.saved_at is None else max(time - figures.saved_at, 0.0)
+    age_s = age_s_of(figures, now)
     stale_s = limits.stale_s(figures)
     is_writing = figures.written_at is not None and time - figures.written_at < WRITING_S
     state, why = _state(latest, time, age_s=age_s, stale_s=stale_s, is_writing=is_writing)
     notes = [why, *_facts(figures, time, state=state, is_writing=is_writing)]
-    path = path_of(run.folder)
     return Condition(
         state=state,
         age_s=age_s,
         stale_s=stale_s,
         notes=tuple(
-            note.replace(f"{path}/", "").replace(path, run.folder) for note in notes if note
+            note.replace(f"{run.path}/", "").replace(run.path, run.folder) for note in notes if note
         ),
         alarms=tuple(_alarms(figures)),
     )
@@ -153,7 +157,23 @@ def _facts(figures: Figures, time: float, *, state: State, is_writing: bool) -> 
         facts.append(f"{counted(figures.num_unfinished, 'leftover')} of killed saves")
     if state in ("good", "saving", "finished", "stale") and figures.newest is not None:
         facts.append(_verification(figures, time))
+    if figures.tier is not None:
+        facts.append(_replicas(figures.tier))
     return facts
+
+
+def _replicas(tier: TierView) -> str:
+    """Returns where the files of the newest step in the fast tier are."""
+    if tier.step is None:
+        return "this machine sees no checkpoint in its fast tier"
+    step = f"local step {tier.step:,}"
+    if tier.num_seen < tier.num_files:
+        return (
+            f"{tier.num_seen} of {tier.num_files} files of {step} are on the hosts seen from here"
+        )
+    if tier.copies > 1:
+        return f"each file of {step} is on {tier.copies} hosts"
+    return f"{step} has no replica"
 
 
 def _verification(figures: Figures, time: float) -> str:

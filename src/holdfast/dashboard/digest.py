@@ -12,15 +12,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from holdfast.dashboard.condition import STATES, Limits, condition_of
+from holdfast.catalog.tier import TierView
+from holdfast.dashboard.condition import STATES, Limits, age_s_of, condition_of
 from holdfast.dashboard.figures import Figures
 from holdfast.dashboard.watch import WatchedFolder
 from holdfast.spelling import finite
-
-
-def age_s(figures: Figures, now: datetime) -> float | None:
-    """Returns the age in seconds of the checkpoint that a resume takes; None where unknown."""
-    return None if figures.saved_at is None else max(now.timestamp() - figures.saved_at, 0.0)
 
 
 def digest(run: WatchedFolder, now: datetime, limits: Limits, *, full: bool) -> dict[str, Any]:
@@ -44,6 +40,9 @@ def digest(run: WatchedFolder, now: datetime, limits: Limits, *, full: bool) -> 
         "blocked_share": figures.blocked_share,
         "loss": figures.losses[-1][1] if figures.losses else None,
         **_counts(figures),
+        "fast_tier": None
+        if figures.tier is None
+        else {**asdict(figures.tier), "behind": figures.behind},
         "report": None if figures.last is None else asdict(figures.last),
     }
     if full:
@@ -69,7 +68,7 @@ def _unhealthy(run: WatchedFolder, now: datetime, max_age_s: float | None) -> st
         return latest.problem
     if newest is None:
         return "no step to resume from"
-    age = age_s(latest.figures, now)
+    age = age_s_of(latest.figures, now)
     if max_age_s is None or latest.figures.is_finished or (age is not None and age <= max_age_s):
         return None
     if age is None:
@@ -145,8 +144,23 @@ def _samples(run: WatchedFolder, now: datetime, limits: Limits) -> Iterator[Samp
         yield gauge, "save_rate_bytes_per_second", rate, figures.save_rate, {}
     if figures.losses:
         yield gauge, "loss", "Last loss.", figures.losses[-1][1], {}
+    if figures.tier is not None:
+        yield from _tiers(figures.tier, figures.behind)
     if figures.last is not None:
         yield from _reported(figures, figures.last.step)
+
+
+def _tiers(tier: TierView, behind: int | None) -> Iterator[Sample]:
+    """Yields samples of the fast tier."""
+    gauge, seen = GaugeMetricFamily, "Hosts whose part of the fast tier this machine sees."
+    yield gauge, "local_hosts", seen, len(tier.hosts), {}
+    if tier.step is None or behind is None:
+        return
+    yield gauge, "local_step", "Newest step on the disks of the hosts.", tier.step, {}
+    steps = "Steps by which the folder of the run is behind the disks of the hosts."
+    yield gauge, "local_steps_not_copied", steps, behind, {}
+    copies = "Hosts seen that have each file of the newest local step, at least."
+    yield gauge, "local_copies", copies, tier.copies, {}
 
 
 def _reported(figures: Figures, step: int) -> Iterator[Sample]:

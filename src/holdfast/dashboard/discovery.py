@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from holdfast.catalog.catalog import location, sealed_among
-from holdfast.catalog.paths import open_parent
+from holdfast.catalog.paths import full_path, open_parent
 from holdfast.errors import HoldfastError
 from holdfast.format.names import LOCK, hidden_folder_of, steps_among
+from holdfast.storage.listed_bucket import TooManyError
+from holdfast.storage.objects import ObjectStore
 from holdfast.storage.store import ReadStore
 
 DEPTH_MAX = 4
@@ -42,12 +43,15 @@ def find_runs(path: str) -> FoundRuns:
     out of their folder. Passes over what it cannot read.
     """
     store, name = open_parent(path)
+    if isinstance(store, ObjectStore):
+        # Lists each prefix once.
+        store, _ = store.listed()
     found: list[str] = []
-    waiting, num_searched = deque([(name, 0)]), 0
+    waiting, num_searched, is_complete = deque([(name, 0)]), 0, True
     while waiting and num_searched < FOLDERS_MAX and len(found) < RUNS_MAX:
         folder, depth = waiting.popleft()
         num_searched += 1
-        with suppress(HoldfastError):
+        try:
             names = store.list(folder)
             if _holds_checkpoints(store, folder, names):
                 found.append(location(store, folder))
@@ -55,12 +59,16 @@ def find_runs(path: str) -> FoundRuns:
                 waiting += [
                     (f"{folder}/{child}", depth + 1) for child in _below(store, folder, names)
                 ]
-    return FoundRuns(sorted(found), not waiting)
+        except TooManyError:
+            is_complete = False
+        except HoldfastError:
+            continue
+    return FoundRuns(sorted(found), is_complete and not waiting)
 
 
 def path_of(path: str) -> str:
     """Returns the absolute path of a folder, as in `FoundRuns`."""
-    return location(*open_parent(path))
+    return full_path(path)
 
 
 def _holds_checkpoints(store: ReadStore, folder: str, names: Sequence[str]) -> bool:

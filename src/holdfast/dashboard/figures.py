@@ -12,6 +12,7 @@ from itertools import pairwise
 from statistics import median
 
 from holdfast.catalog.listing import CheckpointRow, used_bytes
+from holdfast.catalog.tier import TierView
 from holdfast.dashboard.history import History, MetricsRow, blocked, commit_time
 
 SAVES = 10
@@ -95,6 +96,13 @@ class Figures:
 
     totals: Totals = Totals()
 
+    tier: TierView | None = None
+    """Fast tier of the run, as far as this machine sees it; None for a run without one."""
+
+    behind: int | None = None
+    """Number of steps by which the folder of the run is behind the fast tier; None where no step of
+    it is seen."""
+
 
 NO_FIGURES = Figures()
 """Figures of a run about which nothing is known."""
@@ -123,7 +131,16 @@ def figures_of(history: History) -> Figures:
         losses=_latest_losses(history),
         blocked_share=share if len(history.reports) > 1 else None,
         totals=_totals(history, blocked_s),
+        tier=history.tier,
+        behind=_behind(history),
     )
+
+
+def _behind(history: History) -> int | None:
+    if history.tier is None or history.tier.step is None:
+        return None
+    durable = [row.step for row in history.rows if row.state == "good" and row.step is not None]
+    return max(history.tier.step - max(durable, default=0), 0)
 
 
 def _is_last(row: CheckpointRow, history: History) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,13 +12,14 @@ from typing import Any
 
 from holdfast.catalog.catalog import location
 from holdfast.catalog.listing import CheckpointRow, resumable, row_of, survey
-from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.paths import full_path, open_for_reading
+from holdfast.catalog.tier import TierView, host_stores, read_tier, view_tier
 from holdfast.errors import HoldfastError
 from holdfast.format import timings
 from holdfast.format.names import hidden_folder_of
 from holdfast.format.untrusted import SIZE_MAX
-from holdfast.storage.local import LocalStore
-from holdfast.storage.store import ReadStore
+from holdfast.storage.objects import ObjectStore
+from holdfast.storage.store import ReadStore, Stamping
 from holdfast.timing import Times
 
 METRICS = "metrics.jsonl"
@@ -91,6 +92,9 @@ class History:
 
     written_at: float | None = None
     """Time of the last change in an unfinished save, in seconds since 1970; None without one."""
+
+    tier: TierView | None = None
+    """Fast tier of the run, as far as this machine sees it; None for a run without one."""
 
     @property
     def resume(self) -> int | None:
@@ -185,8 +189,9 @@ def slowest(times: Times) -> int:
 class HistoryReader:
     """Reads a run's history again and again.
 
-    Skips checkpoints whose files have not changed, and lines of metrics that it has read. Reads
-    checkpoints at URLs each time, since changes cannot be noticed there.
+    Skips checkpoints whose files have not changed, and lines of metrics that it has read. In a
+    bucket, a listing of the whole folder says what has changed: a request per thousand objects. At
+    other URLs changes cannot be noticed, so it reads all checkpoints each time.
     """
 
     def __init__(self, path: str) -> None:
@@ -196,6 +201,9 @@ class HistoryReader:
         self._metrics = _MetricsReader()
         self._trainer: tuple[object, TrainerLog] = (None, TrainerLog())
         self._history: History | None = None
+        self._listed: tuple[ObjectStore, Callable[[], None]] | None = None
+        self._known_damaged: set[str] = set()
+        self._tier: tuple[object, TierView | None] = (None, None)
 
     def read(self) -> History:
         """Returns the history as of now: the same object again if nothing has changed. Reads no
@@ -204,30 +212,67 @@ class HistoryReader:
         Raises:
             NotFoundError: no such folder, or no checkpoint in it.
         """
-        store, name = open_for_reading(self._path)
-        before, self._rows = self._rows, {}
-
-        def cached_row(listed: ReadStore, key: str) -> CheckpointRow:
-            stamp = _stamp(store, key)
-            old_stamp, row = before.get(key, (None, None))
-            if row is None or old_stamp != stamp:
-                row = row_of(listed, key)
-            self._rows[key] = stamp, row
-            return row
-
-        rows = survey(store, name, cached_row)
+        store, name = self._open()
+        rows = self._survey(store, name)
+        damaged = {row.name for row in rows if row.state == "damaged"}
+        if damaged - self._known_damaged and self._listed is not None:
+            # They may have been replaced or deleted since they were listed.
+            self._listed[1]()
+            rows = self._survey(store, name)
+            damaged = {row.name for row in rows if row.state == "damaged"}
+        self._known_damaged = damaged
         reports = self._metrics.read(store, name)
         trainer = TrainerLog() if reports else self._trainer_log(store, name, rows)
         written_at = _written_at(store, name, rows)
-        history = History(location(store, name), rows, reports, trainer, written_at)
+        tier = self._tier_of(store, name)
+        history = History(location(store, name), rows, reports, trainer, written_at, tier)
         if self._history is None or history != self._history:
             self._history = history
         return self._history
 
     def read_metrics(self) -> History:
         """Returns a history without checkpoints: the metrics of a run that has not saved yet."""
-        store, name = open_for_reading(self._path)
+        store, name = self._open()
         return History(location(store, name), (), self._metrics.read(store, name))
+
+    def _open(self) -> tuple[ReadStore, str]:
+        if self._listed is not None:
+            self._listed[1]()
+            return self._listed[0], full_path(self._path).rpartition("/")[2]
+        store, name = open_for_reading(self._path)
+        if not isinstance(store, ObjectStore):
+            return store, name
+        self._listed = store.listed(below=name)
+        return self._open()
+
+    def _survey(self, store: ReadStore, name: str) -> list[CheckpointRow]:
+        before, self._rows = self._rows, {}
+
+        def cached_row(listed: ReadStore, key: str) -> CheckpointRow:
+            stamp = _stamp(store, key)
+            old_stamp, row = before.get(key, (None, None))
+            # In a bucket, a request may have failed.
+            is_sure = row is not None and (row.state != "damaged" or self._listed is None)
+            if row is None or old_stamp != stamp or not is_sure:
+                row = row_of(listed, key)
+            self._rows[key] = stamp, row
+            return row
+
+        return survey(store, name, cached_row)
+
+    def _tier_of(self, store: ReadStore, name: str) -> TierView | None:
+        """Describe the fast tier, whose manifests are read again only after a change."""
+        try:
+            record = read_tier(store, name)
+            if record is None:
+                return None
+            stores = host_stores(record)
+            stamp = {host: found.stamp("") for host, found in stores.items()}
+        except HoldfastError:
+            return None
+        if stamp != self._tier[0]:
+            self._tier = stamp, view_tier(stores)
+        return self._tier[1]
 
     def _trainer_log(
         self, store: ReadStore, name: str, rows: Sequence[CheckpointRow]
@@ -244,11 +289,12 @@ class HistoryReader:
 
 
 def _written_at(store: ReadStore, name: str, rows: Sequence[CheckpointRow]) -> float | None:
-    """Returns when an unfinished save last changed; None where there is none, or at a URL."""
+    """Returns when an unfinished save last changed; None where there is none, or where that cannot
+    be told."""
     times = []
     for row in rows:
         hidden = hidden_folder_of(row.name) if row.state == "attempt" else None
-        if hidden is not None and hidden.role == "attempt" and isinstance(store, LocalStore):
+        if hidden is not None and hidden.role == "attempt" and isinstance(store, Stamping):
             with suppress(HoldfastError):
                 times.append(store.changed_at(f"{name}/{row.name}"))
     return max(times, default=None)
@@ -273,7 +319,7 @@ def _stamp(store: ReadStore, key: str) -> object:
 
     Where changes cannot be noticed, each value is unequal to all others.
     """
-    if isinstance(store, LocalStore):
+    if isinstance(store, Stamping):
         with suppress(HoldfastError):
             return store.stamp(key)
     return object()

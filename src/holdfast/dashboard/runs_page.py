@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from html import escape
 from importlib.resources import files
+from itertools import takewhile
 
+from holdfast.catalog.paths import full_path
 from holdfast.dashboard.condition import STATES, Condition, Limits, State, condition_of
 from holdfast.dashboard.figures import NO_FIGURES, Figures, curve
 from holdfast.dashboard.watch import WatchedFolder
@@ -78,9 +79,7 @@ def runs_page(
     `incomplete`: folders given that hold more than was searched.
     """
     names = short_names([run.folder for run in runs.values()])
-    drawn = [
-        _row(number, run, names[run.folder], now, limits) for number, run in sorted(runs.items())
-    ]
+    drawn = [_row(number, run, names[run.folder], now, limits) for number, run in runs.items()]
     rows = sorted(drawn, key=lambda row: (STATES.index(row.state), not row.has_alarm, row.name))
     counts = Counter(row.state for row in rows)
     title = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
@@ -112,12 +111,16 @@ def short_names(folders: Sequence[str]) -> dict[str, str]:
     {'runs/a/checkpoint': 'a', 'runs/b/checkpoint': 'b'}
     >>> short_names(["outputs/checkpoint"])
     {'outputs/checkpoint': 'outputs'}
+    >>> short_names(["s3://bucket/runs/a", "s3://bucket/runs/b"])
+    {'s3://bucket/runs/a': 'a', 's3://bucket/runs/b': 'b'}
     """
-    full = {folder: os.path.abspath(folder) for folder in folders}  # noqa: PTH100 - text
+    full = {folder: full_path(folder) for folder in folders}
     shortest = {folder: path.removesuffix("/checkpoint") for folder, path in full.items()}
     paths = full if len(set(shortest.values())) < len(set(full.values())) else shortest
-    above = os.path.commonpath([os.path.dirname(p) for p in paths.values()]) if paths else ""  # noqa: PTH120
-    return {folder: path[len(above.rstrip("/")) + 1 :] or path for folder, path in paths.items()}
+    parts = {folder: path.split("/") for folder, path in paths.items()}
+    levels = zip(*[names[:-1] for names in parts.values()], strict=False)
+    num_common = sum(1 for _ in takewhile(lambda names: len({*names}) == 1, levels))
+    return {folder: "/".join(names[num_common:]) for folder, names in parts.items()}
 
 
 def _head() -> str:
@@ -180,8 +183,11 @@ def _css(state: str) -> str:
 
 def _step(figures: Figures) -> Cell:
     step = None if figures.newest is None else figures.newest.step
-    reached = f"reached {figures.last.step:,}" if figures.last is not None else ""
-    return Cell("none" if step is None else f"{step:,}", reached, key=step)
+    more = [f"reached {figures.last.step:,}"] if figures.last is not None else []
+    if figures.tier is not None and figures.tier.step is not None:
+        behind = f", copy {figures.behind:,} behind" if figures.behind else ""
+        more.append(f"local {figures.tier.step:,}{behind}")
+    return Cell("none" if step is None else f"{step:,}", "<br>".join(more), key=step)
 
 
 def _age(figures: Figures, condition: Condition) -> Cell:

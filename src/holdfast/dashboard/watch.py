@@ -11,12 +11,19 @@ from holdfast.dashboard.discovery import FoundRuns, find_runs, path_of
 from holdfast.dashboard.figures import NO_FIGURES, Figures, figures_of
 from holdfast.dashboard.history import History, HistoryReader
 from holdfast.errors import HoldfastError, NotFoundError
+from holdfast.storage.opening import is_url
 
 READ_S = 2.0
 """Least seconds between two reads of a folder."""
 
+READ_BUCKET_S = 10.0
+"""Least seconds between two reads of a folder in a bucket, whose requests cost money."""
+
 SEARCH_S = 10.0
 """Least seconds between two searches for new runs."""
+
+SEARCH_BUCKET_S = 120.0
+"""Least seconds between two searches in a bucket."""
 
 READ_SHARE = 0.05
 """Largest share of a thread's time for reading, so slow folders are read more rarely."""
@@ -61,6 +68,8 @@ class WatchedFolder:
     def __init__(self, folder: str, *, cpu_share: float = CPU_SHARE) -> None:
         """`cpu_share`: largest share of one CPU core for reading this folder."""
         self.folder = folder
+        self.path: str = path_of(folder)
+        """Absolute path of the folder, or its URL."""
         self.latest: ReadResult = ReadResult(None, "not read yet")
         """Result of the latest read."""
         self.cpu_share = cpu_share
@@ -82,7 +91,8 @@ class WatchedFolder:
             started, cpu_started = time.monotonic(), time.thread_time()
             result = self._read()
             spent, cpu_spent = time.monotonic() - started, time.thread_time() - cpu_started
-            pause_s = max(READ_S, spent / READ_SHARE, cpu_spent / self.cpu_share)
+            least_s = READ_BUCKET_S if is_url(self.path) else READ_S
+            pause_s = max(least_s, spent / READ_SHARE, cpu_spent / self.cpu_share)
             self.latest = replace(result, time=time.time(), pause_s=pause_s)
             self._first.set()
 
@@ -219,4 +229,5 @@ class _Search:
             if found.folders == [root]:
                 return
             spent, cpu_spent = time.monotonic() - started, time.thread_time() - cpu_started
-            pause_s = max(SEARCH_S, spent / READ_SHARE, cpu_spent / self._cpu_share)
+            least_s = SEARCH_BUCKET_S if is_url(root) else SEARCH_S
+            pause_s = max(least_s, spent / READ_SHARE, cpu_spent / self._cpu_share)

@@ -141,14 +141,36 @@ def number_of(name: str) -> int | None:
     return None if found is None else int(found[0])
 
 
+def visible_name(folder: str) -> str | None:
+    """Return the name under which readers know a folder: that of the checkpoint if a killed save
+    has renamed it; None if it is hidden from them.
+
+    >>> visible_name("best"), visible_name(".replaced-best-1f2e3d4c")
+    ('best', 'best')
+    >>> visible_name(".attempt-best-1f2e3d4c")
+    """
+    hidden = hidden_folder_of(folder)
+    if hidden is None:
+        return folder
+    return hidden.name if hidden.role == "replaced" else None
+
+
 def step_of_folder(folder: str) -> int | None:
     """Return the step in the name of a checkpoint, or of one that is being replaced; else None.
 
     >>> step_of_folder("step-30"), step_of_folder(".replaced-step-30-1f2e3d4c")
     (30, 30)
     """
-    hidden = hidden_folder_of(folder)
-    return step_of(hidden.name if hidden and hidden.role == "replaced" else folder)
+    return step_of(visible_name(folder) or "")
+
+
+def number_of_folder(folder: str) -> int | None:
+    """Return the `number_of` a sealed folder, or of one that is being replaced; else None.
+
+    >>> number_of_folder("epoch-3"), number_of_folder(".replaced-epoch-3-1f2e3d4c")
+    (3, 3)
+    """
+    return number_of(visible_name(folder) or "")
 
 
 def folder_among(names: Collection[str], name: str) -> str | None:

@@ -14,15 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.catalog.findings import summary_of
-from holdfast.catalog.newest import check
-from holdfast.catalog.seal import visible_name
 from holdfast.comm import Ranks, all_ranks, run_on_all
-from holdfast.errors import DamagedError, ExistsError, NotFoundError, UsageError
-from holdfast.format.names import number_of
+from holdfast.errors import ExistsError, NotFoundError, UsageError
+from holdfast.format.names import number_of, number_of_folder
 from holdfast.format.seal import SEAL
 from holdfast.hosts.background import BackgroundSync
-from holdfast.hosts.choosing import newest_good_on_all_hosts, run_on_hosts
+from holdfast.hosts.choosing import (
+    check_sealed,
+    newest_good_on_all_hosts,
+    none_good,
+    run_on_hosts,
+)
 from holdfast.hosts.sealing import delete, sealed_by_all
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -123,7 +125,7 @@ class _Host:
         here = Path(path).resolve().parent == self._named_folder().resolve()
         if settings.automatic_checkpoint_naming and here:
             # Otherwise the next save would begin at 0 again, which has a checkpoint.
-            settings.iteration = (number_of(visible_name(Path(path).name) or "") or 0) + 1
+            settings.iteration = (number_of_folder(Path(path).name) or 0) + 1
             self._resumed = True
             self._resumed_from = Path(path).resolve()
         return loaded
@@ -218,20 +220,11 @@ def _check_path(path: Path) -> None:
     checked."""
     if not path.is_dir():
         raise NotFoundError(f"`{path}` does not exist")
-    if not (path / SEAL).exists():
-        logger.warning("`%s` has no seal, so its bytes cannot be checked", path)
-    elif findings := check(path):
-        raise DamagedError(
-            f"`{path}` is damaged: {summary_of(findings)}",
-            hint=f"`load_state({str(path.parent)!r})` takes the newest good one there",
-        )
+    check_sealed(path, hint=f"`load_state({str(path.parent)!r})` takes the newest good one there")
 
 
 def _refuse_damaged(folder: Path) -> None:
     """Raise a DamagedError if a folder without any good checkpoint has anything in it."""
     # A killed first save has left a hidden folder.
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise DamagedError(
-            f"no checkpoint in `{folder}` is good",
-            hint=f"`holdfast doctor {folder}` says what is wrong with each",
-        )
+        raise none_good(folder)

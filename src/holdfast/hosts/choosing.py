@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from holdfast.catalog.newest import newest_good
-from holdfast.catalog.seal import visible_name
+from holdfast.catalog.findings import summary_of
+from holdfast.catalog.newest import check, newest_good
 from holdfast.comm import Ranks, gather_and_run, run_on_all
 from holdfast.errors import DamagedError
-from holdfast.format.names import number_of
+from holdfast.format.names import number_of_folder, visible_name
+from holdfast.format.seal import SEAL
+
+logger: logging.Logger = logging.getLogger("holdfast")
 
 
 def newest_good_on_all_hosts(
@@ -38,7 +42,11 @@ def newest_good_on_all_hosts(
         if not decides or not root.is_dir():
             return None
         names = filter(None, (visible_name(path.name) for path in root.iterdir()))
-        older = [name for name in names if pattern.fullmatch(name) and _number_in(name) < below]
+        older = [
+            name
+            for name in names
+            if pattern.fullmatch(name) and (number_of_folder(name) or 0) < below
+        ]
         return newest_good(root, re.compile("|".join(map(re.escape, older))), last_file=last_file)
 
     def settle(paths: Sequence[Path | None]) -> list[Path | None]:
@@ -52,7 +60,7 @@ def newest_good_on_all_hosts(
     below = math.inf
     while True:
         found = run_on_all(ranks, lambda: find(below))  # noqa: B023 - runs at once
-        number = -1 if found is None else _number_in(visible_name(found.name) or "")
+        number = -1 if found is None else number_of_folder(found.name) or 0
         highest, negated = ranks.all_reduce_max([number, -number] if decides else [-1, -math.inf])
         lowest = -negated
         if highest == lowest:
@@ -68,12 +76,25 @@ def run_on_hosts(ranks: Ranks, work: Callable[[], object], *, decides: bool) -> 
     run_on_all(ranks, lambda: work() if decides else None)
 
 
+def check_sealed(path: Path, hint: str) -> None:
+    """Raise a DamagedError with this hint if a sealed folder is damaged. Warns if a folder has no
+    seal."""
+    if not (path / SEAL).exists():
+        logger.warning("`%s` has no seal, so its bytes cannot be checked", path)
+    elif findings := check(path):
+        raise DamagedError(f"`{path}` is damaged: {summary_of(findings)}", hint=hint)
+
+
+def none_good(folder: Path) -> DamagedError:
+    """Returns the error of a folder whose checkpoints are all damaged."""
+    return DamagedError(
+        f"no checkpoint in `{folder}` is good",
+        hint=f"`holdfast doctor {folder}` says what is wrong with each",
+    )
+
+
 def _differ(root: Path) -> DamagedError:
     return DamagedError(
         f"no checkpoint in `{root}` is good on every host",
         hint=f"copy a good one to all hosts: `holdfast doctor {root}` says which are good on one",
     )
-
-
-def _number_in(name: str) -> int:
-    return number_of(name) or 0

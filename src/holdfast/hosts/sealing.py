@@ -54,21 +54,19 @@ def sealed_by_all(
     folder = Path(catalog.store.url, str(HiddenFolder("attempt", name, chosen_id)))
     final = Path(catalog.store.url, name)
 
-    def is_file() -> bool:
-        return replaces_file is not None and final.is_file()
-
     def begin_here() -> Unsealed | None:
         if not publishes:
             return None
         if background is not None:
             background.wait()
         added = _make_way(path) if moves_aside else {}
+        is_file = replaces_file is not None and final.is_file()
         unsealed = begin(
             path,
-            overwrite=not is_file(),
+            overwrite=not is_file,
             chosen_id=chosen_id,
-            checks_name=not added and not is_file(),
-            durable=background is None or is_file() or not background.may_follow(catalog.store.url),
+            checks_name=not added and not is_file,
+            durable=background is None or is_file or not background.may_follow(catalog.store.url),
         )
         for file, source in added.items():
             (unsealed.folder / file).parent.mkdir(parents=True, exist_ok=True)

@@ -14,14 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.catalog.findings import summary_of
 from holdfast.catalog.newest import check
 from holdfast.comm import Ranks, all_ranks, run_on_all
-from holdfast.errors import DamagedError, HoldfastError
+from holdfast.errors import HoldfastError
 from holdfast.format.names import number_of
 from holdfast.format.seal import SEAL
 from holdfast.hosts.background import BackgroundSync
-from holdfast.hosts.choosing import newest_good_on_all_hosts, run_on_hosts
+from holdfast.hosts.choosing import (
+    check_sealed,
+    newest_good_on_all_hosts,
+    none_good,
+    run_on_hosts,
+)
 from holdfast.hosts.sealing import delete, sealed_by_all
 
 if TYPE_CHECKING:
@@ -203,22 +207,13 @@ def _check_path(path: Path) -> None:
     """Raise a DamagedError if the checkpoint is damaged. Warns if it cannot be checked."""
     if not path.is_dir():
         return  # The Trainer's own error says more.
-    if not (path / SEAL).exists():
-        logger.warning("`%s` has no seal, so its bytes cannot be checked", path)
-    elif findings := check(path):
-        raise DamagedError(
-            f"`{path}` is damaged: {summary_of(findings)}",
-            hint="`resume_from_checkpoint=True` takes the newest good one",
-        )
+    check_sealed(path, hint="`resume_from_checkpoint=True` takes the newest good one")
 
 
 def _refuse_damaged(folder: Path) -> None:
     """Raise a DamagedError if a folder without any good checkpoint has others."""
     if folder.is_dir() and _checkpoints(folder):
-        raise DamagedError(
-            f"no checkpoint in `{folder}` is good",
-            hint=f"`holdfast doctor {folder}` says what is wrong with each",
-        )
+        raise none_good(folder)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -103,8 +103,8 @@ class Bucket(Protocol):
         """List what is directly below a prefix; nothing if no object is."""
         ...
 
-    def list_all(self, prefix: str) -> Sequence[str]:
-        """List the keys of all objects below a prefix, at any depth."""
+    def list_all(self, prefix: str) -> Iterator[StoredObject]:
+        """List all objects below a prefix, at any depth, by a request per thousand."""
         ...
 
     def delete(self, keys: Sequence[str]) -> None:

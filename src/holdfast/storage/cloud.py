@@ -154,10 +154,10 @@ class CloudBucket:
             prefixes = [name.rpartition("/")[2] for name in found["common_prefixes"]]
             return Listing([_described(meta) for meta in found["objects"]], prefixes)
 
-    def list_all(self, prefix: str) -> Sequence[str]:
+    def list_all(self, prefix: str) -> Iterator[StoredObject]:
         with self._errors_of("list", prefix):
-            pages = obstore.list(self._data, prefix or None)
-            return [meta["path"] for page in pages for meta in page]
+            for page in obstore.list(self._data, prefix or None, chunk_size=1000):
+                yield from map(_described, page)
 
     def delete(self, keys: Sequence[str]) -> None:
         with self._errors_of("remove", keys[0] if keys else ""):

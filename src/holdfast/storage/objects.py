@@ -51,6 +51,7 @@ from holdfast.storage.bucket_leases import (
     note_in,
 )
 from holdfast.storage.claims import Claim, Claims
+from holdfast.storage.listed_bucket import ListedBucket
 from holdfast.storage.pointers import Pointer, Pointers
 from holdfast.storage.store import Buffer, Check, FileWriter
 from holdfast.storage.streams import ObjectReader, ObjectWriter
@@ -178,6 +179,24 @@ class ObjectStore:
             if again == found:
                 raise
         return request(again)
+
+    def stamp(self, folder: str) -> object:
+        return [
+            (_name(found.key), found.nbytes, found.version, found.modified)
+            for found in self._bucket.list(self._folder(folder, fresh=False)).objects
+        ]
+
+    def changed_at(self, folder: str) -> float:
+        found = self._bucket.list(self._folder(folder, fresh=False)).objects
+        if not found:
+            raise NotFoundError(f"nothing at `{self._where(folder)}`")
+        return max(one.modified.timestamp() for one in found)
+
+    def listed(self, below: str | None = None) -> tuple[ObjectStore, Callable[[], None]]:
+        """Return a store of the same objects for a reader that looks again and again, and the
+        function that it calls before it looks. `below`: see `ListedBucket`."""
+        bucket = ListedBucket(self._bucket, below)
+        return ObjectStore(bucket, threads=1), bucket.refresh
 
     # ---------------------------------------------------------------------------------- addresses
 
@@ -312,7 +331,7 @@ class ObjectStore:
             self._claims.end(name, hidden.id)
             # It may lead to these files, if a save or a deletion was killed.
             self._pointers.write_stock_index(name)
-        keys = self._bucket.list_all(prefix)
+        keys = [found.key for found in self._bucket.list_all(prefix)]
         if not keys:
             raise NotFoundError(f"nothing at `{self._where(key)}`")
         # The manifest first: a reader that was given this prefix must not take it for whole.

@@ -230,6 +230,19 @@ class Linking(Protocol):
         ...
 
 
+@runtime_checkable
+class Stamping(Protocol):
+    """The part of a store that tells when a folder has changed, without reading its files."""
+
+    def stamp(self, folder: str) -> object:
+        """Return a value that changes when any file directly in `folder` changes."""
+        ...
+
+    def changed_at(self, folder: str) -> float:
+        """Return when `folder` or a file directly in it last changed, in seconds since 1970."""
+        ...
+
+
 class PlainReader:
     """A `FileReader` for stores without open files. Each read names the key again."""
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,7 +25,11 @@ from fleets import (
     add_fleet,
     add_run,
     add_trainer_run,
+    read_often,
     remove_run,
+    served,
+    wait_for,
+    watched,
     write_metrics,
 )
 from holdfast.dashboard.condition import STATES, Condition, Limits, condition_of
@@ -37,7 +38,7 @@ from holdfast.dashboard.figures import curve, figures_of
 from holdfast.dashboard.history import History, HistoryReader
 from holdfast.dashboard.runs_page import runs_page, short_names, sparkline
 from holdfast.dashboard.watch import Fleet, WatchedFolder
-from holdfast.dashboard.web import app_of, server_of
+from holdfast.dashboard.web import app_of
 from holdfast.storage.local import LocalStore
 
 HOUR = 3600.0
@@ -46,11 +47,7 @@ HOUR = 3600.0
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read often, so that no test waits."""
-    monkeypatch.setattr(watch, "READ_S", 0.1)
-    monkeypatch.setattr(watch, "SEARCH_S", 0.1)
-    monkeypatch.setattr(watch, "CPU_SHARE", 10.0)
-    monkeypatch.setattr(watch, "SEARCH_CPU_SHARE", 10.0)
-    monkeypatch.setattr(watch, "READ_SHARE", 1.0)
+    read_often(monkeypatch)
 
 
 @pytest.fixture
@@ -60,25 +57,6 @@ def root(tmp_path: Path) -> Path:
     root.mkdir()
     add_fleet(root, time.time())
     return root
-
-
-def wait_for(found: Callable[[], object], expected: object, *, timeout_s: float = 30) -> None:
-    """Wait until a function returns the expected value."""
-    deadline = time.monotonic() + timeout_s
-    while found() != expected and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert found() == expected
-
-
-@contextmanager
-def watched(*folders: Path) -> Iterator[Fleet]:
-    """Watch the runs below folders. The context begins once each has been read."""
-    fleet = Fleet([str(folder) for folder in folders])
-    try:
-        wait_for(lambda: {bool(run.latest.time) for run in fleet.runs.values()}, {True})
-        yield fleet
-    finally:
-        fleet.stop()
 
 
 def states(fleet: Fleet, limits: Limits | None = None) -> dict[str, str]:
@@ -417,20 +395,6 @@ def test_metrics_have_the_figures_of_the_table(root: Path) -> None:
     assert found["moe-64x1b-c", "holdfast_save_rate_bytes_per_second"] == pytest.approx(1.3e9)
     assert 0 < found["moe-64x1b-c", "holdfast_save_blocked_ratio"] < 0.01
     assert math.isnan(found["vit-h-14-bf16", "holdfast_loss"])
-
-
-@contextmanager
-def served(root: Path) -> Iterator[str]:
-    """Serve the runs below `root` from a thread. The context gives the address."""
-    with watched(root) as fleet, socket.create_server(("127.0.0.1", 0)) as listener:
-        server = server_of(fleet, {"localhost"}, Limits(), None)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        finally:
-            server.should_exit = True
-            thread.join(20)
 
 
 SHOWN = "[...document.querySelectorAll('.runs tbody tr')]"

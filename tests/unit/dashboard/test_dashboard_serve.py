@@ -321,14 +321,14 @@ def test_the_server_ends_with_a_last_line(steps: Path, number: signal.Signals) -
 def test_wrong_arguments_and_missing_packages_are_errors(
     steps: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Method: no folder, a URL, an invalid port and one in use, an invalid age, a missing
-    package."""
+    """Method: no folder, a URL of no bucket, an invalid port and one in use, an invalid age, a
+    missing package."""
     folder = str(steps)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, status in (
             ([], 2),
-            (["s3://bucket/run"], 2),
+            (["memory://bucket/run"], 2),
             ([folder, "--port", "70000"], 2),
             ([folder, "--max-age", "nan"], 2),
             ([folder, "--host", "192.0.2.1"], 9),

@@ -75,7 +75,10 @@ class BucketSuite:
         assert list(root.prefixes) == ["step-5", "step-50"]
         assert [found.key for found in below.objects] == ["step-5/a"]
         assert list(below.prefixes) == ["id"]
-        assert sorted(bucket.list_all("step-5")) == ["step-5/a", "step-5/id/b"]
+        assert sorted(found.key for found in bucket.list_all("step-5")) == [
+            "step-5/a",
+            "step-5/id/b",
+        ]
         bucket.delete(["step-5/a", "step-5/id/b"])
         assert list(bucket.list("").prefixes) == ["step-50"]
 
