@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from holdfast.catalog.catalog import check_inside
-from holdfast.catalog.hf_folder import CONFIG, QUANTIZATION
+from holdfast.catalog.hf_folder import CONFIG, QUANTIZATION, read_config
 from holdfast.catalog.paths import open_for_reading
 from holdfast.format.safetensors import INDEX
 from holdfast.storage.store import Creating, ReadStore, Store
@@ -20,6 +20,11 @@ _WEIGHTS = (
 """Patterns of files that an export does not copy: weights in any format."""
 
 _TEMPLATES = "additional_chat_templates/"
+
+GENERATION_CONFIG = "generation_config.json"
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of special tokens, in `config.json` and `generation_config.json`."""
 
 COPIED_BYTES_MAX = 200_000_000
 """Largest file that an export copies. The largest tokenizers have a tenth of it."""
@@ -33,11 +38,25 @@ def files_beside(
     `assets`: folder whose other files are copied. The index comes last: a folder is not complete
     without it.
     """
+    if assets is not None:
+        config = {**config, **_token_ids(*open_for_reading(assets), config)}
     yield CONFIG, config_bytes(config, dtype)
     if assets is not None:
         yield from _copied(*open_for_reading(assets))
     if index is not None:
         yield INDEX, index
+
+
+def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens in `generation_config.json` that a `config.json` made here lacks.
+
+    Without them, transformers and other loaders take their defaults, which are other tokens.
+    """
+    files = store.list(folder)
+    if CONFIG in files or GENERATION_CONFIG not in files:
+        return {}
+    found = read_config(store, folder, GENERATION_CONFIG)
+    return {key: found[key] for key in TOKEN_IDS if key in found and key not in config}
 
 
 def write_small(
