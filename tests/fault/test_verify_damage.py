@@ -161,7 +161,7 @@ def test_what_is_usable_is_said(home: Path) -> None:
         report = checked(step)
         assert "model is whole" in report.usable
         assert f"optimizer is damaged in {moment.file}" in report.usable
-        assert "a model-only resume is possible" in report.usable
+        assert "a run can resume from it without" in report.usable
         assert not report.loads
         assert checked(step, quick=True).good, "structure alone does not read data"
     with changed(path) as data:

@@ -121,7 +121,7 @@ def test_every_mistake_of_an_export_is_named(
     assert main(["verify", str(folder), "--as-export"]) == 6
     said = capsys.readouterr()
     assert expected in said.out
-    assert "for a loader to fail" in said.err
+    assert " mistake" in said.err
 
 
 def test_only_a_whole_model_is_an_export(
@@ -134,3 +134,6 @@ def test_only_a_whole_model_is_an_export(
     assert "must be a Hugging Face folder" in capsys.readouterr().err
     assert main(["verify", str(source), "--against", str(source)]) == 2
     assert "`--against` needs `--as-export`" in capsys.readouterr().err
+    step = str(tmp_path / "step-0")
+    assert main(["verify", str(source), "--as-export", "--against", step]) == 2
+    assert f"holdfast convert {step} original --to hf" in capsys.readouterr().err

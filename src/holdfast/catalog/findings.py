@@ -135,7 +135,9 @@ def _line(group: Sequence[Finding]) -> str:
         return str(first)
     if not entries:
         return f"{first}; and so {len(others)} more of its {'blocks' if first.entry else 'places'}"
-    return f"{first}; and so {len(others)} more places, in {named(entries)}"
+    unnamed = sum(not finding.entry for finding in others)
+    elsewhere = f" and {unnamed} more of its places" if unnamed else ""
+    return f"{first}; and so {named(entries)}{elsewhere}"
 
 
 def named(names: Sequence[str]) -> str:
@@ -153,7 +155,7 @@ def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
         return "everything, by Holdfast; stock torch may fail on what is named above"
     damaged = _damaged_files(manifest, findings)
     whole = {*components_of(manifest).values()} - damaged.keys()
-    lines = [f"{name} is whole" for name in sorted(whole, key=lambda name: name != MODEL)]
+    lines = [f"{name} is whole" for name in sorted(whole, key=lambda name: (name != MODEL, name))]
     lines += [
         f"{name} is damaged in {', '.join(sorted(damaged[name]))}" for name in sorted(damaged)
     ]
@@ -163,7 +165,7 @@ def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
         lines.append(f"a load refuses this checkpoint as long as {files} is not as it was written")
     elif MODEL in whole:
         without = ", ".join(sorted(damaged))
-        lines.append(f"a model-only resume is possible, without {without}")
+        lines.append(f"a run can resume from it without {without}")
     return "; ".join(lines)
 
 

@@ -149,7 +149,7 @@ def _say(differences: Sequence[Difference], values: Mapping[str, str]) -> None:
     equal = [difference for difference in differences if difference.state == "equal"]
     num_by_checksum = sum(difference.by_checksum for difference in equal)
     summary = f"equal: {counted(len(equal), 'tensor')}"
-    summary += f", {num_by_checksum} of them by checksums" if num_by_checksum else ""
+    summary += f", {num_by_checksum} of them by recorded checksums" if num_by_checksum else ""
     equal_values = sum(state == "equal" for state in values.values())
     say(summary + (f", {counted(equal_values, 'value')}" if values else ""))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from holdfast.cli.terminal import say
-from holdfast.errors import MismatchError
+from holdfast.errors import MismatchError, UsageError
+from holdfast.spelling import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,12 @@ class CheckedExport:
 def checked_export(path: str, against: str | None) -> CheckedExport:
     """Check a folder, and its logits against those of the folder `against`."""
     from holdfast.convert.export_check import check_export
+
+    if against is not None and not Path(against, "config.json").is_file():
+        raise UsageError(
+            f"`--against {against}` is no Hugging Face folder: it has no `config.json`",
+            hint=f"holdfast convert {against} original --to hf; then `--against original`",
+        )
 
     report = check_export(path)
     if against is None or report.wrong:
@@ -62,6 +70,6 @@ def raise_if_wrong(export: CheckedExport, path: str) -> None:
     if not export.wrong:
         return
     raise MismatchError(
-        f"`{path}` has {len(export.wrong)} reasons for a loader to fail",
+        f"`{path}` has {counted(len(export.wrong), 'mistake')}",
         hint="`holdfast convert SOURCE FOLDER --to hf --hf-assets ASSETS` writes a new export",
     )

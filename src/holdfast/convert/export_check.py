@@ -14,11 +14,18 @@ from functools import cached_property
 from reprlib import repr as shortened
 from typing import Any
 
-from holdfast.catalog.hf_folder import CONFIG, of_language_model, quantization_of, read_config
+from holdfast.catalog.hf_folder import (
+    CONFIG,
+    is_of_diffusers,
+    of_language_model,
+    quantization_of,
+    read_config,
+)
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.errors import FormatError, HoldfastError, UsageError
 from holdfast.format.safetensors import INDEX, SUFFIX, parse_json
+from holdfast.hf.assets import GENERATION_CONFIG, TOKEN_IDS
 from holdfast.hf.check import check_fit
 from holdfast.hf.families import table_of
 from holdfast.hf.family import HF_EMBEDDING, Config, mapping_for
@@ -125,6 +132,8 @@ def _config(folder: _Folder) -> Iterator[str]:
         yield f"`{CONFIG}` is missing: no loader knows the class of the model"
         return
     config = folder.config
+    if is_of_diffusers(config):
+        return  # None of these keys is its.
     text = of_language_model(config)
     if not isinstance(config.get("model_type"), str):
         yield f"`{CONFIG}` has no `model_type`"
@@ -227,11 +236,11 @@ def _list(value: Any, key: str) -> list[dict[str, Any]]:
 
 def _generation(folder: _Folder) -> Iterator[str]:
     """Yield mistakes of `generation_config.json`."""
-    file, rows = "generation_config.json", folder.num_words
+    file, rows = GENERATION_CONFIG, folder.num_words
     if file not in folder.files:
         return
     config = folder.json(file)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    for key in TOKEN_IDS:
         value = config.get(key) if isinstance(config, dict) else None
         for token in value if isinstance(value, list) else [value]:
             if rows is not None and type(token) is int and token >= rows:
@@ -241,12 +250,18 @@ def _generation(folder: _Folder) -> Iterator[str]:
 def _missing(folder: _Folder) -> Iterator[str]:
     """Yield notes on missing files that some uses need."""
     files = {*folder.files}
+    if CONFIG in files and is_of_diffusers(folder.config):
+        return
     if not any(files.issuperset(needed) for needed in TOKENIZERS):
         yield "no tokenizer: servers of text need one, from `--hf-assets`"
     elif not files.intersection(TEMPLATES) and not _has_template(folder):
         yield "no chat template: servers answer chat requests only with `--chat-template`"
-    if "generation_config.json" not in files:
-        yield "no `generation_config.json`: generation ends at the `eos_token_id` of `config.json`"
+    if GENERATION_CONFIG not in files:
+        ends = of_language_model(folder.config).get("eos_token_id") if CONFIG in files else None
+        where = (
+            f"the `eos_token_id` of `{CONFIG}`, {ends}" if ends is not None else "a default token"
+        )
+        yield f"no `{GENERATION_CONFIG}`: generation ends at {where}"
     if CONFIG in files and not files.intersection(PROCESSORS):
         parts = [key for key in ("vision_config", "audio_config") if folder.config.get(key)]
         if parts:

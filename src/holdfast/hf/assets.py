@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from holdfast.catalog.catalog import check_inside
-from holdfast.catalog.hf_folder import CONFIG, QUANTIZATION
+from holdfast.catalog.hf_folder import CONFIG, QUANTIZATION, is_of_diffusers, read_config
 from holdfast.catalog.paths import open_for_reading
-from holdfast.format.safetensors import INDEX
+from holdfast.format.safetensors import INDEX_SUFFIX
 from holdfast.storage.store import Creating, ReadStore, Store
 
 _WEIGHTS = (
@@ -20,6 +20,11 @@ _WEIGHTS = (
 """Patterns of files that an export does not copy: weights in any format."""
 
 _TEMPLATES = "additional_chat_templates/"
+
+GENERATION_CONFIG = "generation_config.json"
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of special tokens, in `config.json` and `generation_config.json`."""
 
 COPIED_BYTES_MAX = 200_000_000
 """Largest file that an export copies. The largest tokenizers have a tenth of it."""
@@ -33,11 +38,30 @@ def files_beside(
     `assets`: folder whose other files are copied. The index comes last: a folder is not complete
     without it.
     """
+    if assets is not None:
+        config = {**config, **_token_ids(*open_for_reading(assets), config)}
     yield CONFIG, config_bytes(config, dtype)
     if assets is not None:
         yield from _copied(*open_for_reading(assets))
     if index is not None:
-        yield INDEX, index
+        yield stem_of(config) + INDEX_SUFFIX, index
+
+
+def stem_of(config: Mapping[str, Any]) -> str:
+    """Return the beginning of the names of weights that the loader of this model looks for."""
+    return "diffusion_pytorch_model" if is_of_diffusers(config) else "model"
+
+
+def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens in `generation_config.json` that a `config.json` made here lacks.
+
+    Without them, transformers and other loaders take their defaults, which are other tokens.
+    """
+    files = store.list(folder)
+    if CONFIG in files or GENERATION_CONFIG not in files:
+        return {}
+    found = read_config(store, folder, GENERATION_CONFIG)
+    return {key: found[key] for key in TOKEN_IDS if key in found and key not in config}
 
 
 def write_small(
@@ -61,6 +85,8 @@ def config_bytes(config: Mapping[str, Any], dtype: str) -> bytes:
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     changed = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    if is_of_diffusers(config):
+        return changed  # It takes the dtype from the weights, and warns about unknown keys.
     # transformers 5 renamed the key, and reads both.
     keys = [key for key in ("dtype", "torch_dtype") if key in changed]
     nested = isinstance(changed.get("text_config"), dict)

@@ -77,7 +77,8 @@ def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
         raise MismatchError(
             f"the data loader's state was saved by {len(by_rank)} ranks, one state for each; "
             f"this run has {num_ranks}",
-            hint="`holdfast.data.ElasticLoader` saves one state for any number of ranks; "
+            hint="`holdfast.data.ElasticLoader`, or a loader with `state_is_global = True`, saves "
+            "one state for any number of ranks; "
             '`checkpoint.exclude_from_loading = ["dataloader"]` starts the data afresh',
         )
 

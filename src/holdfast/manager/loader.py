@@ -188,17 +188,20 @@ class Loader:
         is_full = step > 0 or manifest.kind == "full"
         self._load_components(source, self._resumed_names if is_full else [MODEL], step, fetched)
         speed = rate(manifest.nbytes, time.perf_counter() - started)
-        self._run.info(f"resumed from step {step}: {speed}, {source.url}")
+        excluded = [name for name in self._components if name not in self._resumed_names]
+        without = f", without {', '.join(excluded)}" if excluded and is_full else ""
+        self._run.info(f"resumed from step {step}{without}: {speed}, {source.url}")
         steps = run_on_rank_0(self._ranks, self._catalog.steps)
         newer = [other for other in steps if other > step]
         self._saver.retainer.resumed(step, newer)
         if self._saver.deduplicator is not None and is_full:
             earlier = run_on_rank_0(self._ranks, partial(self._before, step))
             self._saver.deduplicator.resumed([*earlier, (step_name(step), manifest)])
-        if newer and self._run.saves and explicit:
+        if newer and self._run.saves:
             self._run.warn(
                 f"steps {newer} are newer than step {step}: they stay, each until this run saves "
-                "the same step, and `load_step = -1` takes the newest"
+                "the same step, pinned ones too; to keep one, copy it now"
+                + (", and `load_step = -1` takes the newest" if explicit else "")
             )
         return Resumed(step, "checkpoint" if is_full else "seed", source.url)
 

@@ -99,15 +99,20 @@ def test_retention_keeps_the_latest_k_and_ignores_other_folders(tmp_path: Path) 
     assert kept == {*foreign, ".lock", "step-8", "step-10", "step-12"}
 
 
-def test_damaged_steps_never_displace_good_ones(tmp_path: Path) -> None:
-    """G5: with two damaged newest steps, the two good ones before them stay."""
+def test_damaged_steps_never_displace_good_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G5: with two damaged newest steps, the two good ones before them stay. The log says that the
+    run will replace the damaged ones."""
     Run(tmp_path, keep_latest_k=2).until(4)
     for step in (6, 8):
         (tmp_path / f"step-{step}").mkdir()
         (tmp_path / f"step-{step}/__0_0.distcp").write_bytes(b"torn")
     run = Run(tmp_path, keep_latest_k=2, interval=1)
-    assert run.until(5) == 4
+    with caplog.at_level(logging.WARNING, "holdfast"):
+        assert run.until(5) == 4
     assert steps(tmp_path) == [4, 5, 6, 8]
+    assert "steps [6, 8] are newer than step 4: they stay, each until this run" in caplog.text
 
 
 def test_load_step_protects_that_step_and_newer_ones(
@@ -131,12 +136,17 @@ def test_saving_a_step_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "step-2", "step-4"}
 
 
-def test_excluded_components_keep_their_values(tmp_path: Path) -> None:
-    """`data_loader` and `dataloader` are one key."""
+def test_excluded_components_keep_their_values(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`data_loader` and `dataloader` are one key. The log names what was left out."""
     Run(tmp_path).until(4)
     for spelling in ("data_loader", "dataloader"):
         run = Run(tmp_path, exclude_from_loading=(spelling, "lr_scheduler"))
-        assert run.until(4) == 4
+        with caplog.at_level(logging.INFO, "holdfast"):
+            assert run.until(4) == 4
+        assert "resumed from step 4, without lr_scheduler, dataloader: " in caplog.text
+        caplog.clear()
         assert run.data.seen == 0
         assert run.scheduler.last_epoch == 0
     whole = Run(tmp_path)
