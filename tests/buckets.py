@@ -52,9 +52,6 @@ class ModelBucket:
         self.ahead = timedelta()
         """Time by which the clock of the store is ahead."""
 
-        self.orphans: set[str] = set()
-        """Keys of uploads that were neither completed nor aborted."""
-
         self._number = 0
         self.objects: dict[str, _Object] = {}
         for key, data in (objects or {}).items():
@@ -146,20 +143,14 @@ class ModelClient:
 
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
         self._fail("upload", key, "before")
-        self._bucket.orphans.add(key)
         self._fail("upload", key, "after")
         data = []
-        try:
-            for part in parts:
-                self._fail("part", key, "before")
-                data.append(bytes(part))
-                self._fail("part", key, "after")
-            self._fail("complete", key, "before")
-        except Exception:
-            self._bucket.orphans.discard(key)
-            raise
+        for part in parts:
+            self._fail("part", key, "before")
+            data.append(bytes(part))
+            self._fail("part", key, "after")
+        self._fail("complete", key, "before")
         with self._bucket.mutex:
-            self._bucket.orphans.discard(key)
             self._bucket.put(key, b"".join(data))
         self._fail("complete", key, "after")
 
