@@ -3,13 +3,18 @@ themselves write small ones."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_folders import LLAMA, hf_tensors, save_folder
 from processes import run_processes
 from warm import python
+
+GOLDEN = Path(__file__).parent / "golden"
 
 SHARDED = """
 import sys, torch, pytorch_lightning as pl
@@ -37,6 +42,21 @@ trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=
 trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(16, 16), batch_size=4))
 trainer.save_checkpoint(sys.argv[1])
 """
+
+
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "text_config": {"model_type": "llama", "vocab_size": 8},
+    "vision_config": {"model_type": "clip_vision_model"},
+}
+LLAVA_NAMES = (
+    "model.vision_tower.vision_model.embeddings.position_embedding.weight",
+    "model.multi_modal_projector.linear_1.weight",
+    "model.language_model.embed_tokens.weight",
+    "lm_head.weight",
+)
+UNET = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.35.0"}
 
 
 def save_by_accelerate(rank: int, size: int, folder: str) -> None:
@@ -77,6 +97,27 @@ def prepare(name: str, folder: Path) -> None:
     elif name in ("peft", "trl-fine-tuning"):
         save_folder(folder / "path/to/hf", LLAMA, hf_tensors(LLAMA))
         save_tokenizer(folder / "path/to/hf")
+
+
+def prepare_page(page: str, folder: Path) -> None:
+    """Make the files below a folder that a page of the skill `holdfast` expects."""
+    if page == "references/multimodal.md":
+        save_folder(
+            folder / "path/to/llava", LLAVA, {name: torch.ones(8, 8) for name in LLAVA_NAMES}
+        )
+    elif page == "references/diffusers.md":
+        unet = save_folder(
+            folder / "pipeline/unet", UNET, {"conv_in.weight": torch.ones(4, 3, 3, 3)}
+        )
+        (unet / "model.safetensors").rename(unet / "diffusion_pytorch_model.safetensors")
+    elif page == "references/rl.md":
+        config = {**LLAMA, "architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+        tensors = hf_tensors(LLAMA)
+        tensors["score.weight"] = tensors.pop("lm_head.weight")[:1]
+        save_folder(folder / "path/to/reward", config, tensors)
+    elif page == "references/megatron.md":
+        shutil.copytree(GOLDEN / "megatron", folder / "megatron")
+        save_folder(folder / "exported", LLAMA, hf_tensors(LLAMA))
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -24,7 +24,7 @@ from holdfast.hf.flavors import MODELS, config_of
 from holdfast.skills.bundle import ENTRY, frontmatter, shipped
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
-from neighbours import prepare, ran_unless_torch_aborts
+from neighbours import prepare, prepare_page, ran_unless_torch_aborts
 from warm import python
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
@@ -173,6 +173,7 @@ def test_what_a_page_tells_to_run_runs(
             )
     if page == "references/others.md":
         others(tmp_path)
+    prepare_page(page, tmp_path)
     if name == "torchtitan":
         shutil.rmtree(tmp_path / "outputs/checkpoint/step-10")
         save_stock(tmp_path / "outputs/checkpoint/step-10")

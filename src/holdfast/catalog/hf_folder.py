@@ -230,6 +230,11 @@ def of_language_model(config: Config) -> Config:
     return {**outer, **text, **whole, "model_type": config.get("model_type")}
 
 
+def is_of_diffusers(config: Config) -> bool:
+    """Whether a configuration is that of a model of diffusers, which has no `model_type`."""
+    return "_diffusers_version" in config and "model_type" not in config
+
+
 def quantization_of(config: Config) -> Mapping[str, Any]:
     """The quantization of the weights, which multimodal models have in `text_config`; empty if
     there is none."""

@@ -25,7 +25,7 @@ from holdfast.errors import NotFoundError
 from holdfast.format.manifest import Kind, Manifest, Path
 from holdfast.format.names import step_of
 from holdfast.format.structure import Node
-from holdfast.hf.assets import files_beside
+from holdfast.hf.assets import files_beside, stem_of
 from holdfast.hf.shards import lay_out_single, shard
 from holdfast.release import installed_version
 
@@ -100,7 +100,7 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
         else:
             assert planned.config is not None, "an export has a configuration"
             assets = planned.assets or (planned.opened.where if planned.opened.has_config else None)
-            layout = shard(infos, options.max_shard_bytes)
+            layout = shard(infos, options.max_shard_bytes, stem=stem_of(planned.config))
             contents = files_beside(planned.config, assets, layout.dtype, layout.index)
         if options.push_to_hub is not None:
             contents = with_card(contents, planned, layout.dtype)

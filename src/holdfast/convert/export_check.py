@@ -14,7 +14,13 @@ from functools import cached_property
 from reprlib import repr as shortened
 from typing import Any
 
-from holdfast.catalog.hf_folder import CONFIG, of_language_model, quantization_of, read_config
+from holdfast.catalog.hf_folder import (
+    CONFIG,
+    is_of_diffusers,
+    of_language_model,
+    quantization_of,
+    read_config,
+)
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.errors import FormatError, HoldfastError, UsageError
@@ -126,6 +132,8 @@ def _config(folder: _Folder) -> Iterator[str]:
         yield f"`{CONFIG}` is missing: no loader knows the class of the model"
         return
     config = folder.config
+    if is_of_diffusers(config):
+        return  # None of these keys is its.
     text = of_language_model(config)
     if not isinstance(config.get("model_type"), str):
         yield f"`{CONFIG}` has no `model_type`"
@@ -242,6 +250,8 @@ def _generation(folder: _Folder) -> Iterator[str]:
 def _missing(folder: _Folder) -> Iterator[str]:
     """Yield notes on missing files that some uses need."""
     files = {*folder.files}
+    if CONFIG in files and is_of_diffusers(folder.config):
+        return
     if not any(files.issuperset(needed) for needed in TOKENIZERS):
         yield "no tokenizer: servers of text need one, from `--hf-assets`"
     elif not files.intersection(TEMPLATES) and not _has_template(folder):

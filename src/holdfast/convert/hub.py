@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from holdfast.catalog.hf_folder import is_of_diffusers
 from holdfast.convert.plan import ConvertPlan
 from holdfast.convert.source import HUB_NAME, hub_name
 from holdfast.errors import StorageError, UsageError
-from holdfast.format.safetensors import INDEX, INDEX_SUFFIX, SUFFIX
+from holdfast.format.safetensors import INDEX_SUFFIX, SUFFIX
 from holdfast.release import installed_version
 from holdfast.spelling import counted
 
@@ -110,7 +111,7 @@ def with_card(
     for file, data in contents:
         if file == CARD:
             replaced = data
-        elif file == INDEX:
+        elif file.endswith(INDEX_SUFFIX):
             last.append((file, data))
         else:
             yield file, data
@@ -140,11 +141,18 @@ def card(planned: ConvertPlan, dtype: str, replaced: bytes = b"") -> str:
     }
     header = _LICENSE.findall(_header_of(replaced))
     header += [] if base is None else [f"base_model: {base}"]
-    header += [f"library_name: {'transformers' if planned.adapter is None else 'peft'}"]
+    header += [f"library_name: {_library(planned)}"]
     header += ["tags:", "- holdfast"]
     table = [f"| {key} | {value} |" for key, value in rows.items() if value]
     lines = ["---", *header, "---", "", f"# {_title(planned)}", "", "| | |", "|---|---|", *table]
     return "\n".join(lines) + "\n"
+
+
+def _library(planned: ConvertPlan) -> str:
+    """Return the name on the hub of the library that opens the export."""
+    if planned.adapter is not None:
+        return "peft"
+    return "diffusers" if is_of_diffusers(planned.config or {}) else "transformers"
 
 
 def _title(planned: ConvertPlan) -> str:

@@ -60,6 +60,10 @@ class TensorEntry:
     path: Path
     """Keys from the root of the saved state to this tensor."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # A third of the time of what a dataclass does, for thousands of tensors sent to each rank.
+        return TensorEntry, (self.dtype, self.shape, self.chunks, self.path)
+
     @property
     def nbytes(self) -> int:
         return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize

@@ -90,7 +90,7 @@ def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
     """Encode the member `tensors` of a manifest whose chunks are in `index.bin`, and that file."""
     sizes = [len(t.places) * (NUM_PLACES + 2 * len(t.shape)) for t in tables]
     numbers = np.empty(sum(sizes), "<i8")
-    orders: dict[int, tuple[Ints, Ints, list[int]]] = {}
+    orders: dict[int, tuple[Ints | None, Ints, list[int]]] = {}
     members, position, size = [], 0, 0
     places: Ints | None = None
     for table, next_size in zip(tables, sizes, strict=True):
@@ -100,8 +100,8 @@ def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
             if id(table.start) not in orders:
                 orders[id(table.start)] = _sorted_regions(table)
             order, regions, longest = orders[id(table.start)]
-            rows = numbers[position : position + size].reshape(len(order), -1)
-            rows[:, :NUM_PLACES] = places[order]
+            rows = numbers[position : position + size].reshape(len(places), -1)
+            rows[:, :NUM_PLACES] = places if order is None else places[order]
             rows[:, NUM_PLACES:] = regions
         member = (position * numbers.itemsize, len(table.places), *longest)
         members.append(
@@ -113,14 +113,15 @@ def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
     return EncodedRows(b"{" + b",".join(members) + b"}", file, [content, checksums])
 
 
-def _sorted_regions(table: TensorTable) -> tuple[Ints, Ints, list[int]]:
-    """Order of the chunks by their start, start and stop of each in this order, and the most
-    elements of any along each dim."""
+def _sorted_regions(table: TensorTable) -> tuple[Ints | None, Ints, list[int]]:
+    """Order of the chunks by their start, None if they are sorted; start and stop of each in this
+    order; and the most elements of any along each dim."""
     start, stop = table.start, table.stop
     # The last key counts first.
     order = np.lexsort(start.T[::-1]) if start.shape[1] else np.arange(len(start))
     longest: list[int] = (stop - start).max(axis=0, initial=0).tolist()
-    return order, np.hstack([start, stop])[order], longest
+    is_sorted = bool((order[1:] > order[:-1]).all())
+    return None if is_sorted else order, np.hstack([start, stop])[order], longest
 
 
 class StockIndex:

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from holdfast.catalog.catalog import check_inside
-from holdfast.catalog.hf_folder import CONFIG, QUANTIZATION, read_config
+from holdfast.catalog.hf_folder import CONFIG, QUANTIZATION, is_of_diffusers, read_config
 from holdfast.catalog.paths import open_for_reading
-from holdfast.format.safetensors import INDEX
+from holdfast.format.safetensors import INDEX_SUFFIX
 from holdfast.storage.store import Creating, ReadStore, Store
 
 _WEIGHTS = (
@@ -44,7 +44,12 @@ def files_beside(
     if assets is not None:
         yield from _copied(*open_for_reading(assets))
     if index is not None:
-        yield INDEX, index
+        yield stem_of(config) + INDEX_SUFFIX, index
+
+
+def stem_of(config: Mapping[str, Any]) -> str:
+    """Return the beginning of the names of weights that the loader of this model looks for."""
+    return "diffusion_pytorch_model" if is_of_diffusers(config) else "model"
 
 
 def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,6 +85,8 @@ def config_bytes(config: Mapping[str, Any], dtype: str) -> bytes:
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     changed = {key: value for key, value in config.items() if key not in QUANTIZATION}
+    if is_of_diffusers(config):
+        return changed  # It takes the dtype from the weights, and warns about unknown keys.
     # transformers 5 renamed the key, and reads both.
     keys = [key for key in ("dtype", "torch_dtype") if key in changed]
     nested = isinstance(changed.get("text_config"), dict)

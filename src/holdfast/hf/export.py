@@ -24,7 +24,7 @@ from holdfast.comm import Ranks, capture, gather_and_run, run_on_rank_0
 from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.format.names import HiddenFolder
 from holdfast.format.region import Region
-from holdfast.hf.assets import files_beside, write_small
+from holdfast.hf.assets import files_beside, stem_of, write_small
 from holdfast.hf.check import check_exportable
 from holdfast.hf.dialects import is_balance, renamed
 from holdfast.hf.families import family_of
@@ -143,14 +143,15 @@ def export(
     try:
         named = run_on_rank_0(ranks, lambda: _own_names(snapshot, model))
         mapping = model.mapping if named is None else own_names_mapping(named.infos)
-        dtypes = None if named is None else own_dtypes(named.infos, dtype)
-        layout = shard(
-            dtypes
-            or {
+        tensors = (
+            own_dtypes(named.infos, dtype)
+            if named is not None
+            else {
                 name: (mapping.dtype("hf", name) or dtype, mapping.shape("hf", name))
                 for name in mapping.names("hf")
             }
         )
+        layout = shard(tensors, stem=stem_of(model.config))
         store = folder_store(catalog.store.url)
         job = _Job(snapshot, mapping, layout, store, attempt, renames=named is None)
         run_on_rank_0(ranks, job.create_files)

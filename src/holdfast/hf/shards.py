@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from holdfast.format.dtypes import dtype_of
-from holdfast.format.safetensors import SINGLE, SafetensorsLayout, encode_index, lay_out
+from holdfast.format.safetensors import SUFFIX, SafetensorsLayout, encode_index, lay_out
 from holdfast.tensors.numbers import is_floating
 
 SHARD_BYTES = 5_000_000_000
@@ -24,7 +24,7 @@ class ExportLayout:
     """Layout of each file, by name."""
 
     index: bytes | None
-    """Contents of `model.safetensors.index.json`; None for a single file."""
+    """Contents of the index, such as `model.safetensors.index.json`; None for a single file."""
 
     dtype: str
     """Floating-point dtype with the most bytes, which `config.json` gets. float32 if no tensor has
@@ -38,8 +38,11 @@ class ExportLayout:
         return sum(layout.nbytes for layout in self.files.values())
 
 
-def shard(tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYTES) -> ExportLayout:
-    """Assign whole tensors to files, one file after the other, in the given order."""
+def shard(
+    tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYTES, *, stem: str = "model"
+) -> ExportLayout:
+    """Assign whole tensors to files, one file after the other, in the given order. The names of all
+    files begin with `stem`."""
     groups: list[dict[str, DtypeAndShape]] = [{}]
     group_nbytes = 0
     for name, (dtype, shape) in tensors.items():
@@ -50,12 +53,12 @@ def shard(tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYT
         groups[-1][name] = (dtype, shape)
         group_nbytes += nbytes
     if len(groups) == 1:
-        return lay_out_single(tensors, SINGLE)
-    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+        return lay_out_single(tensors, stem + SUFFIX)
+    names = [f"{stem}-{n:05d}-of-{len(groups):05d}{SUFFIX}" for n in range(1, len(groups) + 1)]
     files = {file: lay_out(group) for file, group in zip(names, groups, strict=True)}
     index = {name: file for file, layout in files.items() for name in layout.tensors}
-    single = lay_out_single(tensors, SINGLE)
-    total = sum(span.nbytes for span in single.files[SINGLE].tensors.values())
+    single = lay_out_single(tensors, stem + SUFFIX)
+    total = sum(span.nbytes for span in single.files[stem + SUFFIX].tensors.values())
     return replace(single, files=files, index=encode_index(index, total))
 
 

@@ -24,6 +24,9 @@ from holdfast.planning.file_layout import TensorItem
 from holdfast.planning.host_file import TensorPlace
 from holdfast.planning.write_plan import GlobalPlan, Ints, TensorChunks
 
+_BATCH_ROWS = 1 << 14
+"""Chunks that are placed at a time."""
+
 LISTED_CHUNKS_MAX = 8192
 """Most chunks that `manifest.json` lists itself. Decoding so many takes 0.1 s, and they are sent to
 every rank of a load; those of a larger checkpoint are in `index.bin`."""
@@ -169,16 +172,25 @@ def _places(
     first_rows = np.array([starts[id(layout)] for layout in layouts], np.int64)
     file_numbers = np.zeros(len(layouts), np.int64)
     file_numbers[list(files)] = list(files.values())
-    ranks = np.concatenate([np.zeros(0, np.int64), *(chunks.rank for chunks in tensors)])
+    shifts = places_in_files or ()
+    offsets = np.array([place.offset for place in shifts], np.int64)
+    first_blocks = np.array([place.first_block for place in shifts], np.int64)
+    all_ranks = np.concatenate([np.zeros(0, np.int64), *(chunks.rank for chunks in tensors)])
     # With a first column for the numbers of the files, so that the rows are copied once.
     rows = np.pad(np.concatenate([*distinct.values()]), ((0, 0), (1, 0)))
-    places: Ints = rows[first_rows[ranks] + _times_before(ranks)]
-    places[:, 0] = file_numbers[ranks]
-    if places_in_files is not None:
-        offsets = np.array([place.offset for place in places_in_files], np.int64)[ranks]
-        places[:, 1] += offsets
-        places[:, 3] += offsets
-        places[:, 4] += np.array([p.first_block for p in places_in_files], np.int64)[ranks]
+    places: Ints = np.empty((len(all_ranks), 5), np.int64)
+    # Row of the next item of each rank.
+    next_rows = first_rows
+    for first in range(0, len(all_ranks), _BATCH_ROWS):
+        # Arrays of a batch stay in the CPU cache.
+        ranks, batch = all_ranks[first : first + _BATCH_ROWS], places[first : first + _BATCH_ROWS]
+        np.take(rows, next_rows[ranks] + _times_before(ranks), axis=0, out=batch, mode="clip")
+        next_rows = next_rows + np.bincount(ranks, minlength=len(layouts))
+        batch[:, 0] = file_numbers[ranks]
+        if places_in_files is not None:
+            batch[:, 1] += offsets[ranks]
+            batch[:, 3] += offsets[ranks]
+            batch[:, 4] += first_blocks[ranks]
     return places
 
 

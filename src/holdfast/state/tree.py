@@ -72,6 +72,9 @@ class FlatState:
 SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
 """Types of values that contain no other values."""
 
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, DTensor})
+"""Types of tensors without a state of their own."""
+
 MAPPING_TYPES: dict[str, type[dict[Any, Any]]] = {
     "dict": dict,
     "OrderedDict": OrderedDict,
@@ -266,7 +269,8 @@ def _holds_placed(members: Sequence[Any]) -> bool:
 def is_object(value: object) -> bool:
     """Return whether a value is an object with state of its own, such as a dict subclass with
     `state_dict` and `load_state_dict`."""
-    if type(value) in _KIND_OF_MAPPING or type(value) in SCALARS:
+    # Most leaves are tensors, and a protocol takes long to check.
+    if type(value) in _KIND_OF_MAPPING or type(value) in SCALARS or type(value) in _TENSORS:
         return False
     return isinstance(value, Stateful) and not isinstance(value, type)
 

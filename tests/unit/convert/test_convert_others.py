@@ -20,6 +20,7 @@ import holdfast
 from hf_folders import LLAMA, hf_tensors, low_rank, save_adapter, save_folder
 from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.convert.convert import convert
+from holdfast.convert.export_check import ExportReport, check_export
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import DamagedError, HoldfastError, MismatchError, NotFoundError, UsageError
 from holdfast.storage.local import LocalStore
@@ -221,6 +222,32 @@ def test_folders_of_trainers_and_pipelines_are_named(tmp_path: Path) -> None:
         "a pipeline of diffusers, which holds 2: `unet`, `vae`"
         in refusal(tmp_path / "pipeline").what
     )
+
+
+def test_a_model_of_diffusers_keeps_the_names_of_its_files(tmp_path: Path) -> None:
+    """Method: a part of a pipeline becomes a checkpoint, then a folder of one file and one of
+    several, with the names that diffusers looks for and no key that it does not know. Both are read
+    again, and good by the check of exports."""
+    config = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30.0"}
+    stem, part = "diffusion_pytorch_model", tmp_path / "pipeline" / "unet"
+    part.mkdir(parents=True)
+    (part / "config.json").write_text(json.dumps(config))
+    weights = {"conv_in.weight": torch.rand(4, 3, 3, 3), "conv_out.weight": torch.rand(3, 4, 3, 3)}
+    save_file(weights, part / f"{stem}.safetensors")
+    planned = plan(str(part), ConvertOptions("dcp"))
+    assert any("'UNet2DConditionModel'" in note for note in planned.notes)
+    convert(planned, str(tmp_path / "step-0"))
+    for size, num_shards in ((10**9, 1), (500, 2)):
+        folder = tmp_path / f"exported-{num_shards}"
+        options = ConvertOptions("hf", hf_assets=str(part), max_shard_bytes=size)
+        convert(plan(str(tmp_path / "step-0"), options), str(folder))
+        assert json.loads((folder / "config.json").read_text()) == config
+        index = folder / f"{stem}.safetensors.index.json"
+        assert index.exists() == (num_shards > 1)
+        assert len([*folder.glob(f"{stem}*.safetensors")]) == num_shards
+        converted(folder, tmp_path / f"again-{num_shards}")
+        assert_holds(tmp_path / f"again-{num_shards}", weights)
+        assert check_export(str(folder)) == ExportReport((), ())
 
 
 def test_rules_rename_the_tensors_of_the_model(tmp_path: Path) -> None:

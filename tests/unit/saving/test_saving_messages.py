@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import fields
+from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 from holdfast import comm
 from holdfast.comm import _FIRST_BYTES, GroupRanks
+from holdfast.format.chunks import ChunkDecoder, ChunkRows, Span, Table
+from holdfast.format.manifest import TensorEntry
+from holdfast.saving.write import WriteResult
 from processes import run_processes
 
 SIZE = 3
@@ -32,3 +38,13 @@ def exchange(rank: int, size: int) -> None:
 def test_messages_of_any_length_arrive() -> None:
     """Method: lengths around `_FIRST_BYTES`, equal on all ranks and different."""
     run_processes(SIZE, exchange)
+
+
+@pytest.mark.parametrize("cls", [WriteResult, TensorEntry, ChunkRows, ChunkDecoder, Span, Table])
+def test_a_message_has_every_field(cls: Any) -> None:
+    """Method: each class with a `__reduce__` of its own; each field has another value."""
+    numbers = tuple(range(len(fields(cls))))
+    sent = object.__new__(cls)
+    for field, number in zip(fields(cls), numbers, strict=True):
+        object.__setattr__(sent, field.name, number)
+    assert sent.__reduce__() == (cls, numbers)

@@ -71,6 +71,7 @@ def no_table(config: Config) -> str:
     """Return a note on tensors that keep their names, for a configuration without a table."""
     classes = config.get("architectures")
     kind = classes[0] if isinstance(classes, list) and classes else config.get("model_type")
+    kind = kind or config.get("_class_name")  # The key of diffusers.
     return f"no table has the names of {str(kind)[:100]!r}: the tensors keep theirs"
 
 
