@@ -16,9 +16,11 @@ if [ "${1:-}" = --all ]; then
     export HOLDFAST_TESTS_COLD=1
     shift
 fi
-# One process more than cores, since tests wait for processes and disks; tests/conftest.py divides
-# the tests. One process if the caller chooses the tests.
-workers=(--numprocesses $(($(nproc) + 1)) --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
+# One process more than cores, since tests wait for processes and disks, which those of --fast do
+# not; tests/conftest.py divides the tests. One process if the caller chooses the tests.
+count=$(($(nproc) + 1))
+[ "${1:-}" != --fast ] || count=$(nproc)
+workers=(--numprocesses "$count" --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
     [ "${argument:0:1}" = - ] || workers=()
 done
@@ -27,6 +29,8 @@ unset PYTHONDONTWRITEBYTECODE
 bin=.venv/bin
 $bin/ruff check .
 $bin/ruff format --check .
+$bin/lint-imports &
+imports=$!
 $bin/mypy
-$bin/lint-imports
+wait "$imports"
 exec $bin/python -m pytest "${selection[@]}" ${workers[@]+"${workers[@]}"} "$@"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 
 import holdfast
-from benchmarks.meter import machine
+from benchmarks.meter import machine, measure_command
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
 from holdfast.format import checksum
@@ -89,14 +88,12 @@ def clone(source: Path, folder: Path, step: int, *, num_files: int = 1) -> None:
     (target / MANIFEST).write_bytes(body[:-1] + f',"checksum":"{seal}"}}'.encode())
 
 
-def measure_command(command: str, folder: Path) -> float:
+def cpu_seconds(command: str, folder: Path) -> float:
     """CPU seconds of a command, which must succeed."""
     verb, *options = command.split()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     arguments = [sys.executable, "-c", SCRIPT, verb, str(folder), *options]
-    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    ran = measure_command(lambda: subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL))
+    return ran["cpu_s"]
 
 
 def measure_tools(count: int, folder: Path) -> list[str]:
@@ -104,7 +101,7 @@ def measure_tools(count: int, folder: Path) -> list[str]:
     first = save_first(folder)
     for step in range(2, count + 1):
         clone(first, folder, step)
-    rows = [f"| `holdfast {c}` | {measure_command(c, folder):.2f} |" for c in COMMANDS]
+    rows = [f"| `holdfast {c}` | {cpu_seconds(c, folder):.2f} |" for c in COMMANDS]
     started = time.process_time()
     opened, _ = newest_resumable(Catalog(LocalStore(folder)), None)
     seconds = time.process_time() - started

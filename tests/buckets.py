@@ -58,9 +58,6 @@ class ModelBucket:
         self.ahead = timedelta()
         """Time by which the clock of the store is ahead."""
 
-        self.orphans: set[str] = set()
-        """Keys of uploads that were neither completed nor aborted."""
-
         self.late: list[Callable[[], object]] = []
         """Requests on their way, whose clients have given them up."""
 
@@ -171,20 +168,14 @@ class ModelClient:
 
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
         self._fail("upload", key, "before")
-        self._bucket.orphans.add(key)
         self._fail("upload", key, "after")
         data = []
-        try:
-            for part in parts:
-                self._fail("part", key, "before")
-                data.append(bytes(part))
-                self._fail("part", key, "after")
-            self._fail("complete", key, "before")
-        except Exception:
-            self._bucket.orphans.discard(key)
-            raise
+        for part in parts:
+            self._fail("part", key, "before")
+            data.append(bytes(part))
+            self._fail("part", key, "after")
+        self._fail("complete", key, "before")
         with self._bucket.mutex:
-            self._bucket.orphans.discard(key)
             self._bucket.put(key, b"".join(data))
         self._fail("complete", key, "after")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,10 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
 import warm
+
+# Threads of torch wait for each other in loops that use a core each. torch reads the variable when
+# it is imported, here and in processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No deadlines, since the time of an example depends on the machine.
 # `derandomize` runs the same examples each time, so that a failure comes from a change of the code.
@@ -33,6 +39,16 @@ class Together(LoadFileScheduling):  # type: ignore[misc]
         return "ranks" if "/distributed/" in file or "test_sigkill" in file else file
 
 
+def pytest_sessionstart() -> None:
+    # A collection of garbage takes half a second while modules are imported, and finds nothing.
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_xdist_setupnodes() -> None:
     warm.share()
 
@@ -44,7 +60,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
 FAST = ("unit", "tidy", "golden")
 """Folders of `./run_tests.sh --fast`."""
 
-PROCESSES = re.compile(r"subprocess|processes|multiprocessing|browser|import runs\b|layouts\b")
+PROCESSES = re.compile(
+    r"subprocess|processes|multiprocessing|browser|(?:import|from) runs\b|from memory\b|layouts\b"
+)
 """Words in test files that start other processes. Each process imports torch, which takes seconds.
 """
 

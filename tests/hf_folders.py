@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from holdfast.convert.convert import convert
+from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.hf.families import family_of
 from holdfast.hf.family import mapping_of
 
@@ -55,6 +57,26 @@ def save_folder(
         save_file(part, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return folder
+
+
+def converted(source: Path, target: Path, options: ConvertOptions) -> tuple[str, ...]:
+    """Convert. Returns the notes of the plan."""
+    planned = plan(str(source), options)
+    convert(planned, str(target))
+    return planned.notes
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of all files of a folder."""
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare names, dtypes and elements."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
 
 
 PEFT = "base_model.model."

@@ -1,8 +1,8 @@
-"""Training runs of other frameworks, each in a forked child: `python host_runs.py MODULE ...`.
+"""Training runs of other frameworks, each in a forked child of a process that has imported them.
 
-The process imports the modules once, and runs no torch operator itself, so that every child may
-fork from it. Each line of its input is a JSON list of `[function, arguments]`. The answer is a line
-with the list of exit statuses, and the text of all errors.
+The process itself runs no torch operator, so that every child may fork from it. Each line of its
+input is a JSON list of `[function, arguments]`. The answer is a line with the list of exit
+statuses, and the text of all errors.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from warm import python
 
 HERE = Path(__file__)
 
@@ -43,8 +46,7 @@ def run_failing(
     *commands: tuple[str, dict[str, Any]], timeout_s: float = 300
 ) -> tuple[list[int], str]:
     """Run commands, some of which may raise. Returns their statuses, and the text of all errors."""
-    needed = [MODULES[function] for function, _ in commands if function in MODULES]
-    server = _server(needed[0] if needed else ())
+    server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(f"{json.dumps(commands)}\n")
@@ -58,30 +60,17 @@ def run_failing(
     return statuses, errors
 
 
-_TRAINERS = ("transformers.trainer", "accelerate")
-_LIGHTNING = ("pytorch_lightning", "lightning_fabric")
-
-MODULES = {
-    "train_by_trainer": _TRAINERS,
-    "train_by_accelerate": _TRAINERS,
-    "train_by_lightning": _LIGHTNING,
-    "train_by_fabric": _LIGHTNING,
-}
-"""Modules that each function needs. They are imported before the process forks."""
-
-
 @cache
-def _server(modules: tuple[str, ...]) -> subprocess.Popen[str]:
-    """A process that has imported these modules. It ends with this one."""
+def _server() -> subprocess.Popen[str]:
+    """The process that forks runs. It ends with this one."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }
     server = subprocess.Popen(
-        [sys.executable, str(HERE), *modules],
+        [python(frameworks=True), str(HERE)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -384,14 +373,19 @@ def _work(work: Callable[..., None], arguments: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def _serve(modules: list[str]) -> None:
-    """Import the modules, then run the commands of each line of the input."""
+def _serve() -> None:
+    """Import the modules of the frameworks, then run the commands of each line of the input."""
     warnings.simplefilter("ignore")
     logging.basicConfig(level=logging.WARNING)
     for noisy in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{noisy}.utilities").setLevel(logging.WARNING)
-    for module in [*modules, "torch.distributed.checkpoint.state_dict"] if modules else []:
-        import_module(module)
+    for name in ("transformers.trainer", "accelerate", "pytorch_lightning", "lightning_fabric"):
+        if find_spec(name.partition(".")[0]) is not None:
+            import_module(name)
+    import_module("torch.distributed.checkpoint.state_dict")
+    if "transformers" in sys.modules:
+        # A process that this one was forked from may have imported it without this setting.
+        sys.modules["transformers"].logging.set_verbosity_error()
     # The answers alone go to the real output.
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -406,4 +400,4 @@ def _serve(modules: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1:])
+    _serve()

@@ -11,11 +11,10 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
-from holdfast.format import checksum
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
 from holdfast.format.pickles import pickled_int
 from holdfast.format.region import Region
-from manifest_bytes import encode_metadata
+from manifest_bytes import encode_metadata, sealed
 
 MODULE = b"torch.distributed.checkpoint.metadata"
 SIZE = b"ctorch\nSize\n"
@@ -107,13 +106,6 @@ def overlapping_records() -> bytes:
     data[second + 42 : second + 46] = data[first + 42 : first + 46]
     data[second + 46 : second + 60] = data[first + 46 : first + 60]
     return bytes(data)
-
-
-def sealed(body: object) -> bytes:
-    """Add a correct checksum to any manifest."""
-    text = body if isinstance(body, bytes) else json.dumps(body).encode()
-    seal = checksum.to_hex([checksum.checksum(text)]).encode()
-    return text[:-1] + b',"checksum":"' + seal + b'"}'
 
 
 def manifest_of(nbytes: int = 700, data: int = 600, stop: int = 4) -> dict[str, object]:

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 import hf_models
+from hf_folders import assert_same, tensors_in
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 
@@ -50,13 +50,8 @@ DEFAULT = (
     "whisper",
     "clip",
     "llava",
-    "qwen2_moe",
-    "olmo2",
-    "modernbert",
-    "wav2vec2",
-    "convnext",
 )
-"""Architectures of each kind that are tested by default."""
+"""Architectures that are tested by default: one of each kind."""
 
 _HEADS = (
     "CAUSAL_LM IMAGE_TEXT_TO_TEXT MULTIMODAL_LM SPEECH_SEQ_2_SEQ SEQ_TO_SEQ_CAUSAL_LM MASKED_LM "
@@ -215,17 +210,6 @@ def listed() -> dict[str, Outcome]:
         if cells[1].strip() in spelled
         for model_type in cells[3].split()
     }
-
-
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 def opened(model: Any, folder: Path) -> Any:

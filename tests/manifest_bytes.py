@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from holdfast.format import checksum
 from holdfast.format.manifest import Chunk, Manifest, TensorEntry, encode_around
 from holdfast.format.tables import StockIndex, TensorTable, encode_rows, encode_tensors
 
@@ -15,6 +17,13 @@ def encode(manifest: Manifest) -> bytes:
     """Return the bytes of `manifest.json`."""
     tensors = encode_tensors(_tables(manifest, list(manifest.files)))
     return b"".join(encode_around(manifest, tensors))
+
+
+def sealed(body: object, separators: tuple[str, str] | None = None) -> bytes:
+    """Add a correct checksum to any body, which is JSON or bytes, as an attacker would."""
+    text = body if isinstance(body, bytes) else json.dumps(body, separators=separators).encode()
+    seal = checksum.to_hex([checksum.checksum(text)]).encode()
+    return text[:-1] + b',"checksum":"' + seal + b'"}'
 
 
 def encode_with_rows(manifest: Manifest) -> tuple[bytes, bytes]:

@@ -19,8 +19,6 @@ CONFIG = ROOT / "train_configs" / "debug_model.toml"
 SMALL = (
     "--training.seq_len",
     "32",
-    "--training.local_batch_size",
-    "2",
     "--metrics.log_freq",
     "1",
     "--model.flavor",
@@ -35,7 +33,9 @@ def command(*arguments: str, ranks: int, cwd: Path, python: str) -> list[str]:
     launcher."""
     shutil.copy(ROOT / "LICENSE", cwd / "corpus.txt")
     module = "holdfast.trainer.launch" if ranks > 1 else "holdfast.trainer"
-    return [python, "-m", module, "--job.config_file", str(CONFIG), *SMALL, *arguments]
+    # A single worker takes its share of the batch in half as many passes.
+    batch = ("--training.local_batch_size", "4" if ranks == 1 else "2")
+    return [python, "-m", module, "--job.config_file", str(CONFIG), *SMALL, *batch, *arguments]
 
 
 def environment(ranks: int) -> dict[str, str]:

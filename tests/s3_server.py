@@ -10,8 +10,7 @@ from threading import Thread
 from typing import Any
 from urllib.request import Request, urlopen
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+import pytest
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
@@ -23,6 +22,10 @@ class S3Server:
     """One server, which is shared by all tests of the process."""
 
     def __init__(self) -> None:
+        # Imported here, since each process of the tests imports this module.
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import make_server
+
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._answer: Answer = lambda _: None
@@ -66,3 +69,11 @@ class S3Server:
 def s3_server() -> S3Server:
     """Return the server of this process."""
     return S3Server()
+
+
+def new_s3_url(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of a new bucket of the server, which the environment leads to."""
+    server = s3_server()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{server.new_bucket()}"

@@ -19,8 +19,8 @@ COLD = "HOLDFAST_TESTS_COLD"
 
 SHARED = "HOLDFAST_TESTS_PYTHON"
 """Environment variables with the paths that `python` returned in the process that started this one:
-this one, and the one that ends in `_FRAMEWORKS`. Workers of one test run share the servers, since
-each server takes seconds to start."""
+this one, and the one that ends in `_FRAMEWORKS`. Workers of one test run share the server, which
+takes seconds to start."""
 
 FRAMEWORKS = (
     "transformers",
@@ -35,7 +35,7 @@ FRAMEWORKS = (
 
 
 def share() -> None:
-    """Start the servers for this process and those that it starts."""
+    """Start the server for this process and those that it starts."""
     os.environ[_shared(frameworks=False)] = python()
     os.environ[_shared(frameworks=True)] = python(frameworks=True)
 
@@ -44,7 +44,6 @@ def _shared(*, frameworks: bool) -> str:
     return f"{SHARED}_FRAMEWORKS" if frameworks else SHARED
 
 
-@cache
 def python(*, frameworks: bool = False) -> str:
     """Path of a program that runs a command as `python` does.
 
@@ -56,38 +55,43 @@ def python(*, frameworks: bool = False) -> str:
         return sys.executable
     if started := os.environ.get(_shared(frameworks=frameworks)):
         return started
+    plain, with_frameworks = _start()
+    return str(with_frameworks if frameworks else plain)
+
+
+@cache
+def _start() -> tuple[Path, Path]:
+    """Start the server. Returns the paths of the two programs that send commands to it."""
     # Paths of sockets are short, those of `tmp_path` may not be.
-    folder = Path(tempfile.mkdtemp(prefix="warm-"))
-    client = folder / "python"
+    home = Path(tempfile.mkdtemp(prefix="warm-"))
+    plain, with_frameworks = home / "plain" / "python", home / "frameworks" / "python"
     text = (HERE / "warm_client.py").read_text().replace('"PYTHON"', repr(sys.executable))
-    client.write_text(f"#!{sys.executable} -IS\n{text}")
-    client.chmod(0o755)
-    # Listens before the server runs, so that commands wait for it.
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / "socket"))
-    listener.listen(64)
-    preloaded = FRAMEWORKS if frameworks else ()
+    listeners = []
+    for client in (plain, with_frameworks):
+        client.parent.mkdir()
+        client.write_text(f"#!{sys.executable} -IS\n{text}")
+        client.chmod(0o755)
+        # Listens before the server runs, so that commands wait for it.
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(client.parent / "socket"))
+        listener.listen(64)
+        listeners.append(listener)
+    files = [listener.fileno() for listener in listeners]
+    served = [str(plain), str(files[0]), str(with_frameworks), str(files[1])]
     server = subprocess.Popen(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            str(HERE / "warm_server.py"),
-            str(listener.fileno()),
-            str(client),
-            *preloaded,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-W", "error", str(HERE / "warm_server.py"), *served, *FRAMEWORKS],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        pass_fds=[listener.fileno()],
+        pass_fds=files,
     )
-    listener.close()
+    for listener in listeners:
+        listener.close()
 
     def stop() -> None:
         server.terminate()
         server.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
 
     atexit.register(stop)
-    return str(client)
+    return plain, with_frameworks

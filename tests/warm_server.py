@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import importlib
 import importlib.util
@@ -177,10 +178,8 @@ def _accept(connection: socket.socket) -> Command:
     os._exit(0)
 
 
-def import_frameworks(names: list[str], listener: socket.socket) -> None:
-    """Import modules, where they are installed. Waits for the first command, since no test may need
-    them."""
-    select.select([listener], [], [])
+def import_frameworks(names: list[str]) -> None:
+    """Import modules, where they are installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in names:
@@ -188,12 +187,39 @@ def import_frameworks(names: list[str], listener: socket.socket) -> None:
                 importlib.import_module(name)
 
 
-if __name__ == "__main__":
-    listener = socket.socket(fileno=int(sys.argv[1]))
-    if sys.argv[3:]:
-        import_frameworks(sys.argv[3:], listener)
-    for name in PRELOADED:
-        importlib.import_module(name)
+def end_with_parent() -> None:
+    """Let the kernel end this process when the server that forked it ends."""
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+
+
+def serve(client: str, listener: socket.socket) -> None:
+    """Serve a client."""
     # Forked processes share its memory until one writes there, as a garbage collection does.
     gc.freeze()
-    wait_for_command(listener).run(sys.argv[2])
+    wait_for_command(listener).run(client)
+
+
+def main() -> None:
+    """Serve the first client of the command line. A process forked from this one serves the other,
+    whose commands find modules of frameworks imported.
+
+    Each process imports when the first command comes, since no test may need it.
+    """
+    plain, plain_file, with_frameworks, frameworks_file, *names = sys.argv[1:]
+    listeners = [socket.socket(fileno=int(file)) for file in (plain_file, frameworks_file)]
+    select.select(listeners, [], [])
+    for name in PRELOADED:
+        importlib.import_module(name)
+    if os.fork() == 0:
+        end_with_parent()
+        listeners[0].close()
+        select.select([listeners[1]], [], [])
+        import_frameworks(names)
+        serve(with_frameworks, listeners[1])
+    listeners[1].close()
+    serve(plain, listeners[0])
+
+
+if __name__ == "__main__":
+    main()

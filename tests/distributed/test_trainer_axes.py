@@ -72,7 +72,7 @@ MORE_ON_8 = [
     Layout("tp4 pp2 ep2", "experts", schedule="Interleaved1F1B"),
 ]
 GROUPS = {
-    "4": (4, every(3, ON_4)),
+    "4": (4, every(6, ON_4)),
     "8": (8, some(ON_8, 1)),
     "more 4": (4, MORE_ON_4),
     "more 8": (8, MORE_ON_8),

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoints import differing
-from extent import every
+from extent import every, some
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 from holdfast.trainer.optim import build_optimizers
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.timeout(400)  # many layouts load from many
 LAYOUTS = {
     1: ["alone1"],
     2: ["pp2", "shard2 ep2"],
-    3: ["shard3", "pp3"],
-    4: every(2, ["shard4", "tp2 pp2", "cp2 shard2 ep4", "replicate2 tp2 ep2"]),
+    3: some(["shard3", "pp3"], 1),
+    4: every(4, ["shard4", "tp2 pp2", "cp2 shard2 ep4", "replicate2 tp2 ep2"], start=2),
     8: every(2, ["shard2 tp2 pp2 ep4", "replicate2 shard2 cp2"]),
 }
 """Layouts by number of ranks. 3 divides neither the experts nor the layers."""

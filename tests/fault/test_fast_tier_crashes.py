@@ -92,7 +92,7 @@ def test_a_run_resumes_after_a_crash_at_any_write(
     assert saved_before(Run(tmp_path / "whole", HOSTS, **settings)) == 4
     num_changes = crash.count
     assert num_changes > 100
-    stride = 1 if EVERYTHING else 23
+    stride = 1 if EVERYTHING else 61
     for at in range(replicas, num_changes, stride):
         run = Run(tmp_path / str(at), HOSTS, **settings)
         crash.count, crash.at = 0, at

@@ -116,6 +116,7 @@ def check(
 
 
 SIZES = pytest.mark.parametrize("size", [1, 2, 4])
+ROWS = pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 
 
 @SIZES
@@ -124,7 +125,7 @@ def test_a_first_save_is_complete_or_absent(size: int) -> None:
     check([{}, {1: 1}], lambda store: save(store, 1, 1, size))
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@ROWS
 def test_a_first_save_with_rows_is_complete_or_absent(
     size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,14 +134,15 @@ def test_a_first_save_with_rows_is_complete_or_absent(
     check([{}, {1: 1}], lambda store: save(store, 1, 1, size))
 
 
+@ROWS
 def test_a_step_with_rows_saved_again_is_the_old_or_the_new_one(
-    monkeypatch: pytest.MonkeyPatch,
+    size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G1, G2. Method: every cut of a save that writes `index.bin` and replaces an earlier one."""
     monkeypatch.setattr(index, "LISTED_CHUNKS_MAX", 0)
     check(
         [{1: 1}, {1: 2}],
-        lambda store: save(store, 1, 2, 2),
+        lambda store: save(store, 1, 2, size),
         before=lambda store: save(store, 1, 1),
     )
 

@@ -87,7 +87,10 @@ def look(folder: Path) -> tuple[tuple[str, float], ...]:
     return tuple(sorted(found))
 
 
-@pytest.mark.parametrize(("size", "async_mode"), [(1, "disabled"), (2, "async")])
+@pytest.mark.parametrize(
+    ("size", "async_mode"),
+    [(1, "disabled"), (1, "async"), pytest.param(2, "async", marks=pytest.mark.slow)],
+)
 def test_an_export_is_complete_or_absent(size: int, async_mode: str, tmp_path: Path) -> None:
     """G1, G2, G14. Method: every cut of a step with an export, of both saved again, and of a last
     step that is an export, by real file operations."""

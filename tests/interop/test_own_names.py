@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
 import hf_models
 import hub_classes
 from extent import some
+from hf_folders import assert_same, converted, tensors_in
 from holdfast.cli.main import main
-from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import FormatError, MismatchError, UsageError
 from holdfast.hf.export import HFModel
@@ -40,23 +39,6 @@ def made(name: str, seed: int = 7) -> Any:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.05)
     return model
-
-
-def converted(source: Path, target: Path, options: ConvertOptions) -> tuple[str, ...]:
-    planned = plan(str(source), options)
-    convert(planned, str(target))
-    return planned.notes
-
-
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 def test_a_model_without_a_table_converts_in_every_direction(

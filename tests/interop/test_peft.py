@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import hf_models
 import hub_classes
 from extent import some
+from hf_folders import assert_same, tensors_in
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import HoldfastError, MismatchError, UsageError
 from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.manager import CheckpointManager
 
-peft = pytest.importorskip("peft")
+# Not by `importorskip`: an import takes seconds in each process of the tests.
+if find_spec("peft") is None:
+    pytest.skip("not installed: peft", allow_module_level=True)
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM"}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,6 +52,8 @@ def base_of(name: str) -> Any:
 
 def adapted(kind: str, base: Path, **more: Any) -> Any:
     """Return a model of the base with a random adapter."""
+    import peft
+
     name, values = KINDS[kind]
     model = base_of(name)
     with hf_models.quiet():
@@ -75,15 +80,6 @@ def converted(source: Path, target: Path, **options: Any) -> tuple[str, ...]:
     return planned.notes
 
 
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-
-
 def logits(model: Any) -> Tensor:
     with torch.no_grad(), hf_models.quiet():
         found: Tensor = model(torch.arange(3, 19).view(2, 8)).logits
@@ -96,6 +92,8 @@ def test_a_checkpoint_becomes_a_peft_folder_or_a_merged_model(kind: str, tmp_pat
     folder of PEFT has what `save_pretrained` writes, and gives the logits of the run on its base.
     Merged into the base in the checkpoint, or in a folder, it gives the logits of the run and those
     of `merge_and_unload`. So does the folder itself."""
+    import peft
+
     base = hf_models.save(base_of(KINDS[kind][0]), tmp_path / "base")
     model = adapted(kind, base)
     with hf_models.quiet():
@@ -155,6 +153,8 @@ def test_native_names_of_an_adapter_become_those_of_peft(names: str, tmp_path: P
 def test_what_a_merge_lacks_is_named(tmp_path: Path) -> None:
     """G6: no configuration; no base; a base of another size; magnitudes of DoRA; two adapters;
     options without an adapter."""
+    import peft
+
     base = hf_models.save(hf_models.make("llama"), tmp_path / "base")
     model = adapted("plain", base)
     with hf_models.quiet():

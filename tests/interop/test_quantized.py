@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import hf_models
-from hf_folders import LLAMA, hf_tensors, save_folder
-from holdfast.convert.convert import convert
+from hf_folders import LLAMA, converted, hf_tensors, save_folder
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import FormatError
 from holdfast.loading.checkpoint import open_checkpoint
@@ -47,14 +44,11 @@ GPT_OSS: dict[str, Any] = {
 }
 
 
-def converted(source: Path, target: Path, options: ConvertOptions) -> tuple[str, ...]:
-    planned = plan(str(source), options)
-    convert(planned, str(target))
-    return planned.notes
-
-
 def fp8_folder(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """Write an fp8 folder. Returns its path, and its tensors as transformers dequantizes them."""
+    # Imported here, since each process of the tests imports this module.
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
     tensors, wanted = hf_tensors(DEEPSEEK), {}
     made = torch.Generator().manual_seed(1)
     for name, tensor in [*tensors.items()]:
@@ -108,6 +102,8 @@ def test_fp8_blocks_may_be_cut_by_the_edge_of_a_matrix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_mxfp4_is_detected_and_dequantized(dtype: str, tmp_path: Path) -> None:
     """Method: convert random bytes as gpt-oss's blocks and scales, into either dtype."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
     tensors = {name: tensor.bfloat16() for name, tensor in hf_tensors(GPT_OSS).items()}
     wanted = {}
     made = torch.Generator().manual_seed(2)

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from torch import Tensor
 
 import hf_models
-from holdfast.convert.convert import convert
-from holdfast.convert.plan import ConvertOptions, plan
+from hf_folders import assert_same, converted, tensors_in
+from holdfast.convert.plan import ConvertOptions
 
 PARTS = ("vision*", "multi_modal_projector*")
 """Patterns of the tensors that do not belong to the language model."""
@@ -72,21 +70,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.1)
     return hf_models.save(model, tmp_path_factory.mktemp(request.param) / "hf")
-
-
-def converted(source: Path, target: Path, options: ConvertOptions) -> tuple[str, ...]:
-    planned = plan(str(source), options)
-    convert(planned, str(target))
-    return planned.notes
-
-
-def tensors_in(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def opened(folder: Path, kind: str) -> Any:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 import hf_models
+from hf_folders import assert_same, tensors_in
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.loading.checkpoint import open_checkpoint
@@ -19,17 +19,6 @@ from holdfast.loading.checkpoint import open_checkpoint
 def converted(source: Path, target: Path, options: ConvertOptions) -> Path:
     convert(plan(str(source), options), str(target))
     return target
-
-
-def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype, name
-        assert torch.equal(tensor, other[name]), name
 
 
 @pytest.mark.parametrize("name", hf_models.MODELS)

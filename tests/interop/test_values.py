@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import hf_models
+from extent import every
 from holdfast.comm import all_ranks
 from holdfast.errors import MismatchError
 from holdfast.hf.flavors import ExpertFlavor, Flavor, config_of
@@ -114,7 +115,7 @@ def folder_of(name: str, values: Mapping[str, Any], folder: Path) -> tuple[Any, 
     return model, hf_models.save(model, folder)
 
 
-@pytest.mark.parametrize(("name", "values"), cases())
+@pytest.mark.parametrize(("name", "values"), every(2, cases()))
 def test_a_native_model_follows_the_values_of_config_json(
     name: str, values: dict[str, Any], tmp_path: Path
 ) -> None:

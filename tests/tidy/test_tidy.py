@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,28 @@ FILES = SOURCES + sorted((ROOT / "tests").rglob("*.py"))
 
 def _id(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def of_each(paths: Sequence[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """Make one test of a check of a file, which fails with the files that the check fails for.
+
+    A test of each file and check, over two thousand, would take longer than the checks.
+    """
+
+    def decorate(check: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            wrong = []
+            for path in paths:
+                try:
+                    check(path)
+                except AssertionError as error:
+                    wrong.append(f"{_id(path)}: {error}")
+            assert not wrong, "\n".join(wrong)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
 
 
 def _functions(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -61,7 +83,7 @@ def test_no_literal_is_unpacked_where_its_elements_could_be_written() -> None:
     assert not found
 
 
-@pytest.mark.parametrize("path", FILES, ids=_id)
+@of_each(FILES)
 def test_a_file_and_its_functions_fit_on_the_pages_they_are_given(path: Path) -> None:
     """Method: count the lines of the file, and of each function without its docstring."""
     text = path.read_text()
@@ -71,7 +93,7 @@ def test_a_file_and_its_functions_fit_on_the_pages_they_are_given(path: Path) ->
     assert not too_long, f"limit of {FUNCTION_LINES_MAX} lines: {too_long}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_id)
+@of_each(SOURCES)
 def test_a_module_is_named_for_what_it_holds_and_says_so_first(path: Path) -> None:
     """Method: the name is not in a list of vague names, and the module has a docstring."""
     assert path.stem not in VAGUE, "name the module after its contents"
@@ -79,7 +101,7 @@ def test_a_module_is_named_for_what_it_holds_and_says_so_first(path: Path) -> No
     assert docstring, "no module docstring"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_id)
+@of_each(SOURCES)
 def test_what_is_public_says_what_the_caller_gets(path: Path) -> None:
     """Method: look for the docstrings of public classes, and of public functions longer than one
     statement."""
@@ -98,7 +120,7 @@ UNCONFIGURED = [
 KEY = re.compile(r"`checkpoint\.[a-z]|--checkpoint\.|`load_step|exclude_from_loading")
 
 
-@pytest.mark.parametrize("path", UNCONFIGURED, ids=_id)
+@of_each(UNCONFIGURED)
 def test_keys_of_a_configuration_are_named_where_there_is_one(path: Path) -> None:
     """G8: messages of `holdfast.load` and of commands name no configuration keys, since these have
     no configuration. Method: search every line of the modules outside `manager` and `trainer`."""
@@ -106,7 +128,7 @@ def test_keys_of_a_configuration_are_named_where_there_is_one(path: Path) -> Non
     assert not [line for line in lines if KEY.search(line)]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_id)
+@of_each(SOURCES)
 def test_nothing_unfinished_and_no_place_of_one_machine_is_left_in_the_code(path: Path) -> None:
     """Method: search the lines of the file for markers of unfinished code and for paths of a
     machine."""
@@ -118,7 +140,7 @@ def test_nothing_unfinished_and_no_place_of_one_machine_is_left_in_the_code(path
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_id)
+@of_each(SOURCES)
 def test_values_are_frozen_and_slotted(path: Path) -> None:
     """Method: the decorator of every dataclass has `slots=True`. It also has `frozen=True`, unless
     the class is private or in the list `written_to`."""
@@ -138,7 +160,7 @@ def test_values_are_frozen_and_slotted(path: Path) -> None:
 STORES = ("LocalStore", "RemoteStore", "ObjectStore", "CloudBucket")
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name != "storage"], ids=_id)
+@of_each([p for p in SOURCES if p.parent.name != "storage"])
 def test_a_store_is_made_by_the_functions_that_tell_a_folder_from_a_url(path: Path) -> None:
     """G16: a URL such as `s3://...` never becomes a folder of that name. Method: outside of
     `storage`, only the functions of `storage.opening` make stores; no other code calls the classes.

@@ -17,16 +17,13 @@ from holdfast.convert.target import open_target
 from holdfast.errors import ExistsError, FormatError, UsageError
 from holdfast.hosts.sealing import sealed_by_all
 from holdfast.storage.cloud import CloudBucket
-from s3_server import s3_server
+from s3_server import new_s3_url, s3_server
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> str:
     """URL of an empty folder in a new bucket."""
-    server = s3_server()
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{server.new_bucket()}/run"
+    return f"{new_s3_url(monkeypatch)}/run"
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:

@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from hypothesis import given
@@ -33,6 +32,9 @@ def samples_of(batch: Any) -> list[int]:
 
 def table() -> Any:
     """Return a data set of Hugging Face, which is map-style."""
+    # Imported here, since each process of the tests imports this module.
+    import datasets
+
     return datasets.Dataset.from_dict({"number": [*range(SAMPLES)]}).with_format("torch")
 
 

@@ -29,7 +29,7 @@ from holdfast.format.manifest import (
 )
 from holdfast.format.region import Region
 from holdfast.format.tables import TensorTable, encode_rows
-from manifest_bytes import encode_with_rows
+from manifest_bytes import encode_with_rows, sealed
 
 FILE = "__0_0.distcp"
 
@@ -222,13 +222,6 @@ def body_of(manifest: Manifest) -> dict[str, Any]:
     body: dict[str, Any] = json.loads(encode_with_rows(manifest)[0])
     del body["checksum"]
     return body
-
-
-def sealed(body: object) -> bytes:
-    """Add a correct checksum to any body, as an attacker would."""
-    text = json.dumps(body).encode()
-    seal = checksum.to_hex([checksum.checksum(text)]).encode()
-    return text[:-1] + b',"checksum":"' + seal + b'"}'
 
 
 @pytest.mark.parametrize(

@@ -17,16 +17,13 @@ from holdfast.storage.cloud import CloudBucket
 from holdfast.storage.objects import ObjectStore
 from holdfast.storage.store import Store
 from holdfast.testing.stores import StoreSuite, put
-from s3_server import s3_server
+from s3_server import new_s3_url, s3_server
 
 
 @pytest.fixture
 def s3_url(monkeypatch: pytest.MonkeyPatch) -> str:
     """URL of a new bucket of the server, which the environment leads to."""
-    server = s3_server()
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{server.new_bucket()}"
+    return new_s3_url(monkeypatch)
 
 
 class BucketSuite:
