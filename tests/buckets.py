@@ -4,19 +4,21 @@
     store = ObjectStore(bucket.client(fail), threads=1)
 
 `fail(verb, key, when)` is called before and after the effect of each request, and may raise: an
-`UnansweredError` for a request that the store did not answer, a `Dead` for a process that was
-killed there.
+`UnansweredError` for a request that the store did not answer, a `LateError` for a put that the
+store receives later, a `Dead` for a process that was killed there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from holdfast.errors import NotFoundError
-from holdfast.storage.bucket import Listing, StoredObject, TakenError, Version
+from holdfast.storage.bucket import Listing, StoredObject, TakenError, UnansweredError, Version
 from holdfast.storage.store import Buffer
 
 Fail = Callable[[str, str, str], None]
@@ -27,6 +29,10 @@ CHANGES = ("put_new", "put_over", "put", "upload", "part", "complete", "delete")
 of its parts and a `complete`; the deletion of several objects takes a `delete` for each."""
 
 
+class LateError(UnansweredError):
+    """The client gives a request up, and the store receives it later: see `ModelBucket.arrive`."""
+
+
 class Dead(BaseException):
     """The process was killed. Not an Exception: nothing may handle it."""
 
@@ -34,11 +40,11 @@ class Dead(BaseException):
 @dataclass(frozen=True, slots=True)
 class _Object:
     data: bytes
-    number: int
     modified: datetime
 
     def described(self, key: str) -> StoredObject:
-        version = {"e_tag": f'"{self.number}"'}
+        # A hash of the bytes, as in S3: equal bytes are an equal version.
+        version = {"e_tag": f'"{hashlib.md5(self.data).hexdigest()}"'}
         return StoredObject(key, len(self.data), version, self.modified)
 
 
@@ -52,7 +58,9 @@ class ModelBucket:
         self.ahead = timedelta()
         """Time by which the clock of the store is ahead."""
 
-        self._number = 0
+        self.late: list[Callable[[], object]] = []
+        """Requests on their way, whose clients have given them up."""
+
         self.objects: dict[str, _Object] = {}
         for key, data in (objects or {}).items():
             self.put(key, data)
@@ -61,6 +69,13 @@ class ModelBucket:
     def client(self, fail: Fail = lambda *_: None) -> ModelClient:
         """Return a client, whose requests may fail."""
         return ModelClient(self, fail)
+
+    def arrive(self) -> None:
+        """Execute the requests that are on their way, if their conditions hold."""
+        for request in self.late:
+            with suppress(TakenError):
+                request()
+        self.late = []
 
     def contents(self) -> dict[str, bytes]:
         """The bytes of every object."""
@@ -74,8 +89,7 @@ class ModelBucket:
         return datetime.now(UTC) + self.ahead
 
     def put(self, key: str, data: bytes) -> Version:
-        self._number += 1
-        self._set({**self.objects, key: _Object(data, self._number, self.now())})
+        self._set({**self.objects, key: _Object(data, self.now())})
         return self.objects[key].described(key).version
 
     def delete(self, key: str) -> None:
@@ -117,29 +131,40 @@ class ModelClient:
         return found
 
     def put_new(self, key: str, data: bytes) -> Version:
-        self._fail("put_new", key, "before")
-        with self._bucket.mutex:
-            if key in self._bucket.objects:
-                raise TakenError(key)
-            version = self._bucket.put(key, data)
-        self._fail("put_new", key, "after")
-        return version
+        def put() -> Version:
+            with self._bucket.mutex:
+                if key in self._bucket.objects:
+                    raise TakenError(key)
+                return self._bucket.put(key, data)
+
+        return self._send("put_new", key, put)
 
     def put_over(self, key: str, data: bytes, version: Version) -> Version:
-        self._fail("put_over", key, "before")
-        with self._bucket.mutex:
-            found = self._bucket.objects.get(key)
-            if found is None or found.described(key).version != version:
-                raise TakenError(key)
-            new = self._bucket.put(key, data)
-        self._fail("put_over", key, "after")
-        return new
+        def put() -> Version:
+            with self._bucket.mutex:
+                found = self._bucket.objects.get(key)
+                if found is None or found.described(key).version != version:
+                    raise TakenError(key)
+                return self._bucket.put(key, data)
+
+        return self._send("put_over", key, put)
 
     def put(self, key: str, data: bytes) -> None:
-        self._fail("put", key, "before")
-        with self._bucket.mutex:
-            self._bucket.put(key, data)
-        self._fail("put", key, "after")
+        def put() -> Version:
+            with self._bucket.mutex:
+                return self._bucket.put(key, data)
+
+        self._send("put", key, put)
+
+    def _send(self, verb: str, key: str, put: Callable[[], Version]) -> Version:
+        try:
+            self._fail(verb, key, "before")
+        except LateError:
+            self._bucket.late.append(put)
+            raise
+        version = put()
+        self._fail(verb, key, "after")
+        return version
 
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
         self._fail("upload", key, "before")

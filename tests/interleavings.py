@@ -1,4 +1,4 @@
-"""Run two actors on one store in every order of their operations, up to a number of switches.
+"""Run actors on one store in every order of their operations, up to a number of switches.
 
     def save(store: FolderStore) -> Saved: ...
     def start(store: FolderStore) -> None: ...
@@ -6,7 +6,7 @@
     for ran in interleavings(before, save, start, switches_max=2):
         assert ...ran.outcomes..., ran
 
-`orders` does the same on a store of another kind.
+`orders` does the same on a store of another kind, for any number of actors.
 
 Each actor is a thread that waits for its turn before each operation, so that operations happen one
 at a time in a chosen order. There are too many orders to try all, but few switches between the
@@ -47,11 +47,11 @@ class Ran(Generic[S]):
     """Result of one order."""
 
     store: S
-    outcomes: tuple[Any, Any]
+    outcomes: tuple[Any, ...]
     """Result of each actor, or the HoldfastError that it raised."""
 
     trace: tuple[str, ...]
-    """Operations in order, each with its actor: 0 or 1."""
+    """Operations in order, each with the number of its actor."""
 
     def __str__(self) -> str:
         return f"{self.outcomes}:\n  " + "\n  ".join(self.trace)
@@ -70,34 +70,58 @@ def interleavings(
     first = MemoryStore()
     before(first)
     tree = tree_of(first)
-    yield from orders(lambda: store_of(tree), FailingStore, one, other, switches_max=switches_max)
+    actors = one, other
+    yield from orders(lambda: store_of(tree), FailingStore, actors, switches_max=switches_max)
+
+
+@dataclass(frozen=True, slots=True)
+class _Switch:
+    """A change of turns."""
+
+    length: int
+    """Operations before it, since the last switch."""
+
+    to: int
+    """Number of the actor that continues."""
 
 
 def orders(
     new: Callable[[], S],
     view: Callable[[S, Wait], object],
-    one: Actor,
-    other: Actor,
+    actors: Sequence[Actor],
     *,
     switches_max: int,
+    stride: int = 1,
 ) -> Iterator[Ran[S]]:
-    """Like `interleavings`, on what `new` makes. `view` gives each actor its own store there."""
-    waiting: list[tuple[int, list[int]]] = [(0, []), (1, [])]
-    with ThreadPoolExecutor(2, thread_name_prefix="actor") as pool:
+    """Like `interleavings`, on what `new` makes. `view` gives each actor its own store there.
+
+    Any actor begins. A switch goes to any other one. Where an actor ends, the next in number that
+    has not ended continues, which is no switch. `stride`: switches are made at each place of this
+    number only.
+    """
+    numbers = range(len(actors))
+    waiting: list[tuple[int, list[_Switch]]] = [(number, []) for number in numbers]
+    with ThreadPoolExecutor(len(actors), thread_name_prefix="actor") as pool:
         while waiting:
-            begins, lengths = waiting.pop()
-            turns, store = _Turns(begins, lengths), new()
+            begins, switches = waiting.pop()
+            turns, store = _Turns(len(actors), begins, switches), new()
             futures = [
                 pool.submit(partial(_act, actor, partial(view, store), turns, number))
-                for number, actor in enumerate((one, other))
+                for number, actor in enumerate(actors)
             ]
-            outcomes = futures[0].result(), futures[1].result()
+            outcomes = tuple(future.result() for future in futures)
             yield Ran(store, outcomes, tuple(turns.trace))
-            if len(lengths) < switches_max:
-                longer: Sequence[int] = range(1, turns.last_length)
-                if len(lengths) == switches_max - 1 > 0:
-                    longer = every(3, longer, start=lengths[-1])
-                waiting += [(begins, [*lengths, length]) for length in longer]
+            if len(switches) < switches_max:
+                # One more switch, before each later operation but the first after the last switch.
+                places: Sequence[int] = range(1, len(turns.others), stride)
+                if len(switches) == switches_max - 1 > 0:
+                    places = every(3, places, start=switches[-1].length)
+                waiting += [
+                    (begins, [*switches, _Switch(length, to)])
+                    for length in places
+                    for to in numbers
+                    if to in turns.others[length]
+                ]
 
 
 def _act(actor: Actor, view: Callable[[Wait], object], turns: _Turns, number: int) -> Any:
@@ -113,22 +137,21 @@ def _act(actor: Actor, view: Callable[[Wait], object], turns: _Turns, number: in
 
 
 class _Turns:
-    """Lets the operations of two threads begin in a given order."""
+    """Lets the operations of some threads begin in a given order."""
 
-    def __init__(self, begins: int, lengths: list[int]) -> None:
-        """Actor `begins` (0 or 1) has the first turn. `lengths` are the operations before each
-        switch; after the last one, each actor runs to its end."""
+    def __init__(self, num_actors: int, begins: int, switches: Sequence[_Switch]) -> None:
+        """Actor `begins` has the first turn. After the last switch, each actor runs to its end."""
         self.trace: list[str] = []
-        self.last_length = 0
-        """Number of operations after the last switch, each of which is a place for one more switch.
-        0 if the other actor had ended by then, since no switch is possible."""
+        self.others: list[frozenset[int]] = []
+        """The actors that had not ended, without the one in turn, at each operation since the last
+        switch."""
 
         self._turn = begins
-        self._lengths = list(lengths)
+        self._switches = list(switches)
         self._done = 0
         """Operations since the last switch."""
 
-        self._ended = [False, False]
+        self._running = set(range(num_actors))
         self._changed = threading.Condition()
 
     def wait(self, number: int, verb: str, key: str) -> None:
@@ -137,26 +160,25 @@ class _Turns:
         Its previous operation has ended by then; only then may the turn switch.
         """
         with self._changed:
-            if self._turn == number and self._lengths and self._done == self._lengths[0]:
-                del self._lengths[0]
-                self._switch()
+            if self._turn == number and self._switches and self._done == self._switches[0].length:
+                self._give_turn_to(self._switches.pop(0).to)
+                self._done = 0
             if not self._changed.wait_for(lambda: self._turn == number, STUCK_S):
                 raise AssertionError(f"actor {number} never gets its turn")
             self._done += 1
+            if not self._switches:
+                self.others.append(frozenset(self._running - {number}))
             self.trace.append(f"{number}: {verb} {key}")
 
     def end(self, number: int) -> None:
-        """Give the turn to the other actor for good."""
+        """Give the turn to the next actor that runs."""
         with self._changed:
-            self._ended[number] = True
+            self._running.discard(number)
             if self._turn == number:
-                if not self._lengths and not self._ended[1 - number]:
-                    self.last_length = self._done
-                self._lengths = []
-                self._switch()
+                self._give_turn_to(number + 1)
 
-    def _switch(self) -> None:
-        if not self._ended[1 - self._turn]:
-            self._turn = 1 - self._turn
-        self._done = 0
+    def _give_turn_to(self, number: int) -> None:
+        """Give the turn to this actor, or to the next in number that has not ended."""
+        if self._running:
+            self._turn = min(self._running, key=lambda one: (one < number, one))
         self._changed.notify_all()

@@ -1,53 +1,48 @@
-"""Saves, loads, deletions and clean-ups in a bucket: every request is cut or answered wrongly, and
-two processes send theirs in every order up to a bound.
+"""Saves, loads, deletions and clean-ups in a bucket: every request is cut, answered wrongly or
+arrives late.
 
 The bucket is in memory. `test_storage_objects` runs one suite on it and on a real server.
 """
 
 from __future__ import annotations
 
-import logging
-import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
-import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 
-from buckets import CHANGES, Dead, ModelBucket
+from bucket_runs import (
+    NAME,
+    NEW,
+    OLD,
+    clean_up,
+    delete,
+    held_in,
+    left_by_a_killed_save,
+    load,
+    quiet,
+    save,
+    state_of,
+    stock_reads,
+    store_in,
+)
+from buckets import CHANGES, Dead, LateError, ModelBucket
 from checkpoints import save_leaves
-from holdfast.catalog.catalog import Catalog, open_manifest
-from holdfast.catalog.cleanup import execute, plan_cleanup, put_in_order
-from holdfast.catalog.open_any import Opened, open_in
-from holdfast.catalog.source import Source
+from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.cleanup import put_in_order
 from holdfast.comm import Solo
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError
 from holdfast.format.names import LOCK, METADATA, step_name
 from holdfast.format.pointer import id_in
-from holdfast.loading.checkpoint import Checkpoint
-from holdfast.loading.load import load_tree
-from holdfast.loading.opening import read_on_all
-from holdfast.saving.save import Saved, save_in
 from holdfast.state.objects import StateTree
-from holdfast.storage import objects, streams
+from holdfast.storage import streams
 from holdfast.storage.bucket import UnansweredError
 from holdfast.storage.objects import ObjectStore
-from holdfast.storage.store import Store
-from interleavings import Actor, Ran, Wait, orders
-
-NAME = "step-5"
-
-OLD, NEW = 1, 2
-
-MANY = pytest.mark.slow, pytest.mark.timeout(3000)
 
 Mode = Literal["before", "after", "failed", "lost"]
 """What happens at one request: the process dies before it or after it; the store does not execute
@@ -57,77 +52,9 @@ MODES: tuple[Mode, ...] = ("before", "after", "failed", "lost")
 
 
 @pytest.fixture(autouse=True)
-def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Turn logging and pauses off: thousands of runs would log and wait."""
-    monkeypatch.setattr(objects, "PAUSE_S", 0.0)
-    logging.disable(logging.CRITICAL)
-    torch.set_num_threads(1)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-def state_of(value: int) -> dict[str, Any]:
-    return {"model": {"w": torch.full((50,), float(value))}, "value": value}
-
-
-def save(value: int, store: Store, *, overwrite: bool = False) -> Saved:
-    """Save as `holdfast.save` does."""
-    return save_in(Catalog(store), NAME, state_of(value), ranks=Solo(), overwrite=overwrite)
-
-
-def load(store: Store) -> int:
-    """Load as `holdfast.load` does. Fails on a mix of two checkpoints."""
-    state = state_of(0)
-
-    def read(opened: Opened) -> int:
-        load_tree(opened.source(store), StateTree(state), ranks=Solo())
-        value: int = state["value"]
-        assert torch.equal(state["model"]["w"], torch.full((50,), float(value))), "a mix"
-        return value
-
-    return read_on_all(Solo(), store, lambda: open_in(store, NAME), read)
-
-
-def delete(store: Store) -> None:
-    """Delete as retention does."""
-    store.remove(Catalog(store).set_aside_for_deletion(NAME))
-
-
-def clean_up(store: Store) -> list[str]:
-    """Clean up as a start does."""
-    return execute(store, plan_cleanup(store.list()))
-
-
-def store_in(bucket: ModelBucket, fail: Any = lambda *_: None) -> ObjectStore:
-    """A process's view of the bucket. Requests are sent one at a time, so that their order is the
-    same each time."""
-    return ObjectStore(bucket.client(fail), threads=1)
-
-
-def held_in(bucket: ModelBucket) -> int | None:
-    """Value of the state in the checkpoint; None if there is none. Every byte is read."""
-    store = store_in(bucket)
-    if f"{NAME}/" not in store.list():
-        return None
-    checkpoint = Checkpoint(Source(store, NAME, open_manifest(store, NAME)))
-    value: int = checkpoint.value("value")
-    assert torch.equal(checkpoint.read("model.w"), torch.full((50,), float(value))), "a mix"
-    return value
-
-
-def stock_reads(bucket: ModelBucket, folder: Path) -> int:
-    """Download the checkpoint, and load it by stock DCP."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for key, data in bucket.contents().items():
-        path = folder / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    state = {"model": {"w": torch.zeros(50)}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Stock DCP warns about a single process.
-        stock_load(state, storage_reader=FileSystemReader(folder / NAME), no_dist=True)
-    (value,) = torch.unique(state["model"]["w"]).tolist()
-    return int(value)
+def _quiet() -> Iterator[None]:
+    with quiet():
+        yield
 
 
 @dataclass
@@ -172,12 +99,6 @@ class Case:
 
     done: int | None
     """Value that a load gives once the operation has returned."""
-
-
-def left_by_a_killed_save(store: ObjectStore) -> None:
-    save(OLD, store)
-    for key in (f"{NAME}/0badcafe/__0_0.distcp", f"{NAME}/0badcafe/manifest.json"):
-        store._bucket.put(key, b"half")
 
 
 CASES = {
@@ -312,91 +233,77 @@ def test_an_upload_that_is_cut_leaves_no_object(monkeypatch: pytest.MonkeyPatch)
             assert held_in(bucket) == (NEW if returned else None), str(cut)
 
 
-# ------------------------------------------------------------------------------- two at once
+@dataclass
+class LateFrom:
+    """Sends the put of this number, and all later ones to its key, late. Then the process gives up,
+    or dies."""
+
+    at: int
+    dies: bool
+    count: int = 0
+    request: tuple[str, str] = ("", "")
+
+    def __call__(self, verb: str, key: str, when: str) -> None:
+        if self.dies and self.request[0]:
+            raise Dead(str(self.request))
+        if when == "before" and verb in PUTS:
+            self.count += 1
+            if self.count > self.at and not self.request[0]:
+                self.request = verb, key
+            if self.request[1] == key:
+                raise LateError(f"no answer: {verb} {key}")
 
 
-def view(bucket: ModelBucket, wait: Wait) -> ObjectStore:
-    """A store whose requests wait for their turn."""
+PUTS = ("put_new", "put_over", "put")
 
-    def begin(verb: str, key: str, when: str) -> None:
-        if when == "before":
-            wait(verb, key)
-
-    return store_in(bucket, begin)
-
-
-def ran_in(
-    one: Actor, other: Actor, switches: int, before: Callable[[ObjectStore], object]
-) -> Iterator[Ran[ModelBucket]]:
-    """Run two actors in every order of their requests."""
-    first = ModelBucket()
-    before(store_in(first))
-    contents = first.contents()
-    return orders(lambda: ModelBucket(contents), view, one, other, switches_max=switches)
+THEN: dict[str, Callable[[ObjectStore], object]] = {
+    "nothing": lambda _: None,
+    "a start": put_in_order,
+    "a save": partial(save, 3, overwrite=True),
+    "a deletion": delete,
+}
+"""What another process does before the late requests arrive."""
 
 
-def check(ran: Ran[Any], condition: object) -> None:
-    """Assert, with the order in the message."""
-    assert condition, str(ran)
-
-
-SWITCHES = pytest.mark.parametrize("switches", [1, pytest.param(2, marks=MANY)])
-
-
-@SWITCHES
-def test_of_two_saves_to_one_name_one_wins(switches: int) -> None:
-    """G16. Method: two saves to a free name; every order."""
-    for ran in ran_in(partial(save, OLD), partial(save, NEW), switches, lambda _: None):
-        kinds = sorted(type(outcome).__name__ for outcome in ran.outcomes)
-        check(ran, kinds == ["ExistsError", "Saved"])
-        check(ran, isinstance(ran.outcomes[(held_in(ran.store) or 0) - 1], Saved))
-
-
-@SWITCHES
-def test_of_two_saves_that_replace_one_checkpoint_a_winner_is_found(switches: int) -> None:
-    """G16. Method: two saves that overwrite; every order. The result is a winner's."""
-    one, other = (partial(save, value, overwrite=True) for value in (OLD, NEW))
-    for ran in ran_in(one, other, switches, partial(save, 9)):
-        won = [n for n, outcome in enumerate(ran.outcomes, 1) if isinstance(outcome, Saved)]
-        lost = [outcome for outcome in ran.outcomes if not isinstance(outcome, Saved)]
-        check(ran, won)
-        check(ran, all(isinstance(outcome, ExistsError) for outcome in lost))
-        check(ran, held_in(ran.store) in won)
-
-
-@SWITCHES
-def test_a_load_beside_a_replacing_save_gives_one_checkpoint(switches: int) -> None:
-    """G2, G16. Method: a load during a save that replaces the checkpoint and cleans up; every
-    order."""
-    for ran in ran_in(partial(save, NEW, overwrite=True), load, switches, partial(save, OLD)):
-        check(ran, isinstance(ran.outcomes[0], Saved))
-        check(ran, ran.outcomes[1] in (OLD, NEW))
-        check(ran, held_in(ran.store) == NEW)
-
-
-@SWITCHES
-def test_a_cleanup_spares_a_save_in_progress(switches: int) -> None:
-    """G16. Method: a save, new or replacing, during the cleanup of a start; every order."""
-    for ran in ran_in(
-        partial(save, NEW, overwrite=True), clean_up, switches, left_by_a_killed_save
-    ):
-        check(ran, isinstance(ran.outcomes[0], Saved))
-        check(ran, ran.outcomes[1] == [])
-        check(ran, held_in(ran.store) == NEW)
-
-
-@SWITCHES
-def test_a_deletion_beside_a_load_or_a_save(switches: int) -> None:
-    """G5, G16. Method: a deletion during a load, then during a replacing save; every order. The
-    load gives the whole checkpoint, or finds none."""
-    for ran in ran_in(delete, load, switches, partial(save, OLD)):
-        check(ran, ran.outcomes[0] is None)
-        check(ran, ran.outcomes[1] == OLD or isinstance(ran.outcomes[1], NotFoundError))
-    for ran in ran_in(delete, partial(save, NEW, overwrite=True), switches, partial(save, OLD)):
-        saved = isinstance(ran.outcomes[1], Saved)
-        check(ran, saved or isinstance(ran.outcomes[1], ExistsError))
-        value = held_in(ran.store)
-        check(ran, value in ((NEW, None) if saved else (OLD, None)))
+@pytest.mark.parametrize("then", THEN)
+@pytest.mark.parametrize("dies", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_a_put_that_arrives_late_harms_nothing(
+    name: str, dies: bool, then: str, tmp_path: Path
+) -> None:
+    """G1, G2. Method: each put of a save, a replacing save, a deletion and a cleanup is on its way
+    while its client gives up, and deletes the attempt, or dies. It arrives at once, or after a
+    start has cleaned up, or after another save or a deletion of that name. What is there
+    afterwards is whole, and is what was there before it arrived, or the checkpoint of that put; a
+    start cleans up everything else."""
+    case = CASES[name]
+    for at in range(num_requests(case, PUTS)):
+        bucket, late, returned = ModelBucket(), LateFrom(at, dies), False
+        case.before(store_in(bucket))
+        with suppress(Dead, HoldfastError):
+            returned = case.act(store_in(bucket, late)) in (None, []) or name != "a cleanup"
+        assert late.request[0]
+        if dies:
+            bucket.ahead += timedelta(hours=1)
+        acted = then != "nothing"
+        try:
+            THEN[then](store_in(bucket))
+        except NotFoundError:
+            acted = False  # There is nothing to delete, so the late put may still take effect.
+        value = held_in(bucket)
+        bucket.arrive()
+        bucket.ahead += timedelta(hours=1)
+        found = held_in(bucket)
+        message = f"put {at}: {late.request}"
+        assert found == value or (not acted and found in case.found), message
+        assert found in ({3} if then == "a save" else {*case.found, case.done, None}), message
+        assert not returned or acted or found == case.done, message
+        put_in_order(store_in(bucket))
+        assert held_in(bucket) == found, message
+        names = [key for key in store_in(bucket).list() if not key.startswith(".held-")]
+        assert names == ([] if found is None else [f"{NAME}/"]), message
+        if f"{NAME}/{METADATA}" in bucket.contents():
+            assert stock_reads(bucket, tmp_path / "copy") == found, message
 
 
 def test_a_holder_whose_lease_has_lapsed_publishes_nothing() -> None:

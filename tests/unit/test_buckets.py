@@ -13,6 +13,7 @@ from torch import nn
 import holdfast
 from holdfast.cli.main import main
 from holdfast.comm import Solo
+from holdfast.convert.target import open_target
 from holdfast.errors import ExistsError, FormatError, UsageError
 from holdfast.hosts.sealing import sealed_by_all
 from holdfast.storage.cloud import CloudBucket
@@ -120,6 +121,8 @@ def test_the_door_says_what_a_bucket_cannot_do(run: str) -> None:
         manager(run, nn.Linear(2, 2), last_save_in_hf=True)
     with pytest.raises(UsageError, match="a whole bucket"):
         holdfast.save(run.removesuffix("/run"), {"w": torch.ones(1)})
+    with pytest.raises(UsageError, match="a whole bucket"):
+        open_target(run.removesuffix("/run"), overwrite=False)
     with pytest.raises(UsageError, match="cannot write"):
         holdfast.save("https://host/run/a", {"w": torch.ones(1)})
     with pytest.raises(UsageError, match="is a URL"):

@@ -30,6 +30,7 @@ from holdfast.format.checksum import checksum, unpack
 from holdfast.format.chunks import BLOCK_BYTES
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import (
+    INDEX_FILES,
     LOCK,
     MANIFEST,
     METADATA,
@@ -299,7 +300,7 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
     """Read the manifest of a checkpoint without checking its files: see `open_manifest`."""
     where = location(store, name)
     files = set(store.list(name))
-    for index in {MANIFEST, ROWS, METADATA} & files:
+    for index in files.intersection(INDEX_FILES):
         check_inside(store, name, index)
     if MANIFEST in files:
         data = read_index(store, f"{name}/{MANIFEST}")

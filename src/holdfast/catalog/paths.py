@@ -21,7 +21,7 @@ def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
             checkpoint may have, or is a folder that cannot be replaced.
     """
     full = full_path(path)
-    folder, name = _split(full)
+    folder, name = split_path(full)
     check_name(name, full)
     if not is_url(full):
         _check_replaceable(full)
@@ -42,12 +42,16 @@ def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
 
 def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """Return the store of the folder or URL above `path`, and the last part of `path`."""
-    folder, name = _split(full_path(path))
+    folder, name = split_path(full_path(path))
     return open_store(folder), name
 
 
 def full_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute form of a path; a URL without the slash at its end."""
+    """Return the absolute form of a path; of a URL, the one without a slash at its end.
+
+    Raises:
+        UsageError: `path` is no path.
+    """
     text = without_scheme(checked_path(path, "path"))
     return text.rstrip("/") if is_url(text) else local_path(text)
 
@@ -68,9 +72,12 @@ def _check_replaceable(path: str) -> None:
         )
 
 
-def _split(path: str) -> tuple[str, str]:
-    """The folder above a path, and the last part of the path. Raises a UsageError if the path ends
-    in a slash."""
+def split_path(path: str) -> tuple[str, str]:
+    """Return the folder above a `full_path`, and its last part.
+
+    Raises:
+        UsageError: it ends in a slash, or is a whole bucket.
+    """
     folder, _, name = path.rpartition("/")
     if not name:
         raise UsageError(f"`{path}` has no name after its last slash, so it names no checkpoint")

@@ -4,6 +4,7 @@ checkpoint has not changed."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from holdfast.errors import (
@@ -74,13 +75,13 @@ def fingerprint(store: ReadStore, name: str) -> object:
     Cheap: reads the end of the manifest, or file sizes if there is none.
     """
     try:
+        with suppress(HoldfastError):
+            nbytes = store.size(f"{name}/{MANIFEST}")
+            return nbytes, store.read(f"{name}/{MANIFEST}", nbytes - _TAIL_BYTES, nbytes)
         parent, _, last = name.rpartition("/")
         if last in store.list(parent):
             return store.size(name)
         files = store.list(name)
-        if MANIFEST in files:
-            nbytes = store.size(f"{name}/{MANIFEST}")
-            return nbytes, store.read(f"{name}/{MANIFEST}", nbytes - _TAIL_BYTES, nbytes)
         return [(file, store.size(f"{name}/{file}")) for file in files if not file.endswith("/")]
     except HoldfastError as error:
         return type(error)

@@ -9,7 +9,7 @@ from xxhash import xxh3_64
 from holdfast.catalog.findings import Finding
 from holdfast.errors import FormatError, HoldfastError, NotFoundError
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import MANIFEST, METADATA, ROWS
+from holdfast.format.names import MANIFEST, METADATA
 from holdfast.format.region import Region, first_overlap
 from holdfast.storage.store import ReadStore
 
@@ -24,10 +24,7 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
     """Find files that are missing, of another size or outside of the folder, and entries that reach
     beyond the end of their file. Reads `.metadata` and file sizes only."""
     findings = []
-    files = dict(manifest.files)
-    if manifest.rows is not None:
-        files[ROWS] = manifest.rows.nbytes
-    for file, nbytes in files.items():
+    for file, nbytes in manifest.sizes.items():
         try:
             size = store.size(f"{folder}/{file}")
         except NotFoundError:

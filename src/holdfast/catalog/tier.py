@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from holdfast.catalog.catalog import read_manifest
@@ -42,6 +43,20 @@ class TierRecord:
     def folder_on(self, host: str) -> str:
         """Path of the run's folder on a host."""
         return f"{self.local_folder.replace('{host}', host).rstrip('/')}/{self.id}"
+
+    def folders_here(self) -> dict[str, str]:
+        """The run's folders that this machine sees, by the name of their host: its own one, and, if
+        the names of hosts are in the path, those of others."""
+        before, found, after = self.local_folder.partition("{host}")
+        hosts = [os.uname().nodename]
+        if found:
+            above, start = os.path.split(before)
+            name = re.compile(re.escape(start) + "(.+)" + re.escape(after.partition("/")[0]))
+            with suppress(OSError):
+                matches = [name.fullmatch(path.name) for path in Path(above).iterdir()]
+                hosts = sorted(match[1] for match in matches if match)
+        folders = {host: self.folder_on(host) for host in hosts}
+        return {host: folder for host, folder in folders.items() if Path(folder).is_dir()}
 
 
 def read_tier(store: ReadStore, folder: str = "") -> TierRecord | None:

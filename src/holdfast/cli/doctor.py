@@ -11,20 +11,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from holdfast.catalog.catalog import location, read_manifest, steps_in
+from holdfast.catalog.catalog import Catalog, location, read_manifest, steps_in
 from holdfast.catalog.cleanup import is_at_work, plan_cleanup
 from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, summary_of
 from holdfast.catalog.listing import hint_without_steps, shared_files
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.open_any import check_folder
 from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.tier import read_tier
 from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, spelled_resume
 from holdfast.cli.verify import resumable, verified
-from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError
+from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import (
     LOCK,
     MANIFEST,
     METADATA,
+    TIER,
     hidden_folder_of,
     rank_and_number,
     step_name,
@@ -36,6 +38,7 @@ from holdfast.storage.bucket_leases import NOTE_BYTES_MAX, note_in
 from holdfast.storage.local import LocalStore
 from holdfast.storage.locks import read_note
 from holdfast.storage.objects import ObjectStore
+from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore, Store
 
 Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use", "unknown"]
@@ -49,8 +52,9 @@ WITHOUT_MEND = {
 @dataclass(frozen=True, slots=True)
 class DoctorArguments(JsonOptions):
     """Find problems in a run's checkpoint folder, and the command that fixes each: damaged
-    checkpoints, leftovers of killed saves, locks, space, permissions, checkpoints under names that
-    no resume finds. Exits with 7 where a checkpoint is damaged, with 9 where a save would fail.
+    checkpoints, leftovers of killed saves, local checkpoints that no restart needs, locks, space,
+    permissions, checkpoints under names that no resume finds. Exits with 7 where a checkpoint is
+    damaged, with 9 where a save would fail.
 
     Example: holdfast doctor outputs/checkpoint
     """
@@ -126,8 +130,9 @@ def run(arguments: Sequence[str]) -> int:
             say("  no problems" + ("" if folder.read else " in indexes and file sizes"))
         if advice is not None:
             say(
-                "  parts of killed uploads are not shown here. The bucket should have this "
-                f"rule; this command replaces all others:\n    {advice}"
+                "  parts of killed uploads are not shown here: no request of Holdfast lists them. "
+                "The bucket should have this rule, which deletes them after a day; this command "
+                f"replaces all others:\n    {advice}"
             )
         if not folder.read:
             say(f"  no data was read: {folder.command('doctor')} --verify reads all of it")
@@ -161,6 +166,7 @@ def examine(folder: ExaminedFolder) -> Iterator[Trouble]:
         yield from _rights(folder)
     if isinstance(folder.store, LocalStore | ObjectStore):
         yield from _left_over(folder, folder.store)
+        yield from _local(folder, folder.store)
     yield from _unknown(folder)
 
 
@@ -302,6 +308,31 @@ def _left_over(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
     elif note:
         what = f"by {note}, which has ended; the next run takes it over"
         yield Trouble("left over", LOCK, what)
+
+
+def _local(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
+    """Yields folders of the fast tier that this machine sees and no restart needs, or finds. None
+    while a run holds the lock."""
+    if LOCK in folder.names and store.holder(f"{folder.name}/{LOCK}") is not None:
+        return
+    try:
+        record = read_tier(store, folder.name)
+    except FormatError as error:
+        yield Trouble("left over", TIER, error.what, _deletion(f"{folder.where}/{TIER}"))
+        return
+    for host, path in ({} if record is None else record.folders_here()).items():
+        with suppress(HoldfastError):
+            newest = max(Catalog(folder_store(path)).steps(), default=-1)
+            if newest <= (-1 if folder.resume is None else folder.resume):
+                what = f"checkpoints of host {host}, none of them newer than step {folder.resume}"
+                yield Trouble("left over", path, what, _deletion(path))
+            elif host != os.uname().nodename:
+                what = f"step {newest} of host {host}: a restart finds it on a host of that name"
+                yield Trouble("unknown", path, what)
+
+
+def _deletion(path: str) -> str | None:
+    return None if is_url(path) else f"rm -r {shlex.quote(path)}"
 
 
 def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:

@@ -13,6 +13,7 @@ import numpy as np
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.open_any import is_checkpoint
+from holdfast.catalog.paths import full_path, split_path
 from holdfast.catalog.replaceable import is_file, special_file, why_not_replaceable
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, NotFoundError, StorageError, UsageError
@@ -29,7 +30,7 @@ from holdfast.saving.publish import publish
 from holdfast.saving.write import write
 from holdfast.spelling import spelled_bytes
 from holdfast.storage.continuing import Continuing
-from holdfast.storage.opening import is_url, local_path, store_to_save, without_scheme
+from holdfast.storage.opening import is_url, store_to_save
 from holdfast.storage.store import Buffer, Creating, FileWriter, FolderStore, ReadStore, Store
 
 Values = Mapping[str, tuple[Path, bytes]]
@@ -79,14 +80,12 @@ def open_target(
     `sources`: paths that the conversion reads. The target must not be, contain or be inside any of
     them.
     """
-    full = _full(path)
+    full = full_path(path)
     for source in sources:
         _check_apart(full, source)
-    folder, _, name = full.rpartition("/")
-    if not name:
-        raise UsageError(f"`{path}` cannot be a target: it has no name")
+    folder, name = split_path(full)
     check_name(name, full)
-    return target_in(store_to_save(folder or "/"), name, overwrite=overwrite, file=file)
+    return target_in(store_to_save(folder), name, overwrite=overwrite, file=file)
 
 
 def target_in(store: Store, name: str, *, overwrite: bool, file: bool = False) -> ConvertTarget:
@@ -310,21 +309,15 @@ def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
     return GlobalPlan(placed, {name: (0, path) for name, (path, _) in values.items()}, aliases)
 
 
-def _full(path: str) -> str:
-    """The absolute form of a path; a URL without the slash at its end."""
-    text = without_scheme(path)
-    return text.rstrip("/") if is_url(text) else local_path(text)
-
-
 def check_number(path: str, kind: Kind, step: int | None) -> None:
     """Check that `path` does not give a full checkpoint the number of another step: a resume would
     take it for that step. A model-only checkpoint may have any number."""
-    folder, _, name = _full(path).rpartition("/")
+    folder, name = split_path(full_path(path))
     if kind != "full" or step is None or step_of(name) in (None, step):
         return
     raise UsageError(
         f"`{path}` is the folder of step {step_of(name)}, and the checkpoint is of step {step}: a "
         "resume would take it for another step",
-        hint=f"convert it to `{folder}/{step_name(step)}`; or pass `--model-only` to "
+        hint=f"convert it to `{folder.rstrip('/')}/{step_name(step)}`; or pass `--model-only` to "
         "convert the weights alone, such as to a `step-0` to start from",
     )

@@ -23,7 +23,7 @@ from torch.futures import Future
 
 from holdfast.arguments import checked_flag, checked_path
 from holdfast.catalog.catalog import Catalog
-from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
+from holdfast.catalog.cleanup import delete_hidden, execute, is_at_work, plan_cleanup
 from holdfast.catalog.paths import open_for_saving
 from holdfast.dcp.plans import Written, chunk_of, global_plan, is_value, layouts_of
 from holdfast.dcp.values import container_of
@@ -330,9 +330,8 @@ def _coordinator_mark() -> str:
 def _set_aside(catalog: Catalog, attempt: HiddenFolder) -> None:
     """Delete the attempt of a failed save, from any rank. First it is renamed: then no rank that
     still writes can add a file to it."""
-    removing = str(replace(attempt, role="removing"))
     with suppress(HoldfastError):
-        catalog.store.remove(catalog.store.unpublish(str(attempt), removing))
+        delete_hidden(catalog.store, attempt)
 
 
 def _default_rank() -> int:

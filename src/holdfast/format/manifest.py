@@ -31,6 +31,7 @@ from holdfast.format.chunks import Span as Span
 from holdfast.format.chunks import Table as Table
 from holdfast.format.components import OPTIMIZER
 from holdfast.format.dtypes import dtype_of
+from holdfast.format.names import ROWS
 from holdfast.format.region import Region
 from holdfast.format.structure import Node, check_node, members_of, with_classes
 from holdfast.format.timings import Stage
@@ -142,6 +143,11 @@ class Manifest:
     @property
     def nbytes(self) -> int:
         return sum(self.files.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each data file, and of `index.bin`."""
+        return {**self.files, **({} if self.rows is None else {ROWS: self.rows.nbytes})}
 
     def names(self) -> list[str]:
         return [*self.tensors, *self.values]

@@ -29,6 +29,10 @@ from holdfast.errors import UsageError
 METADATA = ".metadata"
 MANIFEST = "manifest.json"
 ROWS = "index.bin"
+INDEX_FILES = (METADATA, ROWS, MANIFEST)
+"""Files that list the entries of a checkpoint, in the order in which they are written. Small
+checkpoints have no `index.bin`."""
+
 LOCK = ".lock"
 TIER = ".tier.json"
 

@@ -1,12 +1,14 @@
 """The pointer of a checkpoint in an object store: `NAME/manifest.json`, written last.
 
 An object store cannot rename folders. A checkpoint's files are in `NAME/ID/`, and this small object
-says which ID is published. docs/format.md specifies it.
+says which ID is published. Before that, it says which attempt has reserved the name.
+docs/format.md specifies it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 
 VERSION = 2
@@ -27,12 +29,21 @@ def is_id(name: str) -> bool:
 
 
 def encode_pointer(attempt_id: str) -> bytes:
-    """Encode the pointer to `NAME/attempt_id/`.
+    """Encode the pointer to `NAME/attempt_id/`. No two calls return the same bytes: see `_encode`.
 
-    >>> encode_pointer("1f2e3d4c")
-    b'{"holdfast": 2, "folder": "1f2e3d4c"}'
+    >>> encode_pointer("1f2e3d4c")[:37]
+    b'{"holdfast": 2, "folder": "1f2e3d4c",'
     """
-    return json.dumps({"holdfast": VERSION, "folder": attempt_id}).encode()
+    return _encode("folder", attempt_id)
+
+
+def encode_reservation(attempt_id: str) -> bytes:
+    """Encode the object that reserves a free name for an attempt.
+
+    >>> encode_reservation("1f2e3d4c")[:39]
+    b'{"holdfast": 2, "reserved": "1f2e3d4c",'
+    """
+    return _encode("reserved", attempt_id)
 
 
 def id_in(data: bytes) -> str | None:
@@ -41,11 +52,31 @@ def id_in(data: bytes) -> str | None:
     >>> id_in(b'{"holdfast": 2, "folder": "1f2e3d4c"}'), id_in(b'{"holdfast": 2, "step": 1}')
     ('1f2e3d4c', None)
     """
+    return _id_in(data, "folder")
+
+
+def reserved_in(data: bytes) -> str | None:
+    """Decode a reservation. Return the ID of its attempt; None if `data` is no reservation.
+
+    >>> reserved_in(b'{"holdfast": 2, "reserved": "1f2e3d4c"}')
+    '1f2e3d4c'
+    """
+    return _id_in(data, "reserved")
+
+
+def _encode(member: str, attempt_id: str) -> bytes:
+    # Stores tell two versions of an object apart by a hash of its bytes. A random member makes them
+    # differ, so that a condition on an earlier version never holds again.
+    members = {"holdfast": VERSION, member: attempt_id, "put": os.urandom(8).hex()}
+    return json.dumps(members).encode()
+
+
+def _id_in(data: bytes, member: str) -> str | None:
     if len(data) > POINTER_BYTES_MAX:
         return None
     try:
         members = json.loads(data)
     except ValueError:
         return None
-    folder = members.get("folder") if isinstance(members, dict) else None
-    return folder if isinstance(folder, str) and is_id(folder) else None
+    found = members.get(member) if isinstance(members, dict) else None
+    return found if isinstance(found, str) and is_id(found) else None

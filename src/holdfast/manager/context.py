@@ -44,6 +44,11 @@ class RunContext:
         """Whether the run saves to its folder."""
         return self.config.enable and not self.config.load_only
 
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Limit on the bytes that each rank writes to the folder per second; None for none."""
+        return self.config.write_bandwidth_limit * 1e6 / self.ranks.size or None
+
     def info(self, line: str) -> None:
         """Log a line on rank 0."""
         if self.ranks.rank == 0:

@@ -44,11 +44,10 @@ class FastTier:
             raise
         if config.local_replicas and len(self.local.leaders) == 1:
             run.warn("`checkpoint.local_replicas` has no effect: all ranks are on one host")
-        limit = config.write_bandwidth_limit * 1e6 / ranks.size
         self.drain: Drain = Drain(
             self.local,
             run.catalog,
             ranks.duplicate(),
-            bytes_per_s=limit or None,
+            bytes_per_s=run.bytes_per_s,
             on_drained=on_drained,
         )

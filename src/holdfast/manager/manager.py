@@ -175,9 +175,13 @@ class CheckpointManager:
     def _open(self, hf: HFFormat) -> None:
         """Lock the folder, and check that all hosts share it. Collective."""
         run = self._run
+
+        def take() -> None:
+            self._lifetime.take(run.catalog, hf)
+            self._saver.check_links()
+
         if run.saves:
-            run_on_rank_0(run.ranks, partial(self._lifetime.take, run.catalog, hf))
-            run_on_rank_0(run.ranks, self._saver.check_links)
+            run_on_rank_0(run.ranks, take)
         if run.config.enable:
             check_start(run.catalog, run.ranks, saves=run.saves)
         if run.saves and run.config.local_folder is not None:
@@ -280,7 +284,6 @@ class CheckpointManager:
         Collective: every rank calls this. Raises the error of a background save.
         """
         if self._lifetime.is_open:
-            self._saver.collect()
             self._saver.settle()
 
     @property
@@ -365,5 +368,4 @@ class CheckpointManager:
         elif self._lifetime.is_open:
             # A stopping run has a deadline: the next start deletes what retention has not yet.
             with self._lifetime:
-                self._saver.collect()
                 self._saver.settle()

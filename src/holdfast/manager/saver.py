@@ -23,7 +23,6 @@ from holdfast.manager.lifetime import Lifetime, note_of_process
 from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
 from holdfast.planning.gc_pause import gc_paused
-from holdfast.planning.index import bytes_by_key
 from holdfast.saving.background import Background
 from holdfast.saving.deduplicate import Deduplicator
 from holdfast.saving.memory import check_memory, free_memory, threads_to_touch
@@ -119,8 +118,9 @@ class Saver:
         A failure raises, or returns False: see `on_save_error`. If the fast tier fails, a save that
         was due for a copy from there goes to the folder of the run at once.
         """
-        self.collect()
-        if target != "local":
+        if target == "local":
+            self.collect()
+        else:
             self.settle()
         # The space of files that are still being deleted would count as used.
         if target == "durable":
@@ -238,8 +238,9 @@ class Saver:
         return self.background.failed or (self.tier is not None and self.tier.drain.failed)
 
     def settle(self) -> None:
-        """Wait until the checkpoint that is being copied from the fast tier is durable. Raise the
-        error or log it: see `on_save_error`."""
+        """Wait for the background save, as `collect` does, and until the checkpoint that is being
+        copied from the fast tier is durable. Raise the error or log it: see `on_save_error`."""
+        self.collect()
         if self.tier is None:
             return
         try:
@@ -250,7 +251,6 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for everything in the background."""
-        self.collect()
         self.settle()
         self.retainer.wait()
         self._snapshot.wait()
@@ -351,17 +351,16 @@ class Saver:
         if export in ("as_step", "alone"):
             self._finish_export(pending, step, export, staging)
             return
-        limit = self._config.write_bandwidth_limit * 1e6 / self._ranks.size
         ranks, local = self._finishing_ranks, self._local
         if local is None:
-            saved = finish_save(pending, ranks, staging=staging, bytes_per_s=limit or None)
+            saved = finish_save(pending, ranks, staging=staging, bytes_per_s=self._run.bytes_per_s)
             self._record_times(step, saved.written_nbytes, saved.spans)
         else:
             saved = finish_save(pending, ranks, staging=staging, commit_by=local.commit)
         if pending.facts.kind == "full":
             self.full_save_s = max(self.full_save_s, saved.spans.total)
             if pending.index is not None:
-                by_name = bytes_by_key(pending.index.plan).items()
+                by_name = pending.index.nbytes.items()
                 model = sum(nbytes for name, nbytes in by_name if name not in self._run.others)
                 self.model_share = model / max(saved.nbytes, 1)
         speed = rate(saved.written_nbytes, saved.spans.total)

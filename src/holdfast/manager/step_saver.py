@@ -69,7 +69,6 @@ class StepSaver:
             # The same on all ranks, so that all decide alike.
             progress = Progress._make(largest)
             if progress.failed:
-                self._saver.collect()
                 self._saver.settle()
             stopping = bool(progress.signal) and not last_step
             target = self._target(step, last_step or force or stopping, progress)

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -67,6 +68,17 @@ class Index:
                 self._layouts = ()
             return self._encoded
 
+    @cached_property
+    def nbytes(self) -> Mapping[str | int, int]:
+        """Bytes of all tensors below each top-level name, over all ranks."""
+        nbytes: Counter[str | int] = Counter()
+        for chunks in self.plan.tensors:
+            nbytes[chunks.tensor.path[0]] += chunks.tensor.nbytes
+        # A tied tensor is stored under its first name. Its other names add no bytes, but are
+        # listed.
+        nbytes.update({path[0]: 0 for _, path in self.plan.aliases.values()})
+        return nbytes
+
     def variant(self, key: Hashable, make: Callable[[], Index]) -> Index:
         """Index of the same state in other files, `make()` if none was made for `key` lately."""
         variant = self._variants.pop(key, None) or make()
@@ -89,9 +101,6 @@ class Encoded:
 
     stock: StockIndex
     """Part of `.metadata`."""
-
-    nbytes: Mapping[str | int, int]
-    """Bytes of all tensors below each top-level name, over all ranks."""
 
 
 def columns(items: Sequence[TensorItem]) -> Ints:
@@ -117,17 +126,7 @@ def _encode(
     num_chunks = sum(len(table.places) for table in tables)
     rows = encode_rows(tables) if num_chunks > LISTED_CHUNKS_MAX else None
     tensors = rows.tensors if rows else encode_tensors(tables)
-    return Encoded(tensors, rows, stock, bytes_by_key(plan))
-
-
-def bytes_by_key(plan: GlobalPlan) -> Mapping[str | int, int]:
-    """Bytes of all tensors below each top-level name, over all ranks."""
-    nbytes: Counter[str | int] = Counter()
-    for chunks in plan.tensors:
-        nbytes[chunks.tensor.path[0]] += chunks.tensor.nbytes
-    # A tied tensor is stored under its first name. Its other names add no bytes, but are listed.
-    nbytes.update({path[0]: 0 for _, path in plan.aliases.values()})
-    return nbytes
+    return Encoded(tensors, rows, stock)
 
 
 def _tables(

@@ -10,7 +10,6 @@ from holdfast.comm import Ranks, gather_and_run
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import HiddenFolder
-from holdfast.planning.gc_pause import gc_paused
 from holdfast.planning.index import Index
 from holdfast.planning.shared_files import number_of, shared_index
 from holdfast.saving.digests import Digests, groups_that_differ, names_that_differ
@@ -48,10 +47,7 @@ def commit(
     def publish_on_rank_0(results: Sequence[WriteResult]) -> tuple[int, int]:
         assert index is not None
         in_files = _index_of(index, results)
-        # Before the pause, because encoding may take minutes, and training runs meanwhile.
-        in_files.encoded()
-        with gc_paused():
-            nbytes = publish(attempt, results, in_files, facts, catalog)
+        nbytes = publish(attempt, results, in_files, facts, catalog)
         files = (file for result in results for file in result.files())
         return nbytes, sum(file.nbytes for file in files if file.num_links)
 

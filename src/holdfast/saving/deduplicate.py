@@ -185,7 +185,12 @@ class Deduplicator:
         newest: RankFiles | None,
     ) -> tuple[set[ItemKey], set[ItemKey]]:
         """The items that are equal to those in `earlier`, and to those in `newest`."""
-        known = [{} if one is None else self._checksums_of(one) for one in (earlier, newest)]
+        saved = [one for one in (earlier, newest) if one is not None]
+        damaged = {m.step for m in marks_in(self._store) if m.role == "damaged"} if saved else set()
+        known = [
+            {} if one is None or step_of(one.checkpoint) in damaged else self._checksums_of(one)
+            for one in (earlier, newest)
+        ]
         equal: tuple[set[ItemKey], set[ItemKey]] = (set(), set())
         for item in items:
             key = key_of(item)
@@ -199,11 +204,8 @@ class Deduplicator:
         return equal
 
     def _checksums_of(self, saved: RankFiles) -> dict[ItemKey, tuple[int, ...]]:
-        """The checksums of the blocks of each item in a checkpoint. Empty if the checkpoint is
-        marked as damaged; without the items of a file that is not as it was written."""
-        step = step_of(saved.checkpoint)
-        if any((mark.role, mark.step) == ("damaged", step) for mark in marks_in(self._store)):
-            return {}
+        """The checksums of the blocks of each item in a checkpoint, without the items of a file
+        that is not as it was written."""
         tables = {
             name: self._table(f"{saved.checkpoint}/{name}", file)
             for name, file in saved.files.items()

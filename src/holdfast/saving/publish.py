@@ -13,7 +13,8 @@ from holdfast.format.checksum import checksum_of_parts
 from holdfast.format.manifest import Manifest, ValueEntry, kind_with
 from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder
 from holdfast.format.timings import over_ranks
-from holdfast.planning.index import Index
+from holdfast.planning.gc_pause import gc_paused
+from holdfast.planning.index import Encoded, Index
 from holdfast.saving.write import WriteResult
 from holdfast.storage.store import Buffer, Store
 
@@ -48,7 +49,15 @@ def index_files(
 ) -> tuple[dict[str, Sequence[Buffer]], int]:
     """The parts of each index file of a checkpoint, in the order of their writes, and the
     checkpoint's bytes. See `publish`."""
+    # Before the pause, because encoding may take minutes, and training runs meanwhile.
     encoded = index.encoded()
+    with gc_paused():
+        return _index_files(results, index, encoded, facts)
+
+
+def _index_files(
+    results: Sequence[WriteResult], index: Index, encoded: Encoded, facts: Manifest
+) -> tuple[dict[str, Sequence[Buffer]], int]:
     writing = [result for result in results if result.file]
     data = [file for result in results for file in result.files()]
     # Without its tensors, which `encoded` has.
@@ -64,7 +73,7 @@ def index_files(
         shared={file.name: file.num_links for file in data if file.num_links}
         if any(result.places is not None for result in results)
         else None,
-        kind=facts.kind or kind_with(encoded.nbytes),
+        kind=facts.kind or kind_with(index.nbytes),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         timings=over_ranks([result.seconds for result in results]),
         structure=index.plan.structure,

@@ -29,8 +29,8 @@ def check_start(catalog: Catalog, ranks: Ranks, *, saves: bool) -> None:
     Raises:
         StorageError: some hosts do not see it. They are named.
     """
-    hosts = hosts_of(ranks)
-    if _is_shared(catalog.store, hosts):
+    hosts = _hosts_to_ask(catalog.store, ranks)
+    if not hosts:
         return
     if not saves:
         newest = run_on_rank_0(ranks, lambda: [*catalog.folders().values()][-1:])
@@ -47,8 +47,8 @@ def check_start(catalog: Catalog, ranks: Ranks, *, saves: bool) -> None:
 
 def check_attempt(catalog: Catalog, attempt: HiddenFolder, ranks: Ranks) -> None:
     """Check that all hosts see an attempt that rank 0 has made: see `check_start`. Collective."""
-    hosts = hosts_of(ranks)
-    if not _is_shared(catalog.store, hosts):
+    hosts = _hosts_to_ask(catalog.store, ranks)
+    if hosts:
         check_seen(catalog.store, str(attempt), ranks, hosts)
 
 
@@ -70,9 +70,11 @@ def check_seen(store: ReadStore, folder: str, ranks: Ranks, hosts: list[str]) ->
     gather_and_run(ranks, capture(lambda: not looks or _sees(store, folder)), refuse)
 
 
-def _is_shared(store: ReadStore, hosts: list[str]) -> bool:
-    """Whether there is nothing to check: one host, or a URL, which means the same everywhere."""
-    return len({*hosts}) == 1 or is_url(store.url)
+def _hosts_to_ask(store: ReadStore, ranks: Ranks) -> list[str]:
+    """The host of each rank; none if there is nothing to check: a URL, which means the same
+    everywhere, or one host. Collective."""
+    hosts = [] if is_url(store.url) else hosts_of(ranks)
+    return hosts if len({*hosts}) > 1 else []
 
 
 def _sees(store: ReadStore, folder: str) -> bool:

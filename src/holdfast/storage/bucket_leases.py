@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format.names import held_file
@@ -201,28 +202,34 @@ class BucketLeases:
         self._pid = os.getpid()
 
     def check_conditions(self) -> None:
-        """Make sure that the store refuses to put an object that exists, as leases need. Once.
+        """Make sure that the store heeds the conditions of puts, as leases and pointers need. Once.
 
         Raises:
-            UsageError: it puts the object nevertheless.
+            UsageError: it puts an object against its condition.
         """
         if self._is_checked:
             return
         probe = held_file(f"now-{secrets.token_hex(8)}")
         try:
-            self._bucket.put(probe, b"")
-            self._bucket.put_new(probe, b"1")
-        except TakenError:
-            self._is_checked = True
-            return
+            self._bucket.put(probe, b"1")
+            first = self._bucket.head(probe).version
+            self._bucket.put(probe, b"2")
+            conditions = {
+                "If-None-Match": partial(self._bucket.put_new, probe, b"3"),
+                "If-Match": partial(self._bucket.put_over, probe, b"3", first),
+            }
+            for condition, put in conditions.items():
+                with contextlib.suppress(TakenError):
+                    put()
+                    raise UsageError(
+                        f"`{self._bucket.url}`: this store ignores the condition `{condition}` of "
+                        "a put, so two runs could not be kept apart",
+                        hint="use a newer version of the store, or another one",
+                    )
         finally:
             with contextlib.suppress(HoldfastError):
                 self._bucket.delete([probe])
-        raise UsageError(
-            f"`{self._bucket.url}`: this store ignores the condition `If-None-Match` of a put, "
-            "so two runs could not be kept apart",
-            hint="use a newer version of the store, or another one",
-        )
+        self._is_checked = True
 
     def new(self, key: str, note: str) -> BucketLease:
         """Return a lease that is not taken yet."""

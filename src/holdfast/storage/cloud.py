@@ -124,7 +124,10 @@ class CloudBucket:
         return self._put(self._once, key, data, "create")
 
     def put_over(self, key: str, data: bytes, version: Version) -> Version:
-        return self._put(self._once, key, data, dict(version))
+        try:
+            return self._put(self._once, key, data, dict(version))
+        except NotFoundError as error:
+            raise TakenError(f"`{key}` does not exist") from error
 
     def put(self, key: str, data: bytes) -> None:
         self._put(self._control, key, data, "overwrite")

@@ -2,7 +2,7 @@
 
 A bucket has no folders and no renames. So the files of checkpoint `NAME` are in `NAME/ID/`, with an
 ID per attempt, and a small object, the pointer `NAME/manifest.json`, says which ID is published. It
-is put last, by one conditional request, which is the instant of publication:
+is put last, by one conditional request (`storage/claims.py`), the instant of publication:
 
     step-5/1f2e3d4c/__0_0.distcp    files of the attempt `.attempt-step-5-1f2e3d4c`
     step-5/1f2e3d4c/.metadata
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import random
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,14 +35,11 @@ from holdfast.format.names import (
     held_of,
     hidden_folder_of,
 )
-from holdfast.format.pointer import POINTER_BYTES_MAX, encode_pointer, is_id
+from holdfast.format.pointer import POINTER_BYTES_MAX, is_id
 from holdfast.storage.bucket import (
     Bucket,
     Listing,
     StoredObject,
-    TakenError,
-    UnansweredError,
-    Version,
 )
 from holdfast.storage.bucket_leases import (
     LEASE_S,
@@ -54,6 +50,7 @@ from holdfast.storage.bucket_leases import (
     check,
     note_in,
 )
+from holdfast.storage.claims import Claim, Claims
 from holdfast.storage.listed_bucket import ListedBucket
 from holdfast.storage.pointers import Pointer, Pointers
 from holdfast.storage.store import Buffer, Check, FileWriter
@@ -73,12 +70,6 @@ _LEASES_SHOWN = 10
 _POLLS = 20
 """Looks at a lease in the time in which it lapses."""
 
-_TRIES = 5
-"""Most times that a conditional request is sent."""
-
-PAUSE_S = 0.5
-"""Longest pause before a conditional request is sent again."""
-
 _NO_ID = "00000000"
 """ID that is shown for an attempt without objects."""
 
@@ -93,8 +84,9 @@ class ObjectStore:
         self._bucket, self._num_threads = bucket, threads
         self._leases = BucketLeases(bucket)
         self._pointers = Pointers(bucket)
-        self._replaced: dict[str, Version] = {}
-        """Version of the pointer of each checkpoint that this store holds."""
+        self._claims = Claims(bucket, self._pointers)
+        self._replaced: dict[str, Pointer] = {}
+        """The pointer of each checkpoint that this store holds."""
 
     @property
     def url(self) -> str:
@@ -107,9 +99,12 @@ class ObjectStore:
         prefix = self._folder(folder)
         listing = self._bucket.list(prefix)
         files = {_name(found.key) for found in listing.objects}
-        if folder and prefix == folder and _holds_attempts_only(files, listing.prefixes):
-            raise NotFoundError(f"nothing at `{self._where(folder)}`")
         names = {_name(found.key) for found in listing.objects if not self._is_lease(found)}
+        if folder and prefix == folder:
+            if self._is_reserved(folder):
+                files, names = files - {MANIFEST}, names - {MANIFEST}
+            if _holds_attempts_only(files, listing.prefixes):
+                raise NotFoundError(f"nothing at `{self._where(folder)}`")
         prefixes = [_join(prefix, name) for name in listing.prefixes]
         shown = self._in_threads(partial(self._shown, beside=files), prefixes)
         return sorted(names.union(*shown))
@@ -131,9 +126,14 @@ class ObjectStore:
         if files == {METADATA} and not listing.prefixes and self._pointers.is_left_over(prefix):
             # A killed process has left the index of a deleted checkpoint.
             return {f"{HiddenFolder('removing', name, _NO_ID)}/"}
+        pointer, published = self._pointer_in(prefix, listing), None
+        if pointer is not None and pointer.is_published:
+            published = pointer.id
+        elif pointer is not None:
+            # The attempt may have no files any more.
+            ids, files = ids | {pointer.id}, files - {MANIFEST}
         if not ids:
             return {f"{name}/"}
-        published = self._published(prefix, listing)
         shown = set()
         for attempt_id in ids - {published}:
             hidden = HiddenFolder("attempt", name, attempt_id)
@@ -144,12 +144,11 @@ class ObjectStore:
             shown.add(f"{name}/")
         return shown
 
-    def _published(self, prefix: str, listing: Listing) -> str | None:
-        """ID that the pointer in a listing names; None if there is no pointer."""
+    def _pointer_in(self, prefix: str, listing: Listing) -> Pointer | None:
+        """The pointer in a listing; None if there is none."""
         for found in listing.objects:
             if _name(found.key) == MANIFEST and found.nbytes <= POINTER_BYTES_MAX:
-                known = self._pointers.of(prefix, version=found.version)
-                return None if known is None else known.id
+                return self._pointers.of(prefix, version=found.version)
         return None
 
     def size(self, key: str) -> int:
@@ -204,7 +203,15 @@ class ObjectStore:
     def _key(self, key: str, *, fresh: bool = False) -> str:
         """Key of the object with the bytes of a file. `fresh`: read its pointer again."""
         folder, _, name = key.rpartition("/")
-        return _join(self._folder(folder, fresh=fresh), name)
+        prefix = self._folder(folder, fresh=fresh)
+        if name == MANIFEST and folder and prefix == folder and self._is_reserved(folder):
+            raise NotFoundError(f"nothing at `{self._where(key)}`")
+        return _join(prefix, name)
+
+    def _is_reserved(self, folder: str) -> bool:
+        """Whether a name is reserved for an attempt, as far as is known."""
+        pointer = self._pointers.of(folder)
+        return pointer is not None and not pointer.is_published
 
     def _folder(self, folder: str, *, fresh: bool = True) -> str:
         """Prefix of the files of a folder. `fresh`: see `_key`."""
@@ -216,7 +223,7 @@ class ObjectStore:
         for length in range(len(parts), 0, -1):
             above = "/".join(parts[:length])
             pointer = self._pointers.of(above, fresh=fresh)
-            if pointer is not None:
+            if pointer is not None and pointer.is_published:
                 return "/".join([above, pointer.id, *parts[length:]])
         return folder
 
@@ -244,28 +251,12 @@ class ObjectStore:
     def publish(self, folder: str, name: str, *, replace: bool = False) -> None:
         attempt = hidden_folder_of(_name(folder))
         assert attempt is not None, f"{folder} is no attempt"
-        marker, data = _join(name, MANIFEST), encode_pointer(attempt.id)
-        expected = self._replaced.get(name) if replace else None
-        if replace and expected is None:
-            expected = self._pointer_of(name).version
-        for _ in range(_TRIES):
-            self._check_lease(folder)
-            try:
-                if expected is None:
-                    self._bucket.put_new(marker, data)
-                else:
-                    self._bucket.put_over(marker, data, expected)
-                break
-            except (TakenError, UnansweredError) as error:
-                # Another attempt is published, or the answer to our request was lost, or it was.
-                pointer = self._pointer_or_raise(name, error)
-                if pointer is not None and pointer.id == attempt.id:
-                    break
-                if isinstance(error, TakenError) and self._is_taken(name, expected):
-                    raise ExistsError(f"`{self._where(name)}` exists already") from error
-                time.sleep(random.uniform(0, PAUSE_S))
-        else:
-            raise StorageError(f"`{self._where(name)}` could not be published: the store is busy")
+        replaced = (self._replaced.get(name) or self._pointer_of(name)) if replace else None
+        self._claims.publish(
+            Claim(name, attempt.id, replaced),
+            check=partial(self._check_lease, folder),
+            end_other=partial(self._end_dead_claim, name),
+        )
         self._pointers.forget(name)
         self._replaced.pop(name, None)
         try:
@@ -274,27 +265,22 @@ class ObjectStore:
             # The checkpoint is published. Its cleanup, or the next save of it, writes the index.
             logger.warning("`%s` is saved, but stock DCP cannot read it: %s", name, error)
 
-    def _pointer_or_raise(self, name: str, error: Exception) -> Pointer | None:
-        try:
-            return self._pointers.read(name)
-        except HoldfastError:
-            raise StorageError(
-                f"`{self._where(name)}`: the store does not say whether it was published: {error}",
-                hint="list the folder once the store answers",
-            ) from error
-
-    def _is_taken(self, name: str, expected: Version | None) -> bool:
-        """Whether a conditional request can never succeed."""
-        try:
-            found = self._bucket.head(_join(name, MANIFEST))
-        except NotFoundError:
-            return expected is not None
-        return found.version != expected
+    def _end_dead_claim(self, name: str, attempt_id: str) -> bool:
+        """End the claim of an attempt, if nobody holds it. Returns whether it has ended."""
+        above, _, last = name.rpartition("/")
+        with (
+            suppress(NotFoundError),
+            self.hold(_join(above, str(HiddenFolder("attempt", last, attempt_id)))) as held,
+        ):
+            if held is False:
+                return False
+            self._claims.end(name, attempt_id)
+        return True
 
     def _pointer_of(self, name: str) -> Pointer:
         """The pointer of a checkpoint that may be replaced or unpublished."""
         pointer = self._pointers.read(name)
-        if pointer is None:
+        if pointer is None or not pointer.is_published:
             self._bucket_has(name)
             raise StorageError(
                 f"`{self._where(name)}` was copied here, not saved by Holdfast: its name cannot be "
@@ -339,12 +325,12 @@ class ObjectStore:
             hidden = hidden_folder_of(_name(key))
         prefix = self._folder(key)
         if hidden is not None:
-            above = key.rpartition("/")[0]
+            name = _join(key.rpartition("/")[0], hidden.name)
             # An attempt keeps its place when it is published: a save that fails after that must
             # not delete it.
-            self._check_unpublished(above, hidden)
+            self._claims.end(name, hidden.id)
             # It may lead to these files, if a save or a deletion was killed.
-            self._pointers.write_stock_index(_join(above, hidden.name))
+            self._pointers.write_stock_index(name)
         keys = [found.key for found in self._bucket.list_all(prefix)]
         if not keys:
             raise NotFoundError(f"nothing at `{self._where(key)}`")
@@ -421,22 +407,21 @@ class ObjectStore:
             self._replaced.pop(key, None)
 
     def _check_exists(self, key: str) -> None:
-        try:
-            self._bucket.head(_join(key, MANIFEST))
-        except NotFoundError:
+        pointer = self._pointers.read(key)
+        if pointer is None or not pointer.is_published:
             self._bucket_has(key)
 
     def _remember(self, name: str) -> None:
-        """Remember the version of the pointer, which `publish` may replace."""
+        """Remember the pointer, which `publish` may replace."""
         pointer = self._pointers.read(name)
-        if pointer is not None:
-            self._replaced[name] = pointer.version
+        if pointer is not None and pointer.is_published:
+            self._replaced[name] = pointer
 
     def _check_unpublished(self, above: str, hidden: HiddenFolder) -> None:
         """Raise a NotFoundError if the pointer names this folder. A listing that lags may show it
         as left over."""
         pointer = self._pointers.read(_join(above, hidden.name))
-        if pointer is not None and pointer.id == hidden.id:
+        if pointer is not None and pointer.is_published and pointer.id == hidden.id:
             raise NotFoundError(f"`{hidden}` is published")
 
     def _check_lease(self, key: str) -> None:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from holdfast.errors import NotFoundError
 from holdfast.format.dcp import in_subfolder, leads_to_subfolder
 from holdfast.format.names import MANIFEST, METADATA
-from holdfast.format.pointer import POINTER_BYTES_MAX, id_in
-from holdfast.storage.bucket import Bucket, Version
+from holdfast.format.pointer import POINTER_BYTES_MAX, id_in, reserved_in
+from holdfast.storage.bucket import Bucket, TakenError, UnansweredError, Version
 
 _TRIES = 5
 """Most times that the index of stock DCP is written while other processes publish."""
@@ -23,7 +23,11 @@ class Pointer(NamedTuple):
     """One state of a pointer."""
 
     id: str
+    """ID of the checkpoint, or of the attempt that has reserved the name."""
+
     version: Version
+    is_published: bool
+    """Whether it is a checkpoint. Readers find nothing under a name that is only reserved."""
 
 
 class Pointers:
@@ -50,8 +54,10 @@ class Pointers:
         with suppress(NotFoundError):
             key = f"{folder}/{MANIFEST}".lstrip("/")
             data, found = self._bucket.get(key, POINTER_BYTES_MAX + 1)
-            attempt_id = id_in(data)
-            pointer = None if attempt_id is None else Pointer(attempt_id, found.version)
+            if (published := id_in(data)) is not None:
+                pointer = Pointer(published, found.version, is_published=True)
+            elif (reserved := reserved_in(data)) is not None:
+                pointer = Pointer(reserved, found.version, is_published=False)
         with self._mutex:
             self._known[folder] = pointer
         return pointer
@@ -62,24 +68,42 @@ class Pointers:
             self._known.pop(folder, None)
 
     def write_stock_index(self, name: str) -> None:
-        """Make `NAME/.metadata` lead stock readers to the attempt that the pointer names; delete it
-        if there is no pointer, or if that attempt has no index of stock DCP."""
-        pointer = self.read(name)
+        """Make `NAME/.metadata` lead stock readers to the attempt that is published; delete it if
+        none is, or if that attempt has no index of stock DCP."""
+        failed: UnansweredError | None = None
         for _ in range(_TRIES):
-            data = None
-            if pointer is not None:
-                inner = f"{name}/{pointer.id}/{METADATA}"
-                with suppress(NotFoundError):
-                    nbytes = self._bucket.head(inner).nbytes
-                    data = in_subfolder(bytes(self._bucket.get_range(inner, 0, nbytes)), pointer.id)
-            if data is not None:
-                self._bucket.put(f"{name}/{METADATA}", data)
-            elif self.is_left_over(name):
-                self._bucket.delete([f"{name}/{METADATA}"])
+            pointer = self.read(name)
+            try:
+                self._write_stock_index_of(name, pointer)
+            except TakenError:
+                continue
+            except UnansweredError as error:
+                failed = error
+                continue
             # Another process may have published or deleted the checkpoint meanwhile.
-            before, pointer = pointer, self.read(name)
-            if pointer == before:
+            if self.read(name) == pointer:
                 return
+        if failed is not None:
+            raise failed
+
+    def _write_stock_index_of(self, name: str, pointer: Pointer | None) -> None:
+        key, data = f"{name}/{METADATA}", None
+        if pointer is not None and pointer.is_published:
+            inner = f"{name}/{pointer.id}/{METADATA}"
+            with suppress(NotFoundError):
+                nbytes = self._bucket.head(inner).nbytes
+                data = in_subfolder(bytes(self._bucket.get_range(inner, 0, nbytes)), pointer.id)
+        if data is None:
+            if self.is_left_over(name):
+                self._bucket.delete([key])
+            return
+        # With a condition: a request that arrives late must not replace the index of a later save.
+        try:
+            found = self._bucket.head(key)
+        except NotFoundError:
+            self._bucket.put_new(key, data)
+        else:
+            self._bucket.put_over(key, data, found.version)
 
     def is_left_over(self, name: str) -> bool:
         """Whether `NAME/.metadata` leads into an attempt, and so is no file of a user."""

@@ -11,17 +11,15 @@ from holdfast.catalog.catalog import Catalog, open_manifest, read_manifest
 from holdfast.comm import Ranks, capture, gather_and_run, run_on_rank_0
 from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder, data_file, step_name
+from holdfast.format.names import INDEX_FILES, HiddenFolder, data_file, step_name
 from holdfast.saving.background import Background, lower_priority
 from holdfast.saving.save import check_space
 from holdfast.saving.write import Pace
 from holdfast.tier.local import LocalTier
+from holdfast.tier.transfer import PIECE_BYTES
 from holdfast.timing import Spans, Times, times_of
 
 logger: logging.Logger = logging.getLogger("holdfast")
-
-PIECE_BYTES = 4 << 20
-"""Bytes of one read and one write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +130,8 @@ class Drain:
     def _publish(self, name: str, attempt: HiddenFolder) -> Manifest:
         """Copy the index files, which every host has, and publish. Returns the manifest."""
         source = self._tier.catalog.store
-        rows = [ROWS] if ROWS in source.list(name) else []
-        for file in (METADATA, *rows, MANIFEST):
+        stored = source.list(name)
+        for file in (file for file in INDEX_FILES if file in stored):
             nbytes = source.size(f"{name}/{file}")
             self._copy_file(name, attempt, file, nbytes)
         # Nothing is published whose files rank 0 does not see, in full.

@@ -19,7 +19,6 @@ from holdfast.catalog.tier import TierRecord
 from holdfast.comm import Ranks, capture, host_of, hosts_of, run_on_all
 from holdfast.errors import HoldfastError
 from holdfast.format.names import LOCK, HiddenFolder, data_file
-from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.commit import run_if_alike
 from holdfast.saving.publish import index_files, write_index
 from holdfast.saving.remove import Remover
@@ -109,9 +108,7 @@ class LocalTier:
             results: Sequence[WriteResult],
         ) -> tuple[dict[str, bytes], int, list[int]]:
             assert index is not None
-            index.encoded()
-            with gc_paused():
-                files, nbytes = index_files(results, index, facts)
+            files, nbytes = index_files(results, index, facts)
             joined = {name: b"".join(parts) for name, parts in files.items()}
             return joined, nbytes, [result.nbytes for result in results]
 

@@ -14,7 +14,7 @@ from holdfast.errors import DamagedError, HoldfastError
 from holdfast.storage.store import ReadStore, Store
 
 PIECE_BYTES = 4 << 20
-"""Bytes of one message."""
+"""Bytes of one read, of one message between ranks, and of one write."""
 
 SENDING = 2
 """Number of pieces that may still be on their way while the next one is read."""
@@ -45,10 +45,6 @@ class Transfer:
     target: int
     """Rank that writes it."""
 
-    @property
-    def nbytes_sent(self) -> int:
-        return sum(stop - start for start, stop in self.ranges)
-
     def pieces(self) -> Iterator[Range]:
         """The parts, divided into messages."""
         for start, stop in self.ranges:
@@ -56,8 +52,8 @@ class Transfer:
                 yield first, min(first + PIECE_BYTES, stop)
 
 
-def transfer(transfers: Sequence[Transfer], store: Store, ranks: Ranks) -> int:
-    """Send files between ranks. Returns the bytes that this rank has received.
+def transfer(transfers: Sequence[Transfer], store: Store, ranks: Ranks) -> None:
+    """Send files between ranks.
 
     `transfers`: the same on every rank. `store`: the disk of this rank. Files become durable, their
     folder is not synced.
@@ -66,21 +62,18 @@ def transfer(transfers: Sequence[Transfer], store: Store, ranks: Ranks) -> int:
     then.
     """
     errors: list[HoldfastError] = []
-    received = 0
     # Every rank keeps to one order, so no circle of ranks can wait for each other.
     for item in transfers:
         if ranks.rank == item.source:
             errors += _send(item, store, ranks)
         elif ranks.rank == item.target:
             errors += _receive(item, store, ranks)
-            received += item.nbytes_sent
 
     def raise_first() -> None:
         for error in errors:
             raise error
 
     run_on_all(ranks, raise_first)
-    return received
 
 
 def _send(item: Transfer, store: ReadStore, ranks: Ranks) -> list[HoldfastError]:

@@ -9,11 +9,11 @@ deleted after the load.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import Catalog, read_index, read_manifest
-from holdfast.catalog.findings import misnumbered, why_not_resumable
+from holdfast.catalog.findings import why_not_resumable
 from holdfast.catalog.marks import damaged_steps
 from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.source import Source
@@ -21,7 +21,7 @@ from holdfast.comm import Ranks, capture, gather_and_run, run_on_rank_0
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest, ValueEntry
-from holdfast.format.names import MANIFEST, METADATA, ROWS, HiddenFolder, step_name
+from holdfast.format.names import INDEX_FILES, MANIFEST, ROWS, HiddenFolder, step_name
 from holdfast.loading.read import Wanted
 from holdfast.planning.read_plan import read_items
 from holdfast.storage.store import FileReader, ReadStore
@@ -56,9 +56,6 @@ class LocalCheckpoint:
     """A checkpoint that the hosts have together, in full."""
 
     step: int
-    digest: int
-    """Checksum of the manifest."""
-
     created: str
     """Time of the commit: ISO 8601, UTC."""
 
@@ -85,7 +82,7 @@ def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
         for part in reported:
             groups.setdefault((part.step, part.created, part.digest), []).append((rank, part))
     found = []
-    for (step, created, digest), group in sorted(groups.items(), reverse=True):
+    for (step, created, _), group in sorted(groups.items(), reverse=True):
         sizes: dict[str, int] = {}
         owners: dict[str, tuple[int, ...]] = {}
         for rank, part in group:
@@ -94,7 +91,7 @@ def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
                 owners[file] = (*owners.get(file, ()), rank)
         # Each host misses files of others; no file may be missing on all of them.
         if all(part.missing <= owners.keys() for _, part in group):
-            found.append(LocalCheckpoint(step, digest, created, sizes, owners))
+            found.append(LocalCheckpoint(step, created, sizes, owners))
     return found
 
 
@@ -114,11 +111,11 @@ def _parts(catalog: Catalog) -> Iterator[HostPart]:
 def _part(store: ReadStore, step: int, folder: str) -> HostPart | None:
     digest = checksum(read_index(store, f"{folder}/{MANIFEST}"))
     manifest = read_manifest(store, folder, entries=False)
-    if misnumbered(step, manifest) or why_not_resumable(step, manifest):
+    if why_not_resumable(step, manifest):
         return None
     listed = [file for file in store.list(folder) if not file.endswith("/")]
     sizes = {file: store.size(f"{folder}/{file}") for file in listed}
-    expected = {**manifest.files, **({ROWS: manifest.rows.nbytes} if manifest.rows else {})}
+    expected = manifest.sizes
     complete = {f: n for f, n in sizes.items() if expected.get(f, n) == n}
     missing = frozenset(expected.keys() - complete.keys())
     return HostPart(step, digest, manifest.created, complete, missing)
@@ -188,13 +185,11 @@ class Fetching:
         self._leader = tier.leaders[tier.host]
         name = step_name(found.step)
         self.store: UnionStore = UnionStore(tier.catalog.store, name, found.files, str(attempt))
-        self.nbytes: int = 0
-        """Bytes that this rank has received."""
 
     def open(self) -> Opened:
         """Open the checkpoint on rank 0, and send the manifest to the others. Collective."""
         # Each rank reads the rows of its own tensors.
-        index = (MANIFEST, METADATA, ROWS) if self._ranks.rank == 0 else (ROWS,)
+        index = INDEX_FILES if self._ranks.rank == 0 else (ROWS,)
         self._fetch({f: [(0, n)] for f, n in self._found.files.items() if f in index})
         name = step_name(self._found.step)
         return run_on_rank_0(self._ranks, lambda: open_in(self.store, name))
@@ -212,7 +207,7 @@ class Fetching:
                 if leader not in owners.get(file, (leader,))
             }
         plan = gather_and_run(self._ranks, needed, self._plan)
-        self.nbytes += transfer(plan, self._tier.catalog.store, self._ranks)
+        transfer(plan, self._tier.catalog.store, self._ranks)
         # A rank also reads what came to another rank of its host.
         here = [item for item in plan if self._tier.hosts[item.target] == self._tier.host]
         self.store.fetched.update(item.target_key.rpartition("/")[2] for item in here)
@@ -278,7 +273,8 @@ def fetching(tier: LocalTier, found: LocalCheckpoint, ranks: Ranks) -> Iterator[
     Collective: every rank enters and leaves it.
     """
     attempt = ranks.broadcast(tier.attempt(f"fetched-{found.step}"))
-    with ExitStack() as stack:
-        stack.callback(tier.abort, attempt)
+    try:
         tier.make_attempt(attempt, ranks)
         yield Fetching(tier, found, ranks, attempt)
+    finally:
+        tier.abort(attempt)

@@ -307,6 +307,39 @@ def test_commands_show_what_only_this_host_has(
     assert 'class="state-local">local<' in (tmp_path / "report.html").read_text()
 
 
+def test_doctor_finds_local_checkpoints_that_no_restart_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G15. Method: hosts with a newer step than the folder of the run; then the folder has the
+    newest one. The commands of the doctor delete what is left on the hosts."""
+
+    def troubles() -> dict[str, dict[str, str]]:
+        capsys.readouterr()
+        assert main(["doctor", str(tmp_path / "run"), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["troubles"]
+        return {trouble["where"]: trouble for trouble in found}
+
+    run = Run(tmp_path)
+    run.train(10)
+    folders = {str(run.disk(host)): host for host in ("node0", "node1", "node2")}
+    for folder, trouble in troubles().items():
+        assert trouble["what"].startswith(f"step 10 of host {folders[folder]}: a restart finds it")
+        assert trouble["mend"] is None
+    run.train(12)
+    with LocalStore(tmp_path / "run").lock(".lock", "a run that needs them"):
+        assert troubles().keys() == {".lock"}
+    found = troubles()
+    assert found.keys() == folders.keys()
+    for folder, trouble in found.items():
+        assert trouble["concern"] == "left over"
+        assert "none of them newer than step 12" in trouble["what"]
+        assert trouble["mend"] == f"rm -r {folder}"
+        shutil.rmtree(folder)
+    assert troubles() == {}
+    (tmp_path / "run/.tier.json").write_text("{}")
+    assert troubles()[".tier.json"]["mend"] == f"rm -r {tmp_path}/run/.tier.json"
+
+
 def test_a_record_of_a_fast_tier_that_is_none_is_replaced(tmp_path: Path) -> None:
     """G8. Method: `.tier.json` holds other things, or names a folder outside; commands go on
     without it, and the next start of the run writes another."""

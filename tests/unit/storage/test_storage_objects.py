@@ -193,14 +193,15 @@ def test_a_file_that_ends_early_is_refused(s3_url: str) -> None:
     assert list(store.list()) == []
 
 
-def test_a_store_that_ignores_conditions_is_refused(s3_url: str) -> None:
+@pytest.mark.parametrize("condition", ["If-None-Match", "If-Match"])
+def test_a_store_that_ignores_conditions_is_refused(s3_url: str, condition: str) -> None:
     """G16. Method: the server does not see the condition."""
 
     def ignore(environ: dict[str, Any]) -> None:
-        environ.pop("HTTP_IF_NONE_MATCH", None)
+        environ.pop(f"HTTP_{condition.upper().replace('-', '_')}", None)
 
     store = ObjectStore(CloudBucket(f"{s3_url}/run"))
-    with s3_server().answering(ignore), pytest.raises(UsageError, match="If-None-Match"):
+    with s3_server().answering(ignore), pytest.raises(UsageError, match=f"`{condition}`"):
         store.make_folder("")
 
 
