@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import (
     AsyncCheckpointerType,
     AsyncSaveResponse,
     async_save,
+    save,
 )
 from torch.optim import Optimizer
 
@@ -71,9 +72,14 @@ def systems() -> dict[str, Make]:
         "dcp, thread, staged in a thread": partial(DCPAsync, staged=True),
         "dcp, process, shared memory": partial(DCPAsync, shared=True, kind=process),
     }
-    if importlib.util.find_spec("torch_checkpointing") is not None:
+    if is_installed("torch_checkpointing"):
         installed["torch_checkpointing"] = TorchCheckpointingAsync
     return installed
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported."""
+    return importlib.util.find_spec(module) is not None
 
 
 class HoldfastAsync:
@@ -93,6 +99,12 @@ class HoldfastAsync:
         while not (self._folder / f"step-{self._step}").exists():
             time.sleep(0.01)
 
+    def copy_s(self) -> float:
+        """Seconds that the copy of the last save took; 0 without one."""
+        self._manager.wait()
+        last = self._manager.timings().saves[-1].stages
+        return last["stage"].most if "stage" in last else 0.0
+
     def optimizing(self) -> AbstractContextManager[object]:
         # The manager's optimizer hook waits by itself.
         return nullcontext()
@@ -111,16 +123,17 @@ class DCPAsync:
         folder: Path,
         *,
         staged: bool = False,
+        pinned: bool = False,
         shared: bool = False,
         kind: AsyncCheckpointerType = AsyncCheckpointerType.THREAD,
     ) -> None:
         self._model, self._optimizer, self._folder, self._kind = model, optimizer, folder, kind
         self._stager = DefaultStager(
             StagingOptions(
-                use_pinned_memory=False,
+                use_pinned_memory=pinned,
                 use_shared_memory=shared,
                 use_async_staging=staged,
-                use_non_blocking_copy=False,
+                use_non_blocking_copy=pinned,
             )
         )
         self._response: Any = None
@@ -149,6 +162,30 @@ class DCPAsync:
 
     def close(self) -> None:
         self._stager.close()
+
+
+class DCPSave:
+    """`save` of `torch.distributed.checkpoint`, which training waits for."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+        self._model, self._optimizer, self._folder = model, optimizer, folder
+
+    def start(self) -> None:
+        shutil.rmtree(self._folder)
+        state = {
+            "model": get_model_state_dict(self._model),
+            "optimizer": get_optimizer_state_dict(self._model, self._optimizer),
+        }
+        save(state, storage_writer=FileSystemWriter(self._folder))
+
+    def finish(self) -> None:
+        sync(self._folder)
+
+    def optimizing(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class TorchCheckpointingAsync:

@@ -58,7 +58,6 @@ class ModelBucket:
         self.ahead = timedelta()
         """Time by which the clock of the store is ahead."""
 
-        self._number = 0
         self.late: list[Callable[[], object]] = []
         """Requests on their way, whose clients have given them up."""
 

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from holdfast import accelerator
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, repr=False)
 class Work:
     """One piece of queued work."""
 
@@ -49,6 +52,11 @@ class FakeAccelerator:
     def __init__(self, num_devices: int, seed: int = 0) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.num_devices = num_devices
+        self.locked: dict[int, int] = {}
+        """Bytes that are page-locked, by address."""
+        self.generators = Generators()
+        self.status = 0
+        """What the driver answers when memory is to be locked."""
         self._random = Random(seed)
         self._lock = threading.RLock()
         self._local = threading.local()
@@ -107,6 +115,22 @@ class FakeAccelerator:
             return work
 
 
+@dataclass(frozen=True, slots=True)
+class FakeRuntime:
+    """In place of `torch.cuda.cudart()`: counts the locked bytes."""
+
+    fake: FakeAccelerator
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        self.fake.note("register", nbytes, self.fake.current_device_index(), flags)
+        self.fake.locked[address] = nbytes
+        return self.fake.status
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.fake.locked[address]
+        return 0
+
+
 class Stream:
     """In place of `torch.Stream`."""
 
@@ -146,7 +170,7 @@ class Stream:
         self.fake._local.index = index
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Event:
     """In place of `torch.Event`."""
 
@@ -199,15 +223,37 @@ def on_device(tensor: torch.Tensor, fake: FakeAccelerator, device: torch.device)
     return made
 
 
-def use(monkeypatch: pytest.MonkeyPatch, fake: FakeAccelerator) -> None:
-    """Let torch report `fake` as its accelerator. Its page-locked memory is ordinary memory."""
-    empty = torch.empty
+class Generators:
+    """The random number generators of all devices."""
 
-    def empty_unlocked(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+    state = torch.zeros(3)
+
+    def get_rng_state(self) -> torch.Tensor:
+        return self.state
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        self.state = state
+
+
+class FakeTorch:
+    """Torch with `fake` as its accelerator, for one module. Page-locked memory is ordinary."""
+
+    def __init__(self, fake: FakeAccelerator) -> None:
+        self.accelerator, self.Stream = fake, fake.stream
+        self.cuda = SimpleNamespace(cudart=lambda: FakeRuntime(fake))
+
+    def get_device_module(self, _: object) -> Generators:
+        return self.accelerator.generators
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         if pin_memory:
-            fake.note("lock", *args)
-        return empty(*args, **kwargs)
+            self.accelerator.note("lock", *args)
+        return torch.empty(*args, **kwargs)
 
-    monkeypatch.setattr(torch, "accelerator", fake)
-    monkeypatch.setattr(torch, "Stream", fake.stream)
-    monkeypatch.setattr(torch, "empty", empty_unlocked)
+
+def use(monkeypatch: pytest.MonkeyPatch, fake: FakeAccelerator) -> None:
+    """Let the module that knows devices see `fake` as torch's accelerator."""
+    monkeypatch.setattr(accelerator, "torch", FakeTorch(fake))

@@ -50,8 +50,7 @@ def furnish(folder: Path, *, steps: int = STEPS, workers: int = 1, page: str = "
     shutil.copy(ROOT / "LICENSE", folder / "train.txt")
     short = (
         f"--training.steps {steps} --training.seq_len 16 --training.global_batch_size 4 "
-        # All of the batch in one pass, on up to four workers.
-        f"--training.local_batch_size $((4 / NGPU)) --training.dataset_path {folder}/train.txt"
+        f"--training.local_batch_size 2 --training.dataset_path {folder}/train.txt"
     )
     training = (
         (ROOT / "run_train.sh")

@@ -6,11 +6,16 @@ CUDA, ROCm and XPU. MPS has one stream, so copies from and to it block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+
+from holdfast.errors import UsageError
+from holdfast.spelling import spelled_bytes
 
 WITHOUT_STREAMS = ("cpu", "meta", "mps")
 """Kinds of devices on which copies block, and nothing has to be ordered."""
@@ -112,6 +117,51 @@ class QueuedWork:
 def locked_memory(nbytes: int) -> torch.Tensor:
     """Page-locked memory, which a device copies from and to on its own."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
+
+
+def can_lock(devices: Sequence[torch.device]) -> bool:
+    """Whether `PageLock` works for these devices: for those of CUDA and ROCm."""
+    return devices[0].type == "cuda"
+
+
+class PageLock:
+    """Page lock of memory that is allocated already, which may be in huge pages. It ends with this
+    object, or with `release`."""
+
+    def __init__(self, memory: torch.Tensor, device: torch.device) -> None:
+        """`device`: one whose process uses the memory. All devices of the process can.
+
+        Raises:
+            UsageError: the driver refuses.
+        """
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        # A thread that sets no device would make a context on device 0.
+        with torch.accelerator.device_index(device.index):
+            status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
+        if status:
+            raise UsageError(
+                f"the driver of `{device}` did not page-lock {spelled_bytes(memory.nbytes)} of "
+                f"host memory: CUDA error {status}",
+            )
+        # The arguments keep the memory until it is unlocked: its address must not be reused before.
+        self._unlock = weakref.finalize(
+            self, _unlock, runtime.cudaHostUnregister, memory, os.getpid()
+        )
+        self._unlock.atexit = False
+
+    def release(self) -> None:
+        """End the lock. No copy may be in progress."""
+        self._unlock()
+
+
+_PORTABLE = 1
+"""`cudaHostRegisterPortable`: for all contexts of the process."""
+
+
+def _unlock(unregister: Callable[[int], object], memory: torch.Tensor, pid: int) -> None:
+    # A forked child has no lock, and cannot use the driver.
+    if pid == os.getpid():
+        unregister(memory.data_ptr())
 
 
 class Ring:

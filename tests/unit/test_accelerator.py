@@ -186,21 +186,9 @@ def test_the_state_of_generators_has_the_kind_of_the_device_as_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Method: restore a state with keys of this device and of another."""
-
-    class Device:
-        state = torch.zeros(3)
-
-        def get_rng_state(self) -> torch.Tensor:
-            return self.state
-
-        def set_rng_state(self, state: torch.Tensor) -> None:
-            self.state = state
-
-    device = Device()
-    fake(monkeypatch)
-    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    assert accelerator.rng_states() == {"cuda": device.state}
+    made = fake(monkeypatch)
+    assert accelerator.rng_states() == {"cuda": made.generators.state}
     accelerator.set_rng_states({"cuda": torch.ones(3), "xpu": torch.zeros(3)})
-    assert torch.equal(device.state, torch.ones(3))
+    assert torch.equal(made.generators.state, torch.ones(3))
     monkeypatch.setattr(FakeAccelerator, "is_available", lambda _: False)
     assert accelerator.rng_states() == {}

@@ -42,6 +42,9 @@ class Progress(NamedTuple):
     draining: float = 0
     """1 while a checkpoint is copied from the hosts to the folder of the run, else 0."""
 
+    lacks_memory: float = 0
+    """1 after the first step if the memory for snapshots must be page-locked, else 0."""
+
     signal: float = 0
     """Number of a stop signal that was received; 0 if there is none."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
 import torch
 
+from holdfast import accelerator
 from holdfast.comm import Ranks, capture, gather_and_run, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, RankError, StorageError, UsageError
 from holdfast.format.manifest import Kind, Manifest
@@ -24,7 +25,7 @@ from holdfast.manager.retention import Retainer
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.background import Background
 from holdfast.saving.deduplicate import Deduplicator
-from holdfast.saving.memory import check_memory, free_memory
+from holdfast.saving.memory import check_memory, free_memory, threads_to_touch
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending, abort, begin_save, finish_save, take_snapshot
 from holdfast.saving.stage import Snapshot, Staging
@@ -41,6 +42,9 @@ logger: logging.Logger = logging.getLogger("holdfast")
 Target = Literal["durable", "local", "drained"]
 """Place of a save. `durable`: the folder of the run. `local`: the fast tier. `drained`: the fast
 tier, and from there the folder of the run."""
+
+AHEAD_SPARE_BYTES = 16 << 20
+"""Memory for snapshots that is reserved ahead of the first save beyond the bytes of its file."""
 
 LOGGED_WAIT_S = 0.1
 """Shortest wait for the background save that is logged."""
@@ -249,6 +253,7 @@ class Saver:
         """Wait for everything in the background."""
         self.settle()
         self.retainer.wait()
+        self._snapshot.wait()
         if self.tier is not None:
             self.tier.local.wait()
 
@@ -265,19 +270,8 @@ class Saver:
     def _has_room(self, pending: Pending) -> bool:
         """Whether every rank has the memory for a snapshot. Raises an error if not, or lets
         training wait for this save: see `on_low_memory`. Collective."""
-        nbytes = pending.file_layout.nbytes
-        growth = max(0, nbytes - self._snapshot.nbytes)
-        if not self._ranks.all_reduce_max([growth])[0]:
-            return True
-        others = _on_same_host(growth, self._ranks)
-        if growth:
-            free = free_memory()
-            left = "" if free is None else f", {spelled_bytes(free)} free"
-            self._run.info(f"needs {spelled_bytes(nbytes)} of host memory for snapshots{left}")
         try:
-            # Before one rank takes memory that another has counted as free.
-            run_on_all(self._ranks, lambda: check_memory(growth, others))
-            run_on_all(self._ranks, lambda: self._snapshot.reserve(nbytes, pending.devices))
+            self._reserve(pending.file_layout.nbytes, pending.devices, self._snapshot.reserve)
         except UsageError as error:
             if self._config.on_low_memory == "raise":
                 abort(pending)
@@ -289,6 +283,45 @@ class Saver:
             self._run.warn(f"training waits for this save: {error.what}")
             return False
         return True
+
+    def reserve_ahead(self, flatten: Callable[[], FlatState]) -> None:
+        """Begin to reserve and page-lock memory for snapshots, in a thread of each rank, so that
+        the first save blocks training no longer than the others. Collective."""
+        try:
+            with gc_paused():
+                state = run_on_all(self._ranks, flatten)
+                held = self._planner.agree(capture(lambda: self._planner.hold(state, None)))
+                layout = run_on_all(self._ranks, lambda: self._planner.file_layout(held))
+            devices = accelerator.devices_of(held.tensors.values())
+            # Values may take more bytes by the time of the first save.
+            nbytes = layout.nbytes + AHEAD_SPARE_BYTES
+            self._reserve(nbytes, devices, self._snapshot.reserve_ahead)
+        except RankError:
+            raise
+        except HoldfastError as error:
+            # The first save tries again, and raises the error or waits: see `on_low_memory`.
+            self._run.warn(f"no memory for snapshots is reserved ahead: {error}")
+
+    def _reserve(
+        self, nbytes: int, devices: Sequence[torch.device], reserve: Callable[..., None]
+    ) -> None:
+        """Call a method of the snapshot that reserves memory, unless all ranks have enough.
+
+        Collective. Raises a UsageError on all ranks if one host has too little.
+        """
+        growth = self._snapshot.growth(nbytes, devices)
+        if not self._ranks.all_reduce_max([growth])[0]:
+            return
+        others = _on_same_host(growth, self._ranks)
+        if growth:
+            free = free_memory()
+            left = "" if free is None else f", {spelled_bytes(free)} free"
+            kind = "page-locked host memory" if devices else "host memory"
+            self._run.info(f"needs {spelled_bytes(nbytes)} of {kind} for snapshots{left}")
+        # Before one rank takes memory that another has counted as free.
+        run_on_all(self._ranks, lambda: check_memory(growth, others))
+        threads = threads_to_touch(1 + len(others))
+        run_on_all(self._ranks, lambda: reserve(nbytes, devices, threads))
 
     def _finish_in_background(self, pending: Pending, step: int, export: Export | None) -> None:
         """Take a snapshot, and finish the save from it in the background."""

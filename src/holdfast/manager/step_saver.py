@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from holdfast import accelerator
 from holdfast.comm import Solo, capture, is_restarted_on_failure, run_on_all, run_on_rank_0
 from holdfast.errors import ExistsError, HoldfastError
 from holdfast.format.components import MODEL
@@ -44,6 +45,8 @@ class StepSaver:
         self._config, self._goodput = run.config, run.goodput
         self._saver, self._hf, self._model, self._tree = saver, hf, model, tree
         self._queued = False
+        in_background = run.saves and run.config.async_mode != "disabled"
+        self._asks_for_memory = in_background and accelerator.num_devices() > 0
         self._raises_on_stop = raises_on_stop
         self.stop_requested: bool = False
         """Whether a stop signal has come to any rank."""
@@ -70,6 +73,8 @@ class StepSaver:
             stopping = bool(progress.signal) and not last_step
             target = self._target(step, last_step or force or stopping, progress)
             if target is None:
+                if progress.lacks_memory:
+                    self._saver.reserve_ahead(self._tree.flatten)
                 self._export(step)
                 return False
             kind: Kind | None = "full"
@@ -116,9 +121,19 @@ class StepSaver:
             failed=saver.failed,
             busy=saver.background.busy,
             draining=saver.draining,
+            lacks_memory=self._lacks_memory(),
             signal=signal,
             signal_age_s=signal_age_s,
         )
+
+    def _lacks_memory(self) -> bool:
+        """Whether snapshots need page-locked memory, which takes seconds to get. Answers once, so
+        that later steps do not look at all parameters again."""
+        if not self._asks_for_memory:
+            return False
+        self._asks_for_memory = False
+        parameters = (p for part in self._model.parts for p in part.parameters())
+        return bool(accelerator.devices_of(parameters))
 
     def _kind_before_stop(self, step: int, progress: Progress) -> Kind | None:
         """The kind of save that fits into the time after a stop signal; None if no save fits."""

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
+from holdfast.accelerator import PageLock, can_lock, locked_memory
 from holdfast.errors import UsageError
 from holdfast.spelling import spelled_bytes
+from holdfast.storage.direct import huge_memory
+
+TOUCH_THREADS_MAX = 8
+"""Most threads that have the system make pages; more are no faster."""
+
+_PAGE_BYTES = 4096
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/proc/self/cgroup")
@@ -41,6 +53,58 @@ def free_memory() -> int | None:
     or fewer under the limit of a cgroup. None if the system does not say."""
     free = [*_free_on_host(), *_free_in_cgroups()]
     return max(0, min(free)) if free else None
+
+
+class HostMemory:
+    """Page-aligned memory of a snapshot, in huge pages if available."""
+
+    def __init__(
+        self, nbytes: int = 0, devices: Sequence[torch.device] = (), threads: int = 1
+    ) -> None:
+        """Page-locked if tensors of the snapshot are on `devices`. Then `threads` threads make the
+        pages, which takes longer than the lock.
+
+        Raises:
+            UsageError: the pages cannot be locked.
+        """
+        self.is_locked: bool = bool(devices)
+        self._lock: PageLock | None = None
+        if devices and not can_lock(devices):
+            locked = locked_memory(nbytes + _PAGE_BYTES)
+            self.bytes: torch.Tensor = locked[-locked.data_ptr() % _PAGE_BYTES :][:nbytes]
+            return
+        if not nbytes:
+            self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+            return
+        memory = huge_memory(nbytes)
+        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        if devices:
+            # After a fork, the first process to write to a page gets a copy of it, and the device
+            # would still write to the old one. The child has no use for a snapshot.
+            memory.madvise(mmap.MADV_DONTFORK)
+            _touch(self.bytes, threads)
+            self._lock = PageLock(self.bytes, devices[0])
+
+    def release(self) -> None:
+        """End the page lock, before other memory is allocated."""
+        if self._lock is not None:
+            self._lock.release()
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def threads_to_touch(num_local: int) -> int:
+    """Number of threads per rank that make pages, for `num_local` ranks on this host."""
+    return max(1, min(TOUCH_THREADS_MAX, len(os.sched_getaffinity(0)) // num_local))
+
+
+def _touch(memory: torch.Tensor, threads: int) -> None:
+    """Write to every page, so that the system makes all of them now."""
+    pages = memory[::_PAGE_BYTES]
+    share = -(-len(pages) // threads)
+    parts = [pages[start : start + share] for start in range(0, len(pages), share)]
+    with ThreadPoolExecutor(threads, "holdfast-memory") as pool:
+        # Each thread has a contiguous part. A tensor's method releases the GIL.
+        list(pool.map(torch.Tensor.zero_, parts))
 
 
 def _free_on_host() -> Iterator[int]:

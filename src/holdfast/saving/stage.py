@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 
 from holdfast import accelerator
+from holdfast.comm import capture
 from holdfast.format.region import boxes_of_run
-from holdfast.format.torchzip import PAGE_BYTES
 from holdfast.planning.file_layout import TensorItem
-from holdfast.saving.memory import check_own_memory
+from holdfast.saving.background import lower_priority
+from holdfast.saving.memory import HostMemory, check_own_memory
 from holdfast.saving.write import WINDOW_BYTES
 from holdfast.state.layout import bytes_of
 from holdfast.storage.direct import huge_memory
@@ -63,32 +64,60 @@ class Snapshot:
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._is_locked = False
+        self._memory = HostMemory()
+        self._reserving: threading.Thread | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory allocated."""
-        return self._memory.nbytes
+        self.wait()
+        return self._memory.bytes.nbytes
 
-    def reserve(self, nbytes: int, devices: Sequence[torch.device] = ()) -> None:
-        """Make room for a file of `nbytes`, page-locked if tensors of it are on `devices`.
+    def growth(self, nbytes: int, devices: Sequence[torch.device] = ()) -> int:
+        """Further bytes that a file of `nbytes` needs."""
+        self.wait()
+        if devices and not self._memory.is_locked:
+            return nbytes
+        return max(0, nbytes - self.nbytes)
+
+    def reserve(self, nbytes: int, devices: Sequence[torch.device] = (), threads: int = 1) -> None:
+        """Make room for a file of `nbytes`, page-locked if tensors of it are on `devices`, by
+        `threads` threads.
 
         Raises:
             UsageError: not enough host memory is free.
         """
-        is_locked = bool(devices)
-        if nbytes <= self._memory.nbytes and is_locked <= self._is_locked:
+        if self.growth(nbytes, devices):
+            self._memory.release()
+            check_own_memory(nbytes)
+            self._memory = HostMemory(nbytes, devices, threads)
+
+    def reserve_ahead(self, nbytes: int, devices: Sequence[torch.device], threads: int) -> None:
+        """Begin what `reserve` does, in the background. The next call of a method waits for it.
+
+        Raises:
+            UsageError: not enough host memory is free.
+        """
+        if not self.growth(nbytes, devices):
             return
-        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._memory.release()
         check_own_memory(nbytes)
-        if is_locked:
-            memory = accelerator.locked_memory(nbytes + PAGE_BYTES)
-        else:
-            memory = torch.frombuffer(huge_memory(nbytes + PAGE_BYTES), dtype=torch.uint8)
-        # Data that is page-aligned in the file is so here too: it can be written without a copy.
-        self._memory = memory[-memory.data_ptr() % PAGE_BYTES :][:nbytes]
-        self._is_locked = is_locked
+
+        def run() -> None:
+            lower_priority()
+            # After an error there is no memory, so `reserve` tries again, and raises it.
+            made = capture(lambda: HostMemory(nbytes, devices, threads))
+            if isinstance(made, HostMemory):
+                self._memory = made
+
+        self._reserving = threading.Thread(target=run, name="holdfast-memory")
+        self._reserving.start()
+
+    def wait(self) -> None:
+        """Wait for the memory that is being reserved in the background."""
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
 
     def copy(self, items: Sequence[TensorItem], tensor_of: TensorOf) -> None:
         """Copy the regions of these items, and wait for the copies. `reserve` must come before."""
@@ -103,12 +132,12 @@ class Snapshot:
 
     def tensor_of(self, item: TensorItem) -> torch.Tensor:
         """Memory of the item's copy, as a contiguous tensor in the stored dtype."""
-        elements = self._memory[item.data.offset : item.data.stop].view(_dtype(item.dtype))
+        elements = self._memory.bytes[item.data.offset : item.data.stop].view(_dtype(item.dtype))
         return elements.view(item.region.shape)
 
     def memory(self, nbytes: int) -> memoryview:
         """Memory of the whole file, of `nbytes`."""
-        return bytes_of(self._memory[:nbytes])
+        return bytes_of(self._memory.bytes[:nbytes])
 
 
 class Staging:
