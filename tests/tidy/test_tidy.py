@@ -174,7 +174,7 @@ def test_a_store_is_made_by_the_functions_that_tell_a_folder_from_a_url(path: Pa
 DEVICE_KINDS = ("accelerator", "cuda", "mps", "mtia", "xpu", "Event", "Stream")
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p != SOURCE / "accelerator.py"], ids=_id)
+@of_each([path for path in SOURCES if path != SOURCE / "accelerator.py"])
 def test_only_one_module_knows_devices(path: Path) -> None:
     """Method: outside of `accelerator.py`, look for modules and classes of torch that are about
     devices, and for the argument `pin_memory`."""
