@@ -30,6 +30,8 @@ def save_and_resume(rank: int, size: int, root: Path) -> list[int]:
             for step in range(resumed[-1] + 1, steps + 1):
                 state.step(step)
                 manager.save(step)
+        # The managers of other ranks may still be deleting files of older steps.
+        dist.barrier()
         if rank == 0 and steps == 6:
             shutil.rmtree(root / "disks/node1")
         dist.barrier()

@@ -185,7 +185,11 @@ def _value_notes(
     trained = opened.checkpoint.manifest.model
     if config is None or not trained or opened.checkpoint.hf is not None:
         return []
-    lines = value_differences(of_language_model(trained), of_language_model(config))
+    models = of_language_model(trained), of_language_model(config)
+    # Names and shapes tell models of different types apart.
+    if models[0].get("model_type") != models[1].get("model_type"):
+        return []
+    lines = value_differences(models[0], models[1])
     if lines and options.to == "hf":
         raise MismatchError(
             f"`{opened.checkpoint.where}` was trained with other values than {config_from} has "
