@@ -56,7 +56,7 @@ class FakeAccelerator:
         """Bytes that are page-locked, by address."""
         self.generators = Generators()
         self.status = 0
-        """What the driver answers when memory is to be locked."""
+        """Status that the driver returns for a page lock; 0 is success."""
         self._random = Random(seed)
         self._lock = threading.RLock()
         self._local = threading.local()

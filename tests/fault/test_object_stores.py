@@ -262,7 +262,7 @@ THEN: dict[str, Callable[[ObjectStore], object]] = {
     "a save": partial(save, 3, overwrite=True),
     "a deletion": delete,
 }
-"""What another process does before the late requests arrive."""
+"""Operation of another process before the late requests arrive, by name."""
 
 
 @pytest.mark.parametrize("then", THEN)

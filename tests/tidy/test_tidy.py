@@ -182,8 +182,10 @@ def test_only_one_module_knows_devices(path: Path) -> None:
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "torch":
             assert node.attr not in DEVICE_KINDS, f"line {node.lineno}"
         if isinstance(node, ast.ImportFrom | ast.Import):
-            names = [getattr(node, "module", ""), *(alias.name for alias in node.names)]
-            assert not {f"torch.{kind}" for kind in DEVICE_KINDS} & {*names}, f"line {node.lineno}"
+            names = {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                names.add(node.module or "")
+            assert not {f"torch.{kind}" for kind in DEVICE_KINDS} & names, f"line {node.lineno}"
         if isinstance(node, ast.keyword):
             assert node.arg != "pin_memory", f"line {node.lineno}"
 

@@ -175,15 +175,16 @@ def _places(
     shifts = places_in_files or ()
     offsets = np.array([place.offset for place in shifts], np.int64)
     first_blocks = np.array([place.first_block for place in shifts], np.int64)
-    all_ranks = np.concatenate([np.zeros(0, np.int64), *(chunks.rank for chunks in tensors)])
+    ranks_of = [chunks.rank for chunks in tensors]
+    writers = np.concatenate(ranks_of) if ranks_of else np.zeros(0, np.int64)
     # With a first column for the numbers of the files, so that the rows are copied once.
     rows = np.pad(np.concatenate([*distinct.values()]), ((0, 0), (1, 0)))
-    places: Ints = np.empty((len(all_ranks), 5), np.int64)
+    places: Ints = np.empty((len(writers), 5), np.int64)
     # Row of the next item of each rank.
     next_rows = first_rows
-    for first in range(0, len(all_ranks), _BATCH_ROWS):
+    for first in range(0, len(writers), _BATCH_ROWS):
         # Arrays of a batch stay in the CPU cache.
-        ranks, batch = all_ranks[first : first + _BATCH_ROWS], places[first : first + _BATCH_ROWS]
+        ranks, batch = writers[first : first + _BATCH_ROWS], places[first : first + _BATCH_ROWS]
         np.take(rows, next_rows[ranks] + _times_before(ranks), axis=0, out=batch, mode="clip")
         next_rows = next_rows + np.bincount(ranks, minlength=len(layouts))
         batch[:, 0] = file_numbers[ranks]
