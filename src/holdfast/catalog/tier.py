@@ -45,17 +45,17 @@ class TierRecord:
         return f"{self.local_folder.replace('{host}', host).rstrip('/')}/{self.id}"
 
     def folders_here(self) -> dict[str, str]:
-        """The run's folders that this machine sees, by the name of their host: its own one, and, if
-        the names of hosts are in the path, those of others."""
-        before, found, after = self.local_folder.partition("{host}")
+        """The run's folders that this machine sees, by the name of their host: on its own disk,
+        and where `{host}` is the name of a folder, on the disks that are mounted beside it."""
+        before, mark, after = self.local_folder.partition("{host}")
         hosts = [os.uname().nodename]
-        if found:
+        if mark:
             above, start = os.path.split(before)
             name = re.compile(re.escape(start) + "(.+)" + re.escape(after.partition("/")[0]))
             with suppress(OSError):
                 matches = [name.fullmatch(path.name) for path in Path(above).iterdir()]
-                hosts = sorted(match[1] for match in matches if match)
-        folders = {host: self.folder_on(host) for host in hosts}
+                hosts += sorted(match[1] for match in matches if match)
+        folders = {host: self.folder_on(host) for host in hosts[:HOSTS_MAX]}
         return {host: folder for host, folder in folders.items() if Path(folder).is_dir()}
 
 
@@ -119,23 +119,14 @@ def local_store(store: ReadStore, folder: str = "") -> ReadStore | None:
 
 
 def host_stores(record: TierRecord) -> dict[str, LocalStore]:
-    """The checkpoints of a run on each host, as far as this machine sees them: on its own disk, and
-    where `{host}` is the name of a folder, on the disks that are mounted beside it."""
-    before, mark, after = record.local_folder.partition("{host}")
-    parent, _, start = before.rpartition("/")
-    end = after.partition("/")[0]
-    names = [f"{start}{os.uname().nodename}{end}"]
-    if mark:
-        with suppress(HoldfastError):
-            names += [name.rstrip("/") for name in folder_store(parent or "/").list()]
+    """The checkpoints of a run on each host: see `TierRecord.folders_here`. Folders that cannot be
+    listed are left out."""
     stores = {}
-    for name in dict.fromkeys(names[:HOSTS_MAX]):
-        host = name.removeprefix(start).removesuffix(end)
-        if f"{start}{host}{end}" == name:
-            with suppress(HoldfastError):
-                store = folder_store(record.folder_on(host))
-                store.list()
-                stores[host] = store
+    for host, folder in record.folders_here().items():
+        with suppress(HoldfastError):
+            store = folder_store(folder)
+            store.list()
+            stores[host] = store
     return stores
 
 
