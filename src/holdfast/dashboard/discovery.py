@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from holdfast.catalog.catalog import location, sealed_among
-from holdfast.catalog.paths import full_path, open_parent
+from holdfast.catalog.paths import open_parent
 from holdfast.errors import HoldfastError
 from holdfast.format.names import LOCK, hidden_folder_of, steps_among
 from holdfast.storage.listed_bucket import TooManyError
@@ -64,11 +64,6 @@ def find_runs(path: str) -> FoundRuns:
         except HoldfastError:
             continue
     return FoundRuns(sorted(found), is_complete and not waiting)
-
-
-def path_of(path: str) -> str:
-    """Returns the absolute path of a folder, as in `FoundRuns`."""
-    return full_path(path)
 
 
 def _holds_checkpoints(store: ReadStore, folder: str, names: Sequence[str]) -> bool:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from holdfast.dashboard.discovery import FoundRuns, find_runs, path_of
+from holdfast.catalog.paths import full_path
+from holdfast.dashboard.discovery import FoundRuns, find_runs
 from holdfast.dashboard.figures import NO_FIGURES, Figures, figures_of
 from holdfast.dashboard.history import History, HistoryReader
 from holdfast.errors import HoldfastError, NotFoundError
@@ -68,7 +69,7 @@ class WatchedFolder:
     def __init__(self, folder: str, *, cpu_share: float = CPU_SHARE) -> None:
         """`cpu_share`: largest share of one CPU core for reading this folder."""
         self.folder = folder
-        self.path: str = path_of(folder)
+        self.path: str = full_path(folder)
         """Absolute path of the folder, or its URL."""
         self.latest: ReadResult = ReadResult(None, "not read yet")
         """Result of the latest read."""
@@ -174,7 +175,7 @@ class Fleet:
 
     def add(self, number: int, folder: str, found: FoundRuns) -> None:
         """Watch what was found in the folder given with this number."""
-        root = path_of(folder)
+        root = full_path(folder)
         below = [path for path in found.folders if path != root]
         with self._lock:
             if self._is_stopped:
@@ -217,7 +218,7 @@ class _Search:
         threading.Thread(target=self._run, name="holdfast-search", daemon=True).start()
 
     def _run(self) -> None:
-        root, pause_s = path_of(self._folder), 0.0
+        root, pause_s = full_path(self._folder), 0.0
         while not self.stopped.wait(pause_s):
             started, cpu_started = time.monotonic(), time.thread_time()
             try:
