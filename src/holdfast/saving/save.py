@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -446,9 +446,7 @@ def _stage_and_write(
             ranks=ranks,
         )
     except HoldfastError:
-        # This may fail for the same reason as the save. Then the next start cleans up.
-        with suppress(HoldfastError):
-            abort(pending)
+        abort(pending)
         raise
 
 
