@@ -38,11 +38,13 @@ def files_beside(
     `assets`: folder whose other files are copied. The index comes last: a folder is not complete
     without it.
     """
-    if assets is not None:
-        config = {**config, **_token_ids(*open_for_reading(assets), config)}
-    yield CONFIG, config_bytes(config, dtype)
-    if assets is not None:
-        yield from _copied(*open_for_reading(assets))
+    if assets is None:
+        yield CONFIG, config_bytes(config, dtype)
+    else:
+        store, folder = open_for_reading(assets)
+        config = {**config, **_token_ids(store, folder, config)}
+        yield CONFIG, config_bytes(config, dtype)
+        yield from _copied(store, folder)
     if index is not None:
         yield stem_of(config) + INDEX_SUFFIX, index
 
