@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from holdfast.format import checksum
 from holdfast.format.manifest import Span, Table
+from holdfast.format.sending import sent_by_fields
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.shared_files import StoredFile
 from holdfast.storage.store import Buffer, Creating, FileWriter
@@ -26,6 +27,7 @@ JOINED_BYTES_MAX = 64 << 10
 than passing one more buffer to the store."""
 
 
+@sent_by_fields
 @dataclass(frozen=True, slots=True)
 class WriteResult:
     """What one rank has written durably: its file, bytes and checksums."""
@@ -46,11 +48,6 @@ class WriteResult:
 
     places: NDArray[np.int64] | None = None
     """Places of the items in all files: see `shared_index`. None if `file` has all items."""
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Rank 0 gets one of each rank. A dataclass takes three times as long.
-        members = self.file, self.nbytes, self.table, self.values
-        return WriteResult, (*members, self.seconds, self.others, self.places)
 
     def files(self) -> list[StoredFile]:
         """All files that this rank has created or linked, by number."""
