@@ -12,7 +12,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
-import warm
+# Assertions of the helpers tell the values they compare, as those of test files do.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*.py")))
+
+import warm  # noqa: E402 - rewritten too
 
 # Threads of torch wait for each other in loops that use a core each. torch reads the variable when
 # it is imported, here and in processes that tests start.

@@ -214,9 +214,9 @@ def read_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def wait_for(found: Callable[[], object], expected: object, *, timeout_s: float = 30) -> None:
     """Wait until a function returns the expected value."""
     deadline = time.monotonic() + timeout_s
-    while found() != expected and time.monotonic() < deadline:
+    while (value := found()) != expected and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert found() == expected
+    assert value == expected
 
 
 @contextmanager

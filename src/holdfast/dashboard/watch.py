@@ -126,19 +126,23 @@ class Fleet:
 
     def __init__(self, folders: Sequence[str]) -> None:
         """`folders`: folders of checkpoints, which get the numbers from 0 on, or folders above
-        such folders. Runs that are made later are found too."""
+        such folders. Runs that are made later are found too. A folder given twice counts once."""
         self._num_given = len(folders)
         self._lock = threading.Lock()
         self._runs: dict[int, WatchedFolder] = {}
         self._paths: set[str] = set()
         self._incomplete: set[str] = set()
         self._is_stopped = False
-        cpu_share = SEARCH_CPU_SHARE / max(len(folders), 1)
-        self._searches = [
-            _Search(self, number, folder, cpu_share) for number, folder in enumerate(folders)
-        ]
+        self._given: dict[str, int] = {}
+        for number, folder in enumerate(folders):
+            self._given.setdefault(full_path(folder), number)
+        cpu_share = SEARCH_CPU_SHARE / max(len(self._given), 1)
+        self._searches = {
+            number: _Search(self, number, folders[number], cpu_share)
+            for number in self._given.values()
+        }
         deadline = time.monotonic() + FIRST_READ_S
-        for number, search in enumerate(self._searches):
+        for number, search in self._searches.items():
             if not search.first.wait(max(deadline - time.monotonic(), 0)):
                 # A folder that hangs is shown as one that cannot be read.
                 self.add(number, folders[number], FoundRuns((), is_complete=True))
@@ -168,7 +172,7 @@ class Fleet:
         with self._lock:
             # A search that is in progress finds more runs.
             self._is_stopped = True
-        for search in self._searches:
+        for search in self._searches.values():
             search.stopped.set()
         for run in self.runs.values():
             run.stop()
@@ -176,7 +180,9 @@ class Fleet:
     def add(self, number: int, folder: str, found: FoundRuns) -> None:
         """Watch what was found in the folder given with this number."""
         root = full_path(folder)
-        below = [path for path in found.folders if path != root]
+        # A folder that is given too has its own search, and the number from there: which of the two
+        # searches ends first must not matter.
+        below = [path for path in found.folders if path != root and path not in self._given]
         with self._lock:
             if self._is_stopped:
                 return
@@ -184,7 +190,7 @@ class Fleet:
                 self._incomplete.discard(folder)
             else:
                 self._incomplete.add(folder)
-            if below:
+            if found.folders and found.folders != [root]:
                 # What seemed to be a run that has not saved yet is a folder above runs.
                 if number in self._runs:
                     self._runs.pop(number).stop()

@@ -226,6 +226,28 @@ def test_numbers_of_runs_stay(tmp_path: Path) -> None:
         assert fleet.runs[3].folder == f"{tmp_path}/later/x/checkpoint"
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_numbers_do_not_depend_on_which_search_ends_first(
+    late: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method: a folder above runs, one of its runs, and that again. One search waits for the
+    other."""
+    run = str(add_run(tmp_path / "run", now=time.time(), age_s=5))
+    given = [str(tmp_path), run, run]
+    ended = threading.Event()
+
+    def ordered(path: str) -> FoundRuns:
+        if path == given[late]:
+            ended.wait(0.5)
+        else:
+            ended.set()
+        return find_runs(path)
+
+    monkeypatch.setattr(watch, "find_runs", ordered)
+    with watched(*given) as fleet:
+        wait_for(lambda: {number: run.folder for number, run in fleet.runs.items()}, {1: run})
+
+
 def test_a_search_that_ends_after_the_stop_watches_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
