@@ -16,9 +16,9 @@ if [ "${1:-}" = --all ]; then
     export HOLDFAST_TESTS_COLD=1
     shift
 fi
-# One process more than cores, since tests wait for processes and disks, which those of --fast do
-# not; tests/conftest.py divides the tests. One process if the caller chooses the tests.
-count=$(($(nproc) + 1))
+# More processes than cores, since tests wait for processes and disks, which those of --fast do not;
+# tests/conftest.py divides the tests. One process if the caller chooses the tests.
+count=$(($(nproc) + 2))
 [ "${1:-}" != --fast ] || count=$(nproc)
 workers=(--numprocesses "$count" --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
@@ -29,8 +29,19 @@ unset PYTHONDONTWRITEBYTECODE
 bin=.venv/bin
 $bin/ruff check .
 $bin/ruff format --check .
-$bin/lint-imports &
-imports=$!
-$bin/mypy
-wait "$imports"
-exec $bin/python -m pytest "${selection[@]}" ${workers[@]+"${workers[@]}"} "$@"
+# Layers and types are checked while the tests run. What these checks say comes last.
+check() {
+    local status=0
+    $bin/lint-imports || status=$?
+    $bin/mypy || status=$?
+    return "$status"
+}
+said=$(mktemp)
+check >"$said" 2>&1 &
+checks=$!
+trap 'kill "$checks" 2>/dev/null || true; rm -f "$said"' EXIT
+status=0
+$bin/python -m pytest "${selection[@]}" ${workers[@]+"${workers[@]}"} "$@" || status=$?
+wait "$checks" || status=$?
+cat "$said"
+exit "$status"

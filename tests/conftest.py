@@ -65,9 +65,10 @@ FAST = ("unit", "tidy", "golden")
 
 PROCESSES = re.compile(
     r"subprocess|processes|multiprocessing|browser|(?:import|from) runs\b|from memory\b|layouts\b"
+    r"|s3_server"
 )
-"""Words in test files that start other processes. Each process imports torch, which takes seconds.
-"""
+"""Words in test files that start other processes, which import torch, or a server of S3. Both take
+seconds."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
