@@ -121,6 +121,11 @@ class ModelClient:
     def get_range(self, key: str, start: int, stop: int) -> Buffer:
         return self._get("get_range", key).data[start:stop]
 
+    def get_into(self, key: str, start: int, target: memoryview) -> int:
+        data = self._get("get_range", key).data[start : start + len(target)]
+        target[: len(data)] = data
+        return len(data)
+
     def _get(self, verb: str, key: str) -> _Object:
         self._fail(verb, key, "before")
         with self._bucket.mutex:

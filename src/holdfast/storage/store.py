@@ -243,6 +243,16 @@ class Stamping(Protocol):
         ...
 
 
+@runtime_checkable
+class Distant(Protocol):
+    """The part of a store that is reached over a network: each request waits for an answer."""
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of one request for data, a multiple of 1 MiB. Smaller requests mostly wait."""
+        ...
+
+
 class PlainReader:
     """A `FileReader` for stores without open files. Each read names the key again."""
 
