@@ -71,6 +71,25 @@ def test_a_run_is_resumed_and_pruned(url: str, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_copies_the_files_of_tensors_that_have_not_changed(url: str) -> None:
+    """G19. Method: a frozen layer and a trained one, on servers; a resume in between. Everything is
+    loaded bit for bit after the earlier checkpoints are deleted."""
+    frozen, trained = torch.nn.Linear(600, 600), torch.nn.Linear(3, 3)
+    model = torch.nn.Sequential(frozen, trained)
+    config = CheckpointConfig(enable=True, interval=1, keep_latest_k=0, deduplicate=True)
+    for start in (0, 3):
+        with CheckpointManager(url, model=model, config=config) as manager:
+            for step in range(start + 1, start + 4):
+                torch.nn.init.constant_(trained.weight, step)
+                saved = manager.save(step)
+                assert saved
+    assert cli(["prune", url, "--keep-latest-k", "2"]) == 0
+    assert cli(["verify", url]) == 0
+    found = holdfast.open(f"{url}/step-6")
+    assert torch.equal(found.read("0.weight"), frozen.weight)
+    assert torch.equal(found.read("1.weight"), torch.full((3, 3), 6.0))
+
+
 def test_of_two_saves_of_one_checkpoint_one_succeeds(url: str) -> None:
     """G16. Method: two at once, each through a connection of its own. The one that succeeds is
     there; the other names it."""

@@ -104,6 +104,11 @@ class Bucket(Protocol):
         """
         ...
 
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object within the bucket, without sending its bytes. An object at `target` is
+        replaced."""
+        ...
+
     def list(self, prefix: str) -> Listing:
         """List what is directly below a prefix; nothing if no object is."""
         ...

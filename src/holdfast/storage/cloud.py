@@ -188,6 +188,10 @@ class CloudBucket:
                 max_concurrency=CONCURRENT_PARTS,
             )
 
+    def copy(self, source: str, target: str) -> None:
+        with self._errors_of("copy", source):
+            obstore.copy(self._data, source, target)
+
     def list(self, prefix: str) -> Listing:
         for _ in range(_TRIES - 1):
             with suppress(UnansweredError):

@@ -128,6 +128,9 @@ class ListedBucket:
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
         self._bucket.put_stream(key, parts)
 
+    def copy(self, source: str, target: str) -> None:
+        self._bucket.copy(source, target)
+
     def delete(self, keys: Sequence[str]) -> None:
         self._bucket.delete(keys)
 

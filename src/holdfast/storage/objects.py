@@ -242,6 +242,13 @@ class ObjectStore:
         with ObjectWriter(self._bucket, found, nbytes, self._where(key)) as writer:
             yield writer
 
+    def copy(self, source: str, target: str) -> None:
+        found = self._key(target)
+        with suppress(NotFoundError):
+            self._bucket.head(found)
+            raise StorageError(f"`{self._where(target)}` exists already")
+        self._read(source, lambda key: self._bucket.copy(key, found))
+
     def make_folder(self, key: str) -> None:
         """For the root, check that the bucket answers, and that it can be saved to. Other folders
         exist while they hold files, or while an attempt is held."""
