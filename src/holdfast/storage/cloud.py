@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.storage.bucket import Listing, StoredObject, TakenError, UnansweredError, Version
@@ -30,6 +31,8 @@ try:
 except ImportError:
     obstore = None  # type: ignore[assignment]
 
+T = TypeVar("T")
+
 CONCURRENT_PARTS = 4
 """Parts of one upload that are sent at the same time: with the part that is being filled, they are
 the memory that an upload takes beside the snapshot."""
@@ -41,10 +44,14 @@ _PATIENCE_S = 180.0
 """Time in which a request for data is sent again after an error, with growing random pauses."""
 
 _TRIES = 3
-"""Most times that a listing is asked for: obstore does not ask again if the answer is cut."""
+"""Most times that a listing or a deletion is sent: obstore does not send it again if the answer is
+cut."""
 
 _PAUSE_S = 0.5
 """Longest pause between them."""
+
+_RETRIES_MAX = 50
+"""Most times that a request is sent again: so many that its patience ends first."""
 
 _DATA_S = 300.0
 """Time-out of one request for data."""
@@ -81,15 +88,18 @@ class CloudBucket:
             )
         self._url = url.rstrip("/")
         options = {**_environment(url), **(config or {})}
-        self._data = self._store(options, timeout_s=_DATA_S, patience_s=_PATIENCE_S, retries=10)
+        self._data = self._store(options, timeout_s=_DATA_S, patience_s=_PATIENCE_S)
         # A request that hangs is sent again within its patience.
-        self._control = self._store(
-            options, timeout_s=REQUEST_S / 2, patience_s=REQUEST_S, retries=4
-        )
+        self._control = self._store(options, timeout_s=REQUEST_S / 2, patience_s=REQUEST_S)
         self._once = self._store(options, timeout_s=REQUEST_S, patience_s=REQUEST_S, retries=0)
 
     def _store(
-        self, options: dict[str, Any], *, timeout_s: float, patience_s: float, retries: int
+        self,
+        options: dict[str, Any],
+        *,
+        timeout_s: float,
+        patience_s: float,
+        retries: int = _RETRIES_MAX,
     ) -> Any:
         options = dict(options)
         provider = options.pop("credential_provider", None)
@@ -193,11 +203,7 @@ class CloudBucket:
             obstore.copy(self._data, source, target)
 
     def list(self, prefix: str) -> Listing:
-        for _ in range(_TRIES - 1):
-            with suppress(UnansweredError):
-                return self._list(prefix)
-            time.sleep(random.uniform(0, _PAUSE_S))
-        return self._list(prefix)
+        return _until_answered(partial(self._list, prefix))
 
     def _list(self, prefix: str) -> Listing:
         with self._errors_of("list", prefix):
@@ -221,18 +227,21 @@ class CloudBucket:
                 time.sleep(random.uniform(0, _PAUSE_S))
 
     def delete(self, keys: Sequence[str]) -> None:
-        with self._errors_of("remove", keys[0] if keys else ""):
-            for start in range(0, len(keys), 1000):
-                some = [*keys[start : start + 1000]]
-                try:
-                    obstore.delete(self._control, some)
-                except FileNotFoundError as error:
-                    if _NO_BUCKET.search(str(error)):
-                        raise
-                    # For S3, a missing object is no error. Elsewhere the first one ends the list.
-                    for key in some:
-                        with suppress(FileNotFoundError):
-                            obstore.delete(self._control, key)
+        for start in range(0, len(keys), 1000):
+            some = [*keys[start : start + 1000]]
+            _until_answered(partial(self._delete, some))
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        with self._errors_of("remove", keys[0]):
+            try:
+                obstore.delete(self._control, [*keys])
+            except FileNotFoundError as error:
+                if _NO_BUCKET.search(str(error)):
+                    raise
+                # For S3, a missing object is no error. Elsewhere the first one ends the list.
+                for key in keys:
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self._control, key)
 
     @contextmanager
     def _errors_of(self, doing: str, key: str) -> Iterator[None]:
@@ -254,6 +263,15 @@ class CloudBucket:
             ) from error
         except exceptions.BaseError as error:
             raise _failed(doing, where, error) from error
+
+
+def _until_answered(request: Callable[[], T]) -> T:
+    """Send a request again if its answer is cut. It must have the same effect again."""
+    for _ in range(_TRIES - 1):
+        with suppress(UnansweredError):
+            return request()
+        time.sleep(random.uniform(0, _PAUSE_S))
+    return request()
 
 
 def _failed(doing: str, where: str, error: Exception) -> StorageError:
