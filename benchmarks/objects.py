@@ -1,169 +1,212 @@
-"""Saving to and loading from a server of S3: `python -m benchmarks.objects`.
+"""Saves to and loads from a server of S3: `python -m benchmarks.objects`.
 
-The server is the one that `AWS_ENDPOINT_URL` names, and the bucket that in `HOLDFAST_BENCH_BUCKET`.
-`plain obstore` moves the same bytes without checkpoints: streams in parts of 8 MiB, four at a time,
-and ranges of 8 MiB by 16 threads. Libraries that are not installed are left out.
+It starts a server on this machine (`benchmarks/s3_server.py`), or takes the one of
+`AWS_ENDPOINT_URL` and the bucket of `HOLDFAST_BENCH_BUCKET`, if that is set. Each measurement has a
+process of its own, which has saved and loaded a small state before.
+
+`plain obstore` moves the same bytes without checkpoints: one stream in parts of 8 MiB, four at a
+time, and ranges of 8 MiB by 16 threads. Libraries that are not installed are left out:
+`pip install s3fs s3torchconnector tenacity`.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch import multiprocessing
 
-import holdfast
 from benchmarks.meter import Figure, measure, run_rounds
-from benchmarks.options import BenchmarkOptions
-from benchmarks.results import Section, measure_parts
+from benchmarks.object_systems import SYSTEMS, State
+from benchmarks.options import BenchmarkOptions, parse_options, silence_warnings
+from benchmarks.report import table
+from benchmarks.results import Section, load_sections, save_section
+from benchmarks.s3_server import delete_bucket, new_bucket, running_server
 from benchmarks.states import llama_like, local_bytes
-from holdfast.storage.streams import PART_BYTES
 
-State = dict[str, Any]
+PLAIN, OURS = "plain obstore", "holdfast"
+
+TIMES_MAX = 1.15
+"""Target for the time, as a multiple of the plain transfer's."""
+
+EXTRA_MIB_MAX = 64.0
+"""Target for the memory beside the state."""
 
 METHOD = (
-    "{gb:.2f} GB, {count} tensors, one process, a server on the same machine. `cpu_s` is that of "
-    "the client; `extra_mib` is its peak memory beside the state."
+    "{gb:.2f} GB, {count} tensors, one process, {server} on the same machine. CPU is that of the "
+    "client. Extra memory is its peak beside the state."
 )
 
-
-def _bucket() -> str:
-    return f"s3://{os.environ['HOLDFAST_BENCH_BUCKET']}"
+URLS = count()
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+def new_url() -> str:
+    """Return a URL that nothing is at, in a new bucket if the server is ours."""
+    name = f"{os.getpid()}-{next(URLS)}"
+    bucket = os.environ.get("HOLDFAST_BENCH_BUCKET")
+    return f"s3://{bucket}/{name}" if bucket else f"s3://{new_bucket(f'bucket-{name}')}/data"
 
 
-def _parts(state: State) -> list[memoryview]:
-    """The bytes of all tensors, in windows of a part."""
-    views = [_bytes_of(tensor) for tensor in state.values()]
-    return [v[i : i + PART_BYTES] for v in views for i in range(0, len(v), PART_BYTES)]
-
-
-def _plain(url: str) -> Any:
+def delete(url: str) -> None:
+    """Delete everything at a URL, and its bucket if the server is ours."""
+    import obstore
     from obstore.store import from_url
 
-    endpoint = os.environ["AWS_ENDPOINT_URL"]
-    return from_url(url, config={"endpoint": endpoint}, client_options={"allow_http": True})
+    store = from_url(url, client_options={"allow_http": True})
+    obstore.delete(store, [one["path"] for page in obstore.list(store) for one in page])
+    if "HOLDFAST_BENCH_BUCKET" not in os.environ:
+        # SeaweedFS keeps the bytes of deleted objects for minutes, but not those of a bucket.
+        delete_bucket(url.split("/")[2])
 
 
-def _plain_save(url: str, state: State) -> None:
-    import obstore
-
-    options: dict[str, Any] = {"use_multipart": True, "chunk_size": PART_BYTES}
-    obstore.put(_plain(url), "data", iter(_parts(state)), max_concurrency=4, **options)
-
-
-def _plain_load(url: str, state: State) -> None:
-    import obstore
-
-    store, starts, position = _plain(url), [], 0
-    parts = _parts(state)
-    for part in parts:
-        starts.append(position)
-        position += len(part)
-
-    def read(start: int, part: memoryview) -> None:
-        part[:] = memoryview(obstore.get_range(store, "data", start=start, length=len(part)))
-
-    with ThreadPoolExecutor(16) as threads:
-        list(threads.map(read, starts, parts))
+def measure_in_child(work: Callable[..., Figure], *arguments: object) -> Figure:
+    """Run `work` in a new process, which is forked from one that has imported torch and nothing
+    else. Tensors are passed in shared memory."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.objects"])
+    with ProcessPoolExecutor(1, mp_context=context) as processes:
+        return processes.submit(work, *arguments).result()
 
 
-def _fsspec_options() -> dict[str, Any]:
-    return {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]}
+def measure_save(name: str, url: str, small_url: str, state: State) -> Figure:
+    """Save once."""
+    _touch(name, small_url, state)
+    return measure(lambda: SYSTEMS[name].save(url, state))
 
 
-def _fsspec_save(url: str, state: State) -> None:
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-
-    writer = FsspecWriter(url, client_kwargs=_fsspec_options())
-    dcp_save(state, storage_writer=writer, no_dist=True)
-
-
-def _fsspec_load(url: str, state: State) -> None:
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-
-    reader = FsspecReader(url, client_kwargs=_fsspec_options())
-    dcp_load(state, storage_reader=reader, no_dist=True)
+def measure_load(name: str, url: str, small_url: str, state: State) -> Figure:
+    """Load into memory that exists, and compare every tensor."""
+    _touch(name, small_url, state)
+    target = {key: torch.full_like(tensor, -1.0) for key, tensor in state.items()}
+    figure = measure(lambda: SYSTEMS[name].load(url, target))
+    assert all(torch.equal(target[key], state[key]) for key in state), name
+    return figure
 
 
-def _connector(kind: str, url: str) -> Any:
-    from s3torchconnector import S3ClientConfig
-    from s3torchconnector import dcp as connector
-
-    endpoint, region = os.environ["AWS_ENDPOINT_URL"], os.environ["AWS_REGION"]
-    os.environ["AWS_ENDPOINT_URL_S3"] = endpoint
-    config = S3ClientConfig(force_path_style=True)
-    return getattr(connector, kind)(region, url, s3client_config=config)
-
-
-SYSTEMS: dict[str, tuple[str, Callable[[str, State], object], Callable[[str, State], object]]] = {
-    "plain obstore": ("obstore", _plain_save, _plain_load),
-    "holdfast": (
-        "obstore",
-        lambda url, state: holdfast.save(f"{url}/step-1", state),
-        lambda url, state: holdfast.load(f"{url}/step-1", state),
-    ),
-    "dcp, fsspec": ("s3fs", _fsspec_save, _fsspec_load),
-    "dcp, s3torchconnector": (
-        "s3torchconnector",
-        lambda url, state: dcp_save(
-            state, storage_writer=_connector("S3StorageWriter", f"{url}/"), no_dist=True
-        ),
-        lambda url, state: dcp_load(
-            state, storage_reader=_connector("S3StorageReader", f"{url}/"), no_dist=True
-        ),
-    ),
-}
-"""Module that a system needs, and how it saves and loads."""
+def _touch(name: str, url: str, state: State) -> None:
+    """Import what a system needs, and let the state count as this process's memory."""
+    silence_warnings()
+    small = {"small": torch.ones(4)}
+    SYSTEMS[name].save(url, small)
+    SYSTEMS[name].load(url, small)
+    for tensor in state.values():
+        tensor.sum()
+    # Free memory that the process keeps would hide what the system takes.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
-def _measured(options: BenchmarkOptions, name: str, title: str, *, loads: bool) -> Section:
-    state: State = dict(llama_like(options.nbytes))
-    numbers = count()
-    installed = {n: s for n, s in SYSTEMS.items() if importlib.util.find_spec(s[0])}
-    if loads:
-        for system, (_, save, _) in installed.items():
-            save(f"{_bucket()}/loads/{system.replace(' ', '-')}", state)
+def saving(options: BenchmarkOptions, server: str) -> Section:
+    """Measure saves."""
+    state, small = _shared_state(options.nbytes), new_url()
 
-    def run(system: str) -> Figure:
-        _, save, load = installed[system]
-        if not loads:
-            url = f"{_bucket()}/saves/{next(numbers)}"
-            return measure(lambda: save(url, state))
-        target = {key: torch.empty_like(tensor) for key, tensor in state.items()}
-        for tensor in target.values():
-            tensor.fill_(0)
-        figure = measure(lambda: load(f"{_bucket()}/loads/{system.replace(' ', '-')}", target))
-        assert all(torch.equal(target[key], state[key]) for key in state), system
+    def run(name: str) -> Figure:
+        url = new_url()
+        figure = measure_in_child(measure_save, name, url, f"{small}/{next(URLS)}", state)
+        delete(url)
         return figure
 
-    systems = {system: partial(run, system) for system in installed}
-    figures = run_rounds(systems, options.rounds)
+    return _section(options, server, "objects_saving", "Saves", state, run)
+
+
+def loading(options: BenchmarkOptions, server: str) -> Section:
+    """Measure loads."""
+    state, small = _shared_state(options.nbytes), new_url()
+    urls = {name: new_url() for name in _installed()}
+    for name, url in urls.items():
+        measure_in_child(measure_save, name, url, f"{small}/{next(URLS)}", state)
+
+    def run(name: str) -> Figure:
+        return measure_in_child(measure_load, name, urls[name], f"{small}/{next(URLS)}", state)
+
+    return _section(options, server, "objects_loading", "Loads", state, run)
+
+
+def _section(
+    options: BenchmarkOptions,
+    server: str,
+    name: str,
+    title: str,
+    state: State,
+    run: Callable[[str], Figure],
+) -> Section:
+    figures = run_rounds({one: partial(run, one) for one in _installed()}, options.rounds)
     nbytes = local_bytes(state)
-    method = METHOD.format(gb=nbytes / 1e9, count=len(state))
+    method = METHOD.format(gb=nbytes / 1e9, count=len(state), server=server)
     return Section(name, title, method, figures, {"nbytes": nbytes})
 
 
-def saving(options: BenchmarkOptions, folder: Path) -> Section:  # noqa: ARG001 - no disk
-    """Measure saves."""
-    return _measured(options, "objects_saving", "Saving to an object store", loads=False)
+def _installed() -> Sequence[str]:
+    def is_installed(name: str) -> bool:
+        return all(importlib.util.find_spec(module) for module in SYSTEMS[name].modules)
+
+    return [name for name in SYSTEMS if is_installed(name)]
 
 
-def loading(options: BenchmarkOptions, folder: Path) -> Section:  # noqa: ARG001 - no disk
-    """Measure loads into memory that exists, and compare every tensor."""
-    return _measured(options, "objects_loading", "Loading from an object store", loads=True)
+def _shared_state(nbytes: int) -> State:
+    state = llama_like(nbytes)
+    for tensor in state.values():
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return dict(state)
+
+
+@contextmanager
+def server_for(folder: Path) -> Iterator[str]:
+    """Context with the server that is measured. Yields its name."""
+    if "HOLDFAST_BENCH_BUCKET" in os.environ:
+        yield "a server"
+        return
+    with running_server(folder) as name:
+        yield name
+
+
+def page(sections: Sequence[Section]) -> str:
+    """The page of results: the targets, and a table for each section."""
+    lines = [f"Machine: {sections[0].machine}.", "", "| figure | target | measured | result |"]
+    lines += ["|---|---|---|---|"]
+    for section in sections:
+        ratios = section.ratios(OURS, PLAIN)
+        median, memory = statistics.median(ratios), section.most(OURS, "extra_mib")
+        spread = f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times"
+        lines += [
+            f"| {section.title}: against the plain transfer | at most {TIMES_MAX} | {spread} "
+            f"| {_result(median <= TIMES_MAX)} |",
+            f"| {section.title}: extra memory | at most {EXTRA_MIB_MAX:.0f} MiB | {memory:.1f} MiB "
+            f"| {_result(memory <= EXTRA_MIB_MAX)} |",
+        ]
+    for section in sections:
+        rounds = len(section.figures[OURS])
+        lines += ["", f"{section.title}: {section.method} Rounds: {rounds}.", ""]
+        lines += table(section, compared=(PLAIN,))
+    return "\n".join(lines) + "\n"
+
+
+def _result(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def main() -> None:
+    """Measure the parts that the command line names, and write the page."""
+    parts = {"saving": saving, "loading": loading}
+    options = parse_options(__doc__, tuple(parts), gb=1.0)
+    silence_warnings()
+    with options.temporary_folder() as folder, server_for(folder) as server:
+        for part in options.parts:
+            save_section(parts[part](options, server), options.out, add=options.add)
+    stored = load_sections(options.out)
+    names = [f"objects_{part}" for part in parts if f"objects_{part}" in stored]
+    (options.out / "objects.md").write_text(page([stored[name] for name in names]))
 
 
 if __name__ == "__main__":
-    measure_parts(__doc__, {"saving": saving, "loading": loading})
+    main()

@@ -49,11 +49,13 @@ class BenchmarkOptions:
         return [*size, *folders, *(["--add"] if self.add else [])]
 
 
-def parse_options(description: str | None, parts: Sequence[str]) -> BenchmarkOptions:
-    """Parse the command line; all `parts` run if it names none."""
+def parse_options(
+    description: str | None, parts: Sequence[str], *, gb: float = 2.2
+) -> BenchmarkOptions:
+    """Parse the command line; all `parts` run if it names none. `gb`: size by default."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}")
-    parser.add_argument("--gb", type=float, default=2.2, help="size of the training state")
+    parser.add_argument("--gb", type=float, default=gb, help="size of the training state")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="0.3 GB and 2 rounds")
     parser.add_argument("--add", action="store_true", help="add to the stored rounds")

@@ -53,8 +53,8 @@ depend on the machine and its load.
 * **Method.** The module of each part in `benchmarks/` describes its method.
 
 [Conversions](convert.md), [planning of saves](planning.md), [planning of
-loads](planning_loads.md) and [thousands of checkpoints](many_checkpoints.md) have pages of their
-own.
+loads](planning_loads.md), [thousands of checkpoints](many_checkpoints.md), [object
+stores](objects.md) and [restarts](restarts.md) have pages of their own.
 """
 
 
@@ -65,7 +65,7 @@ def write_report(folder: Path) -> None:
     lines = [HEAD, *_machines(list(sections.values())), "", *_summary(sections)]
     for section in sections.values():
         lines += ["", f"## {section.title}", "", f"{section.method} {_rounds(section)}", ""]
-        lines += _table(section)
+        lines += table(section)
         for column in PLOTTED.get(section.name, ("seconds",)):
             plot = folder / f"{section.name}-{column}.svg"
             title = f"{section.title}: {HEADS[column]}"
@@ -91,7 +91,8 @@ def _summary(sections: dict[str, Section]) -> list[str]:
     return lines
 
 
-def _table(section: Section) -> list[str]:
+def table(section: Section, compared: Sequence[str] = ("raw", "holdfast")) -> list[str]:
+    """Lines of a table of all systems, with ratios to those of `compared` that were measured."""
     figures = [figure for rounds in section.figures.values() for figure in rounds]
     # Columns without a value in any round are left out: saves read nothing.
     least = {"read_mb": 1.0}
@@ -100,7 +101,7 @@ def _table(section: Section) -> list[str]:
         for column in HEADS
         if max(figure.get(column, 0.0) for figure in figures) >= least.get(column, 1e-3)
     ]
-    compared = [name for name in ("raw", "holdfast") if name in section.figures]
+    compared = [name for name in compared if name in section.figures]
     head = [
         "system",
         *(HEADS[column] for column in columns),

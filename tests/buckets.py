@@ -24,7 +24,7 @@ from holdfast.storage.store import Buffer
 Fail = Callable[[str, str, str], None]
 """`fail(verb, key, when)`: `when` is `before` or `after` the effect of the request."""
 
-CHANGES = ("put_new", "put_over", "put", "upload", "part", "complete", "delete")
+CHANGES = ("put_new", "put_over", "put", "copy", "upload", "part", "complete", "delete")
 """Verbs of the requests that change a bucket. A large object takes an `upload`, a `part` for each
 of its parts and a `complete`; the deletion of several objects takes a `delete` for each."""
 
@@ -73,7 +73,7 @@ class ModelBucket:
     def arrive(self) -> None:
         """Execute the requests that are on their way, if their conditions hold."""
         for request in self.late:
-            with suppress(TakenError):
+            with suppress(TakenError, NotFoundError):
                 request()
         self.late = []
 
@@ -120,6 +120,11 @@ class ModelClient:
 
     def get_range(self, key: str, start: int, stop: int) -> Buffer:
         return self._get("get_range", key).data[start:stop]
+
+    def get_into(self, key: str, start: int, target: memoryview) -> int:
+        data = self._get("get_range", key).data[start : start + len(target)]
+        target[: len(data)] = data
+        return len(data)
 
     def _get(self, verb: str, key: str) -> _Object:
         self._fail(verb, key, "before")
@@ -178,6 +183,16 @@ class ModelClient:
         with self._bucket.mutex:
             self._bucket.put(key, b"".join(data))
         self._fail("complete", key, "after")
+
+    def copy(self, source: str, target: str) -> None:
+        def put() -> Version:
+            with self._bucket.mutex:
+                found = self._bucket.objects.get(source)
+                if found is None:
+                    raise NotFoundError(f"nothing at `{self.url}/{source}`")
+                return self._bucket.put(target, found.data)
+
+        self._send("copy", target, put)
 
     def list(self, prefix: str) -> Listing:
         start = f"{prefix}/" if prefix else ""

@@ -18,6 +18,13 @@ Answer = Callable[[dict[str, Any]], tuple[str, bytes] | None]
 """Gives the status line and the body of the answer to a request, or None for that of the server."""
 
 
+App = Callable[[dict[str, Any], Any], Iterable[bytes]]
+"""A WSGI application."""
+
+Around = Callable[[App, dict[str, Any], Any], Iterable[bytes]]
+"""Answers a request, for example by the application that it is given."""
+
+
 class S3Server:
     """One server, which is shared by all tests of the process."""
 
@@ -29,6 +36,7 @@ class S3Server:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._answer: Answer = lambda _: None
+        self._around: Around = _plainly
         server = make_server("127.0.0.1", 0, self._serve, threaded=True)
         self.url = f"http://127.0.0.1:{server.server_port}"
         self._num_buckets = 0
@@ -37,8 +45,7 @@ class S3Server:
     def _serve(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         answer = self._answer(environ)
         if answer is None:
-            response: Iterable[bytes] = self._app(environ, start_response)
-            return response
+            return self._around(self._app, environ, start_response)
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         start_response(answer[0], [("Content-Length", str(len(answer[1])))])
         return [answer[1]]
@@ -63,6 +70,19 @@ class S3Server:
             yield
         finally:
             self._answer = lambda _: None
+
+    @contextmanager
+    def handled(self, around: Around) -> Iterator[None]:
+        """Answer requests by `around`, which is given the server's application."""
+        self._around = around
+        try:
+            yield
+        finally:
+            self._around = _plainly
+
+
+def _plainly(app: App, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    return app(environ, start_response)
 
 
 @cache

@@ -12,7 +12,7 @@ from holdfast.format.archive import Fetch
 from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
 from holdfast.format.torchzip import StoredTensor, locate
-from holdfast.storage.store import FileReader, ReadStore
+from holdfast.storage.store import Distant, FileReader, ReadStore
 
 WINDOW_BYTES = 2 << 20
 """Most bytes that `ChunkData.window` returns. They stay in the CPU cache between
@@ -22,7 +22,8 @@ ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES_MAX
 """Bytes of the buffer of each thread: a window, and the rest of the blocks at its ends."""
 
 CHECKED_BYTES = BLOCK_BYTES_MAX
-"""Bytes that are read before their checksums are computed, while they are in the CPU cache."""
+"""Bytes of a local file that are read before their checksums are computed, while they are in the
+CPU cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ class Source:
     def hint(self) -> str:
         """Hint for errors about damage."""
         return verify_hint(self.url)
+
+    @property
+    def request_bytes(self) -> int | None:
+        """Bytes of one request, if the store is distant."""
+        return self.store.request_bytes if isinstance(self.store, Distant) else None
 
     def key(self, file: str) -> str:
         return f"{self.folder}/{file}"
@@ -129,6 +135,7 @@ class ChunkData:
         self.name = name
         self._source, (self._file, self._span) = source, location
         self._checksums, self._reader, self._room = checksums, reader, room
+        self._step = source.request_bytes or CHECKED_BYTES
         self._in_room = (0, 0)
         self._crc32: tuple[int, int] | None = None
         self.num_read: int = 0
@@ -150,8 +157,8 @@ class ChunkData:
         last = stop if stop == self._span.nbytes else max(first, stop // block * block)
         if start < first:
             target[: first - start] = self.window(start, first)
-        for offset in range(first, last, CHECKED_BYTES):
-            self._fill(offset, target[offset - start : min(offset + CHECKED_BYTES, last) - start])
+        for offset in range(first, last, self._step):
+            self._fill(offset, target[offset - start : min(offset + self._step, last) - start])
         if last < stop:
             target[last - start :] = self.window(last, stop)
 
@@ -171,10 +178,8 @@ class ChunkData:
         if kept and (shift or self._room is not before):
             self._room[:kept] = before[shift : shift + kept]
         self._in_room = (0, 0)
-        for offset in range(first + kept, last, CHECKED_BYTES):
-            self._fill(
-                offset, self._room[offset - first : min(offset + CHECKED_BYTES, last) - first]
-            )
+        for offset in range(first + kept, last, self._step):
+            self._fill(offset, self._room[offset - first : min(offset + self._step, last) - first])
         if self._checksums is not None:
             self._in_room = (first, last)
         return self._room[start - first : stop - first]

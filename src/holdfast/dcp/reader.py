@@ -132,7 +132,7 @@ class Reader(StorageReader):
         try:
             _read_values(source, plan, planner)
             for batch in _batches(source.manifest, plan):
-                _read_batch(source, batch, planner, self._threads or _num_threads())
+                _read_batch(source, batch, planner, self._threads or _num_threads(source))
         except UNREADABLE as error:
             if opened.was_replaced(store):
                 raise NotFoundError(
@@ -235,7 +235,7 @@ def _dtype(manifest: Manifest, item: ReadItem) -> torch.dtype:
     return dtype
 
 
-def _num_threads() -> int:
+def _num_threads(source: Source) -> int:
     """Reading threads of this rank, by the number of ranks that torchrun has started here."""
     num_local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return threads_for(int(num_local) if num_local.isdecimal() else 1)
+    return threads_for(int(num_local) if num_local.isdecimal() else 1, source)

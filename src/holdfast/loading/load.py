@@ -202,7 +202,7 @@ def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas
     """Fill the tensors. Returns the bytes read. Collective."""
     source, hosts = reading.source, hosts_of(ranks)
     devices = accelerator.devices_of(want.local for want in reading.wanted.values())
-    threads = threads_for(hosts.count(hosts[ranks.rank]), on_device=bool(devices))
+    threads = threads_for(hosts.count(hosts[ranks.rank]), source, on_device=bool(devices))
 
     def read(wanted: Sequence[Wanted]) -> int:
         return read_tensors(source, wanted, threads) if fill is None else fill(source, wanted)

@@ -36,6 +36,13 @@ from holdfast.storage.store import FileReader
 THREADS_MAX = 4
 """Most threads per rank that read into host memory: more are no faster."""
 
+DISTANT_THREADS_MAX = 16
+"""Most threads of a host that read from a distant store: each waits for its request, without a
+core."""
+
+DISTANT_THREADS_MIN = 4
+"""Least threads per rank that read from a distant store."""
+
 DEVICE_THREADS_MAX = 16
 """Most threads per rank that read for an accelerator, whose link is faster than four threads."""
 
@@ -75,17 +82,19 @@ def read_tensors(source: Source, wanted: Sequence[Wanted], threads: int | None =
         DamagedError: bytes are missing, or are not the bytes that were written.
     """
     devices = accelerator.devices_of(want.local for want in wanted)
-    threads = threads or threads_for(1, on_device=bool(devices))
+    threads = threads or threads_for(1, source, on_device=bool(devices))
     return _run(source, plan_reads(source, wanted), threads, devices)
 
 
-def threads_for(num_local: int, *, on_device: bool = False) -> int:
+def threads_for(num_local: int, source: Source, *, on_device: bool = False) -> int:
     """Number of reading threads per rank, for `num_local` ranks on this host. `on_device`: they
     read for an accelerator.
 
-    All ranks together use no more threads than the host has cores: more would evict each other's
-    blocks from the CPU cache before they are checked.
+    All ranks together use no more threads than the host has cores, unless the store is distant:
+    more would evict each other's blocks from the CPU cache before they are checked.
     """
+    if source.request_bytes is not None:
+        return max(DISTANT_THREADS_MIN, DISTANT_THREADS_MAX // num_local)
     cores = len(os.sched_getaffinity(0))
     most = DEVICE_THREADS_MAX if on_device else THREADS_MAX
     return min(most, max(2 if num_local == 1 else 1, cores // num_local))
@@ -108,6 +117,8 @@ def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
     """All jobs of a read, in the order of their bytes."""
     jobs: list[ReadJob] = []
     small: list[_Read] = []
+    # A thread of a distant store has one request in flight, so that each job is one.
+    job_bytes = source.request_bytes or JOB_BYTES
     for want in wanted:
         entry = source.manifest.tensors[want.name]
         dtype: torch.dtype = getattr(torch, entry.dtype)
@@ -122,7 +133,7 @@ def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
                 elif nbytes <= SMALL_BYTES and chunk.first_block is not None:
                     small.append(read)
                 else:
-                    for slices in grouped(_slices(read), _Slice.nbytes, JOB_BYTES):
+                    for slices in grouped(_slices(read, job_bytes), _Slice.nbytes, job_bytes):
                         start = chunk.data_offset + slices[0].start
                         jobs.append(ReadJob(chunk.file, start, partial(_read_slices, read, slices)))
     for batch in _batches(small):
@@ -256,13 +267,13 @@ def _read_slices(read: _Read, slices: Sequence[_Slice], worker: _Worker) -> int:
     return data.num_read
 
 
-def _slices(read: _Read) -> Iterator[_Slice]:
-    """Slices of a chunk that hold the wanted elements: up to `JOB_BYTES` if they are read straight
-    into the target, otherwise up to `WINDOW_BYTES`."""
+def _slices(read: _Read, direct_bytes: int = JOB_BYTES) -> Iterator[_Slice]:
+    """Slices of a chunk that hold the wanted elements: up to `direct_bytes` if they are read
+    straight into the target, otherwise up to `WINDOW_BYTES`."""
     itemsize = read.dtype.itemsize
     for whole in byte_ranges(read.box, read.chunk.region.shape, itemsize, WINDOW_BYTES):
         if _is_direct(whole, read.dtype, box_of(read.target, whole.box)):
-            for start, stop in aligned(whole.start, whole.stop, JOB_BYTES):
+            for start, stop in aligned(whole.start, whole.stop, direct_bytes):
                 yield _Slice(whole, start, stop)
         elif whole.stop - whole.start <= WINDOW_BYTES:
             yield _Slice(whole, whole.start, whole.stop)

@@ -120,8 +120,8 @@ class CheckpointConfig:
 
     deduplicate: bool = False
     """Link the files of tensors that have not changed, instead of writing them again: a frozen base
-    model, experts that are seldom trained. Needs hard links. Two consecutive checkpoints share no
-    file, so each tensor is stored twice."""
+    model, experts that are seldom trained. Needs hard links; an object store copies the files
+    instead. Two consecutive checkpoints share no file, so each tensor is stored twice."""
 
     deduplicate_check_every: int = 20
     """Number of saves that link a file before it is read and compared with its checksums. Damage

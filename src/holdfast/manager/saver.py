@@ -168,8 +168,8 @@ class Saver:
         return True
 
     def check_links(self) -> None:
-        """Check that the folder has hard links, if the settings need them. Only the holder of its
-        lock may call this."""
+        """Check that the folder has hard links, or copies files, if the settings need that. Only
+        the holder of its lock may call this."""
         if self.deduplicator is not None:
             with _hint_about_links():
                 self.deduplicator.check_links()
@@ -452,7 +452,7 @@ def _hosts_with_files(run: RunContext) -> list[str] | None:
 
 @contextmanager
 def _hint_about_links() -> Iterator[None]:
-    """Add a hint to the error of a folder that has no hard links."""
+    """Add a hint to the error of a folder that neither links nor copies files."""
     try:
         yield
     except UsageError as error:

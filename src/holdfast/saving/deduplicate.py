@@ -1,4 +1,8 @@
-"""Link files with unchanged tensors from an earlier checkpoint, instead of writing them again."""
+"""Share files with unchanged tensors with an earlier checkpoint, instead of writing them again.
+
+A folder gets hard links. An object store copies the files by itself: they are stored once more, but
+not sent, and each checkpoint has files of its own. Below, "link" is either.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ from holdfast.planning.shared_files import (
     number_of,
 )
 from holdfast.saving.write import WINDOW_BYTES, Pace, WindowsOf, WriteResult, write
-from holdfast.storage.store import Linking
+from holdfast.storage.store import Copying, Linking
 from holdfast.timing import Spans
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -56,22 +60,27 @@ class Deduplicator:
         its checksums; 0 for never.
 
         Raises:
-            UsageError: the store cannot link files.
+            UsageError: the store can neither link files nor copy them.
         """
         store = catalog.store
-        if not isinstance(store, Linking):
-            raise _no_links(store.url, "it is not a folder of a file system")
-        self._catalog, self._store, self._linking = catalog, store, store
+        self._linking = store if isinstance(store, Linking) else None
+        if isinstance(store, Linking):
+            self._share: Callable[[str, str], None] = store.link
+        elif isinstance(store, Copying):
+            self._share = store.copy
+        else:
+            raise _no_links(store.url, "it is no folder of a file system, and no object store")
+        self._catalog, self._store = catalog, store
         self._rank, self._check_every = rank, check_every
         self._saved: list[RankFiles] = []
         self._written: RankFiles | None = None
 
     def check_links(self) -> None:
-        """Check that the file system has hard links. Only the holder of the folder's lock may call
-        this.
+        """Check that the store links or copies a file. Only the holder of the folder's lock may
+        call this.
 
         Raises:
-            UsageError: it has none.
+            UsageError: it does not.
         """
         # A cleanup deletes the folder if the process dies here.
         folder = str(HiddenFolder("attempt", "links", "0" * 8))
@@ -79,7 +88,7 @@ class Deduplicator:
         try:
             with self._store.create(f"{folder}/file", 0):
                 pass
-            self._linking.link(f"{folder}/file", f"{folder}/link")
+            self._share(f"{folder}/file", f"{folder}/link")
         except HoldfastError as error:
             raise _no_links(self._store.url, error.what) from error
         finally:
@@ -132,7 +141,9 @@ class Deduplicator:
         is_quiet = unchanged | recent
         quiet = [item for key, item in rest.items() if key in is_quiet]
         changed = [item for key, item in rest.items() if key not in is_quiet]
-        first, second = free_numbers(linked)
+        # A copy that the store makes late must not take the place of a file that is written here.
+        avoided = {} if earlier is None or self._linking is not None else earlier.files
+        first, second = free_numbers([*linked, *avoided])
         layouts = (
             self._lay_out(quiet, first),
             self._lay_out(changed, second if quiet else first, values=containers_of(layout)),
@@ -263,7 +274,10 @@ class Deduplicator:
         return {self._identity(f"{saved.checkpoint}/{name}") for name in saved.files}
 
     def _identity(self, key: str) -> str:
-        """Identity of a file, whatever its name; the key if the file is missing."""
+        """Identity of a file, whatever its name; the key if the file is missing, or if each name
+        has a file of its own."""
+        if self._linking is None:
+            return key
         try:
             return self._linking.links(key).file
         except HoldfastError:
@@ -277,7 +291,7 @@ class Deduplicator:
         """
         source, target = f"{checkpoint}/{file.name}", f"{attempt}/{file.name}"
         try:
-            self._linking.link(source, target)
+            self._share(source, target)
         except NotFoundError:
             return False  # A user has just deleted the checkpoint.
         except HoldfastError as error:
@@ -290,6 +304,10 @@ class Deduplicator:
         self._store.remove(target)
         return False
 
+    def _evict(self, key: str) -> None:
+        if self._linking is not None:
+            self._linking.evict(key)
+
     def _is_damaged(self, checkpoint: str, key: str, file: StoredFile) -> bool:
         """Whether `key`, a file of a checkpoint, has other data than was written. Logs what."""
         try:
@@ -298,12 +316,12 @@ class Deduplicator:
                 return True  # Another checkpoint has just taken the name.
             checksums = {file.name: read_checksums(self._store, checkpoint, manifest, file.name)}
             # Else damage on the disk hides behind a good copy in the page cache.
-            self._linking.evict(key)
+            self._evict(key)
             reader = RecordReader(self._store, key, file.name, lambda _: None)
             checks = check_files(manifest, [file.name], checksums, lambda _: reader)
             findings = list(run(checks))
             # The file is not needed again, and training data is.
-            self._linking.evict(key)
+            self._evict(key)
         except HoldfastError as error:
             logger.warning("%s; the tensors in `%s` are written again", error.what, file.name)
             return True
@@ -342,4 +360,7 @@ def _places(items: Iterable[tuple[str, TensorItem]]) -> NDArray[np.int64]:
 
 
 def _no_links(url: str, why: str) -> UsageError:
-    return UsageError(f"deduplication needs hard links, which `{url}` does not have: {why}")
+    return UsageError(
+        f"deduplication needs hard links, or a store that copies files, and `{url}` has neither: "
+        f"{why}"
+    )

@@ -69,6 +69,11 @@ class Bucket(Protocol):
         """Return bytes `start` to `stop` of an object; fewer only if the object ends before."""
         ...
 
+    def get_into(self, key: str, start: int, target: memoryview) -> int:
+        """Fill `target` with bytes of an object from `start` on. Returns the bytes read; fewer only
+        if the object ends before."""
+        ...
+
     def put_new(self, key: str, data: bytes) -> Version:
         """Put an object that does not exist yet. Sent once: the caller tries again.
 
@@ -97,6 +102,11 @@ class Bucket(Protocol):
         An error of `parts` is raised, and no object is left; nor is a part of one, unless the
         process dies.
         """
+        ...
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object within the bucket, without sending its bytes. An object at `target` is
+        replaced."""
         ...
 
     def list(self, prefix: str) -> Listing:

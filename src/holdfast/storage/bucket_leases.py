@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import secrets
 import threading
 import time
@@ -51,6 +52,9 @@ _RENEWALS = 6
 
 _TRIES = 5
 """Most times that a lease is put before it counts as contended."""
+
+_PAUSE_S = 0.5
+"""Longest pause before a put that was not answered is sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +223,7 @@ class BucketLeases:
                 "If-Match": partial(self._bucket.put_over, probe, b"3", first),
             }
             for condition, put in conditions.items():
-                with contextlib.suppress(TakenError):
-                    put()
+                if not _is_refused(put):
                     raise UsageError(
                         f"`{self._bucket.url}`: this store ignores the condition `{condition}` of "
                         "a put, so two runs could not be kept apart",
@@ -266,6 +269,24 @@ class BucketLeases:
             # Whoever needs the lease finds out that it is lost, and says so.
             with contextlib.suppress(HoldfastError):
                 lease.renew()
+
+
+def _is_refused(put: Callable[[], object]) -> bool:
+    """Whether the store refuses a put, whose condition does not hold."""
+    for _ in range(_TRIES - 1):
+        # A store that heeds the condition has not changed if it does not answer.
+        with contextlib.suppress(UnansweredError):
+            return not _takes(put)
+        time.sleep(random.uniform(0, _PAUSE_S))
+    return not _takes(put)
+
+
+def _takes(put: Callable[[], object]) -> bool:
+    try:
+        put()
+    except TakenError:
+        return False
+    return True
 
 
 def _renewing(

@@ -7,12 +7,16 @@ for the tools of each store: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `AWS_PROFI
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.storage.bucket import Listing, StoredObject, TakenError, UnansweredError, Version
@@ -27,15 +31,37 @@ try:
 except ImportError:
     obstore = None  # type: ignore[assignment]
 
+T = TypeVar("T")
+
 CONCURRENT_PARTS = 4
 """Parts of one upload that are sent at the same time: with the part that is being filled, they are
 the memory that an upload takes beside the snapshot."""
 
+_PIECE_BYTES = 256 << 10
+"""Bytes of an answer that are copied to their place together, while more of them arrive."""
+
 _PATIENCE_S = 180.0
 """Time in which a request for data is sent again after an error, with growing random pauses."""
 
+_TRIES = 3
+"""Most times that a listing or a deletion is sent: obstore does not send it again if the answer is
+cut."""
+
+_PAUSE_S = 0.5
+"""Longest pause between them."""
+
+_RETRIES_MAX = 50
+"""Most times that a request is sent again: so many that its patience ends first."""
+
 _DATA_S = 300.0
 """Time-out of one request for data."""
+
+_ENDPOINTS = {
+    "s3": ("endpoint", ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")),
+    "az": ("endpoint", ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")),
+    "gs": ("base_url", ("GOOGLE_BASE_URL",)),
+}
+"""Option of obstore for the endpoint of each kind of store, and the variables that set it."""
 
 _NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|specified bucket does not exist")
 
@@ -62,16 +88,23 @@ class CloudBucket:
             )
         self._url = url.rstrip("/")
         options = {**_environment(url), **(config or {})}
-        self._data = self._store(options, timeout_s=_DATA_S, patience_s=_PATIENCE_S, retries=10)
-        self._control = self._store(options, timeout_s=REQUEST_S, patience_s=REQUEST_S, retries=4)
+        self._data = self._store(options, timeout_s=_DATA_S, patience_s=_PATIENCE_S)
+        # A request that hangs is sent again within its patience.
+        self._control = self._store(options, timeout_s=REQUEST_S / 2, patience_s=REQUEST_S)
         self._once = self._store(options, timeout_s=REQUEST_S, patience_s=REQUEST_S, retries=0)
 
     def _store(
-        self, options: dict[str, Any], *, timeout_s: float, patience_s: float, retries: int
+        self,
+        options: dict[str, Any],
+        *,
+        timeout_s: float,
+        patience_s: float,
+        retries: int = _RETRIES_MAX,
     ) -> Any:
         options = dict(options)
         provider = options.pop("credential_provider", None)
-        insecure = str(options.get("endpoint", "")).startswith("http://")
+        endpoint = options.get("endpoint") or options.get("base_url") or ""
+        insecure = str(endpoint).startswith("http://")
         more = {} if provider is None else {"credential_provider": provider}
         try:
             return from_url(
@@ -105,7 +138,7 @@ class CloudBucket:
                 result = obstore.get(self._control, key, options={"range": (0, nbytes_max)})
                 data = bytes(result.bytes())
             except exceptions.GenericError as error:
-                if _status(error) != 416:
+                if not _is_past_the_end(error):
                     raise
                 return b"", self.head(key)  # An empty object has no first byte.
             return data, _described(result.meta)
@@ -115,10 +148,26 @@ class CloudBucket:
             try:
                 data = obstore.get_range(self._data, key, start=start, end=stop)
             except exceptions.GenericError as error:
-                if _status(error) != 416:
+                if not _is_past_the_end(error):
                     raise
                 return b""  # The object ends before `start`.
             return cast("Buffer", data)
+
+    def get_into(self, key: str, start: int, target: memoryview) -> int:
+        stop, nbytes = start + len(target), 0
+        with self._errors_of("read", key):
+            try:
+                result = obstore.get(self._data, key, options={"range": (start, stop)})
+            except exceptions.GenericError as error:
+                if not _is_past_the_end(error):
+                    raise
+                return 0  # The object ends before `start`.
+            # A request for the range at once would keep all its bytes twice.
+            for data in result.stream(min_chunk_size=_PIECE_BYTES):
+                piece = memoryview(data)
+                target[nbytes : nbytes + len(piece)] = piece
+                nbytes += len(piece)
+        return nbytes
 
     def put_new(self, key: str, data: bytes) -> Version:
         return self._put(self._once, key, data, "create")
@@ -130,7 +179,8 @@ class CloudBucket:
             raise TakenError(f"`{key}` does not exist") from error
 
     def put(self, key: str, data: bytes) -> None:
-        self._put(self._control, key, data, "overwrite")
+        store = self._control if len(data) <= PART_BYTES else self._data
+        self._put(store, key, data, "overwrite")
 
     def _put(self, store: Any, key: str, data: bytes, mode: Any) -> Version:
         with self._errors_of("write", key):
@@ -148,21 +198,50 @@ class CloudBucket:
                 max_concurrency=CONCURRENT_PARTS,
             )
 
+    def copy(self, source: str, target: str) -> None:
+        with self._errors_of("copy", source):
+            obstore.copy(self._data, source, target)
+
     def list(self, prefix: str) -> Listing:
+        return _until_answered(partial(self._list, prefix))
+
+    def _list(self, prefix: str) -> Listing:
         with self._errors_of("list", prefix):
             found = obstore.list_with_delimiter(self._data, prefix or None)
             prefixes = [name.rpartition("/")[2] for name in found["common_prefixes"]]
             return Listing([_described(meta) for meta in found["objects"]], prefixes)
 
     def list_all(self, prefix: str) -> Iterator[StoredObject]:
-        with self._errors_of("list", prefix):
-            for page in obstore.list(self._data, prefix or None, chunk_size=1000):
-                yield from map(_described, page)
+        last: str | None = None
+        for number in range(1, _TRIES + 1):
+            try:
+                with self._errors_of("list", prefix):
+                    pages = obstore.list(self._data, prefix or None, offset=last, chunk_size=1000)
+                    for found in map(_described, itertools.chain.from_iterable(pages)):
+                        yield found
+                        last = found.key
+                return
+            except UnansweredError:
+                if number == _TRIES:
+                    raise
+                time.sleep(random.uniform(0, _PAUSE_S))
 
     def delete(self, keys: Sequence[str]) -> None:
-        with self._errors_of("remove", keys[0] if keys else ""):
-            for start in range(0, len(keys), 1000):
-                obstore.delete(self._control, [*keys[start : start + 1000]])
+        for start in range(0, len(keys), 1000):
+            some = [*keys[start : start + 1000]]
+            _until_answered(partial(self._delete, some))
+
+    def _delete(self, keys: Sequence[str]) -> None:
+        with self._errors_of("remove", keys[0]):
+            try:
+                obstore.delete(self._control, [*keys])
+            except FileNotFoundError as error:
+                if _NO_BUCKET.search(str(error)):
+                    raise
+                # For S3, a missing object is no error. Elsewhere the first one ends the list.
+                for key in keys:
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self._control, key)
 
     @contextmanager
     def _errors_of(self, doing: str, key: str) -> Iterator[None]:
@@ -184,6 +263,15 @@ class CloudBucket:
             ) from error
         except exceptions.BaseError as error:
             raise _failed(doing, where, error) from error
+
+
+def _until_answered(request: Callable[[], T]) -> T:
+    """Send a request again if its answer is cut. It must have the same effect again."""
+    for _ in range(_TRIES - 1):
+        with suppress(UnansweredError):
+            return request()
+        time.sleep(random.uniform(0, _PAUSE_S))
+    return request()
 
 
 def _failed(doing: str, where: str, error: Exception) -> StorageError:
@@ -221,6 +309,11 @@ def _status(error: Exception) -> int | None:
     return None if found is None else int(found[1])
 
 
+def _is_past_the_end(error: Exception) -> bool:
+    """Whether an object ends before the range that was asked for."""
+    return _status(error) == 416 or "Wanted range starting at" in str(error)
+
+
 def _line(error: Exception) -> str:
     """Return an error of obstore on one line: without its source code."""
     text = str(error).partition("\n\nDebug source")[0]
@@ -233,14 +326,11 @@ def _line(error: Exception) -> str:
 
 def _environment(url: str) -> dict[str, Any]:
     """Options that obstore does not take from the environment by itself."""
-    if not url.startswith("s3"):
-        return {}
-    options: dict[str, Any] = {}
-    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
-        if os.environ.get(name):
-            options["endpoint"] = os.environ[name]
-            break
-    if os.environ.get("AWS_PROFILE"):
+    kind = next((kind for kind in ("s3", "gs") if url.startswith(kind)), "az")
+    option, names = _ENDPOINTS[kind]
+    found = [os.environ[name] for name in names if os.environ.get(name)]
+    options: dict[str, Any] = {option: found[0]} if found else {}
+    if kind == "s3" and os.environ.get("AWS_PROFILE"):
         options["credential_provider"] = _profile(url, os.environ["AWS_PROFILE"])
     return options
 

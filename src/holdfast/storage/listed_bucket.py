@@ -93,6 +93,14 @@ class ListedBucket:
             return self._bucket.get_range(key, start, stop)
         return self._content(found)[start:stop]
 
+    def get_into(self, key: str, start: int, target: memoryview) -> int:
+        found = self.head(key)
+        if found.nbytes > SMALL_BYTES:
+            return self._bucket.get_into(key, start, target)
+        data = self._content(found)[start : start + len(target)]
+        target[: len(data)] = data
+        return len(data)
+
     def _is_listed(self, key: str) -> bool:
         """Whether `refresh` lists the objects beside this key."""
         return self._below is not None and key.startswith(f"{self._below}/")
@@ -119,6 +127,9 @@ class ListedBucket:
 
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
         self._bucket.put_stream(key, parts)
+
+    def copy(self, source: str, target: str) -> None:
+        self._bucket.copy(source, target)
 
     def delete(self, keys: Sequence[str]) -> None:
         self._bucket.delete(keys)

@@ -53,8 +53,8 @@ from holdfast.storage.bucket_leases import (
 from holdfast.storage.claims import Claim, Claims
 from holdfast.storage.listed_bucket import ListedBucket
 from holdfast.storage.pointers import Pointer, Pointers
-from holdfast.storage.store import Buffer, Check, FileWriter
-from holdfast.storage.streams import ObjectReader, ObjectWriter
+from holdfast.storage.store import Check, FileWriter
+from holdfast.storage.streams import PART_BYTES, ObjectReader, ObjectWriter
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -158,13 +158,17 @@ class ObjectStore:
         if start >= stop:
             self.size(key)
             return b""
-        return bytes(self._range(key, start, stop))
+        return bytes(self._read(key, lambda found: self._bucket.get_range(found, start, stop)))
+
+    @property
+    def request_bytes(self) -> int:
+        return PART_BYTES
 
     def open(self, key: str) -> ObjectReader:
-        return ObjectReader(partial(self._range, key), self._threads)
+        def read(start: int, target: memoryview) -> int:
+            return self._read(key, lambda found: self._bucket.get_into(found, start, target))
 
-    def _range(self, key: str, start: int, stop: int) -> Buffer:
-        return self._read(key, lambda found: self._bucket.get_range(found, start, stop))
+        return ObjectReader(read, self._threads)
 
     def leads_out(self, folder: str, file: str) -> bool:  # noqa: ARG002 - there are no links
         return False
@@ -237,6 +241,13 @@ class ObjectStore:
         found = self._key(key)
         with ObjectWriter(self._bucket, found, nbytes, self._where(key)) as writer:
             yield writer
+
+    def copy(self, source: str, target: str) -> None:
+        found = self._key(target)
+        with suppress(NotFoundError):
+            self._bucket.head(found)
+            raise StorageError(f"`{self._where(target)}` exists already")
+        self._read(source, lambda key: self._bucket.copy(key, found))
 
     def make_folder(self, key: str) -> None:
         """For the root, check that the bucket answers, and that it can be saved to. Other folders

@@ -243,6 +243,31 @@ class Stamping(Protocol):
         ...
 
 
+@runtime_checkable
+class Copying(Protocol):
+    """The part of a store that copies a file by itself, so that its bytes are not sent again. They
+    are stored twice."""
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy the file `source` to `target`, which must be free. The copy is durable then.
+
+        Raises:
+            NotFoundError: nothing has the key `source`.
+            StorageError: the store cannot copy this file.
+        """
+        ...
+
+
+@runtime_checkable
+class Distant(Protocol):
+    """The part of a store that is reached over a network: each request waits for an answer."""
+
+    @property
+    def request_bytes(self) -> int:
+        """Bytes of one request for data, a multiple of 1 MiB. Smaller requests mostly wait."""
+        ...
+
+
 class PlainReader:
     """A `FileReader` for stores without open files. Each read names the key again."""
 

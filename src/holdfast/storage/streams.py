@@ -25,15 +25,13 @@ _TRIES = 5
 class ObjectReader:
     """Reads ranges of an object; a large one by several requests at once."""
 
-    def __init__(self, read: Callable[[int, int], Buffer], threads: ThreadPoolExecutor) -> None:
+    def __init__(self, read: Callable[[int, memoryview], int], threads: ThreadPoolExecutor) -> None:
+        """`read(start, target)`: sends one request, as `Bucket.get_into` does."""
         self._read, self._threads = read, threads
 
     def read_into(self, start: int, target: memoryview) -> int:
         def read(offset: int) -> int:
-            room = target[offset : offset + PART_BYTES]
-            data = memoryview(self._read(start + offset, start + offset + len(room)))
-            room[: len(data)] = data
-            return len(data)
+            return self._read(start + offset, target[offset : offset + PART_BYTES])
 
         offsets = range(0, len(target), PART_BYTES)
         if len(offsets) < 2:

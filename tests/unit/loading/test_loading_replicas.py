@@ -18,9 +18,11 @@ from holdfast.catalog.source import Source
 from holdfast.comm import Ranks
 from holdfast.format.checksum import BLOCK_BYTES
 from holdfast.format.manifest import Manifest
+from holdfast.format.region import Region
 from holdfast.loading.load import Replicas, load_tree
-from holdfast.loading.read import threads_for
+from holdfast.loading.read import Wanted, read_tensors, threads_for
 from holdfast.state.objects import StateTree
+from holdfast.state.shard import Piece
 from holdfast.storage.local import LocalStore
 from holdfast.storage.store import FileReader
 from holdfast.testing.ranks import try_ranks
@@ -76,6 +78,12 @@ class CountingReader:
         return self._beneath.read_into(start, target)
 
 
+class DistantStore(CountingStore):
+    """The same folder, as if it were reached over a network."""
+
+    request_bytes = 8 << 20
+
+
 def state(fill: Callable[..., torch.Tensor] = torch.randn) -> dict[str, Any]:
     """A tensor of several bundles whose rows do not end at blocks, many small tensors, and
     values."""
@@ -94,11 +102,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, held
 
 
+def source_in(store: LocalStore) -> Source:
+    return Source(store, "step-1", open_manifest(store, "step-1"))
+
+
 def load_on_all(
     store: LocalStore, replicas: Replicas, size: int = SIZE
 ) -> list[tuple[int, dict[str, Any]] | BaseException]:
     """Bytes that each rank has read and its state after the load, or its error."""
-    source = Source(store, "step-1", open_manifest(store, "step-1"))
+    source = source_in(store)
 
     def work(ranks: Ranks) -> tuple[int, dict[str, Any]]:
         into = state(torch.zeros)
@@ -198,8 +210,29 @@ def test_auto_broadcasts_only_over_a_network(
         assert store.times("step-1", open_manifest(store, "step-1")) == {1 if far else 2}
 
 
-def test_ranks_of_one_host_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Method: hosts of 2, 8 and 64 cores; threads per rank for several numbers of ranks."""
+def test_ranks_of_one_host_share_its_cores(
+    saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method: hosts of 2, 8 and 64 cores; threads per rank for several numbers of ranks. A distant
+    store takes more threads, as long as its requests are few."""
     for cores, num_local, threads in ((2, 1, 2), (2, 4, 1), (8, 4, 2), (64, 8, 4), (1, 1, 2)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: {*range(n)})
-        assert threads_for(num_local) == threads
+        assert threads_for(num_local, source_in(CountingStore(saved[0]))) == threads
+        assert threads_for(num_local, source_in(DistantStore(saved[0]))) == max(4, 16 // num_local)
+
+
+def test_a_distant_store_is_asked_for_large_ranges(
+    saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method: the ranges that are read of the largest tensor: those of a local file fit into the
+    CPU cache, those of a distant store are whole requests."""
+    for store, nbytes in ((CountingStore(saved[0]), 1 << 20), (DistantStore(saved[0]), 8 << 20)):
+        source = source_in(store)
+        wanted = torch.zeros_like(saved[1]["large"])
+        whole = Region.whole(tuple(wanted.shape))
+        read_tensors(source, [Wanted("large", [Piece(whole, whole)], wanted)])
+        assert torch.equal(wanted, saved[1]["large"])
+        ranges = store.reads[f"step-1/{source.manifest.tensors['large'].chunks[0].file}"]
+        sizes = [stop - start for start, stop in ranges]
+        assert max(sizes) == nbytes
+        assert sizes.count(nbytes) == wanted.nbytes // nbytes

@@ -323,7 +323,7 @@ def test_a_store_without_links_is_refused_at_the_start(tmp_path: Path) -> None:
     class Plain:
         url = "bucket:"
 
-    with pytest.raises(UsageError, match="hard links, which `bucket:` does not have"):
+    with pytest.raises(UsageError, match="`bucket:` has neither"):
         Deduplicator(Catalog(Plain()), 0, check_every=0)  # type: ignore[arg-type]
 
     def fail(verb: str, key: str) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from azure_server import new_azure_url
 from buckets import ModelBucket
+from google_server import new_google_url
 from holdfast.errors import NotFoundError, StorageError, UsageError
 from holdfast.storage import streams
 from holdfast.storage.bucket import Bucket, TakenError
@@ -17,6 +19,7 @@ from holdfast.storage.cloud import CloudBucket
 from holdfast.storage.objects import ObjectStore
 from holdfast.storage.store import Store
 from holdfast.testing.stores import StoreSuite, put
+from http_faults import Fault
 from s3_server import new_s3_url, s3_server
 
 
@@ -40,7 +43,11 @@ class BucketSuite:
         bucket.put("empty", b"")
         for start in range(7):
             for stop in range(start + 1, 8):
-                assert bytes(bucket.get_range("a/b", start, stop)) == b"01234"[start:stop]
+                wanted = b"01234"[start:stop]
+                assert bytes(bucket.get_range("a/b", start, stop)) == wanted
+                memory = bytearray(stop - start)
+                assert bucket.get_into("a/b", start, memoryview(memory)) == len(wanted)
+                assert memory.startswith(wanted)
         data, found = bucket.get("a/b", 3)
         assert (data, found.key, found.nbytes) == (b"012", "a/b", 5)
         assert bucket.head("a/b") == found
@@ -54,13 +61,17 @@ class BucketSuite:
             lambda: bucket.head("absent"),
             lambda: bucket.get("absent", 9),
             lambda: bucket.get_range("absent", 0, 9),
+            lambda: bucket.get_into("absent", 0, memoryview(bytearray(9))),
         ):
             with pytest.raises(NotFoundError, match="absent"):
                 ask()
         assert not bucket.list("absent").objects
         assert not bucket.list("absent").prefixes
         assert list(bucket.list_all("absent")) == []
-        bucket.delete(["absent"])
+        for name in "abc":
+            bucket.put(name, b"1")
+        bucket.delete(["absent", "a", "absent", "b"])
+        assert [found.key for found in bucket.list_all("")] == ["c"]
 
     def test_listings_show_objects_and_prefixes(self) -> None:
         """Method: names that begin alike; the root and a prefix."""
@@ -119,6 +130,9 @@ class BucketSuite:
         parts = [bytes([number]) * (3 << 20) for number in range(5)]
         bucket.put_stream("large", iter(parts))
         assert bytes(bucket.get_range("large", 0, 1 << 30)) == b"".join(parts)
+        memory = bytearray(15 << 20)
+        assert bucket.get_into("large", 0, memoryview(memory)) == len(memory)
+        assert memory == b"".join(parts)
 
         def broken() -> Iterator[bytes]:
             yield from parts
@@ -148,6 +162,28 @@ class TestS3(BucketSuite):
         return CloudBucket(f"{self.url}/a/prefix")
 
 
+class TestAzure(BucketSuite):
+    """Azurite, through obstore."""
+
+    @pytest.fixture(autouse=True)
+    def _url(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.url = new_azure_url(monkeypatch)
+
+    def new_bucket(self) -> Bucket:
+        return CloudBucket(f"{self.url}/a/prefix")
+
+
+class TestGoogle(BucketSuite):
+    """The requests that obstore sends to Google, translated for a server of S3."""
+
+    @pytest.fixture(autouse=True)
+    def _url(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.url = new_google_url(monkeypatch)
+
+    def new_bucket(self) -> Bucket:
+        return CloudBucket(f"{self.url}/a/prefix")
+
+
 class TestObjectStoreInMemory(StoreSuite):
     """The store on the bucket in memory."""
 
@@ -163,6 +199,32 @@ class TestObjectStoreOnS3(StoreSuite):
     @pytest.fixture(autouse=True)
     def _url(self, s3_url: str) -> None:
         self.url = s3_url
+
+    def new_store(self) -> Store:
+        return ObjectStore(CloudBucket(f"{self.url}/run"))
+
+
+class TestObjectStoreOnAzure(StoreSuite):
+    """The store on Azurite."""
+
+    stride = 7
+
+    @pytest.fixture(autouse=True)
+    def _url(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.url = new_azure_url(monkeypatch)
+
+    def new_store(self) -> Store:
+        return ObjectStore(CloudBucket(f"{self.url}/run"))
+
+
+class TestObjectStoreOnGoogle(StoreSuite):
+    """The store on the requests that obstore sends to Google."""
+
+    stride = 7
+
+    @pytest.fixture(autouse=True)
+    def _url(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.url = new_google_url(monkeypatch)
 
     def new_store(self) -> Store:
         return ObjectStore(CloudBucket(f"{self.url}/run"))
@@ -191,6 +253,21 @@ def test_a_file_that_ends_early_is_refused(s3_url: str) -> None:
     with pytest.raises(StorageError, match="in their order"), store.create("y", 20_000_000) as file:
         file.write(1, [b"1"])
     assert list(store.list()) == []
+
+
+def test_a_listing_whose_answer_is_cut_goes_on_where_it_was(s3_url: str) -> None:
+    """Method: more objects than one answer has; each of the answers is cut in half once."""
+    bucket = CloudBucket(f"{s3_url}/run")
+    names = [f"{number:04}" for number in range(1003)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: bucket.put(name, b""), names))
+    for at in range(3):
+        fault = Fault("half", at)
+        with s3_server().handled(fault):
+            assert [found.key for found in bucket.list_all("")] == names
+        assert len(fault.disturbed) == (at < 2), "two answers"
+    with s3_server().handled(Fault("half", 0)):
+        assert [found.key for found in bucket.list("").objects] == names
 
 
 @pytest.mark.parametrize("condition", ["If-None-Match", "If-Match"])
