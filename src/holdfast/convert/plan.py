@@ -20,7 +20,8 @@ from holdfast.convert.source import ConvertSource, fetched, open_source
 from holdfast.convert.stream import Output, Outputs, dtype_for
 from holdfast.convert.target_format import TargetFormat
 from holdfast.convert.towers import completed, other_names
-from holdfast.errors import MismatchError, UsageError
+from holdfast.convert.trained import value_notes
+from holdfast.errors import UsageError
 from holdfast.format.manifest import Path
 from holdfast.format.names import MANIFEST
 from holdfast.hf.adapter import adapter_mapping
@@ -29,7 +30,6 @@ from holdfast.hf.dialects import CORRECTION_BIAS, balances, renamed
 from holdfast.hf.families import family_of, no_table, table_of
 from holdfast.hf.family import Config, Family, fused_experts, mapping_of
 from holdfast.hf.shards import SHARD_BYTES
-from holdfast.hf.values import value_differences
 from holdfast.tensors.lazy import Mapped, Renamed, Tensors, Zeros, only
 from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.relation import SideName
@@ -133,7 +133,7 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
             dict(opened.checkpoint.manifest.model),
             f"`{opened.checkpoint.where}/{MANIFEST}`",
         )
-    notes += _value_notes(opened, config, config_from, options)
+    notes += value_notes(opened, config, config_from, to_hf=options.to == "hf")
     if planned := _adapter_plan(opened, model, (config, config_from), assets, options):
         return replace(planned, notes=(*notes, *planned.notes))
     both = None
@@ -171,33 +171,6 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
             hint="without `--model-only` they are converted; `holdfast show` lists them",
         )
     return ConvertPlan(opened, options, outputs, config, complete, assets, tuple(notes))
-
-
-def _value_notes(
-    opened: ConvertSource, config: Config | None, config_from: str, options: ConvertOptions
-) -> list[str]:
-    """Compare the values that the checkpoint's model was trained with and those of `config`, which
-    the target gets. Returns a note on each difference.
-
-    Raises:
-        MismatchError: an export would compute something else than the model that was trained.
-    """
-    trained = opened.checkpoint.manifest.model
-    if config is None or not trained or opened.checkpoint.hf is not None:
-        return []
-    models = of_language_model(trained), of_language_model(config)
-    # Names and shapes tell models of different types apart.
-    if models[0].get("model_type") != models[1].get("model_type"):
-        return []
-    lines = value_differences(models[0], models[1])
-    if lines and options.to == "hf":
-        raise MismatchError(
-            f"`{opened.checkpoint.where}` was trained with other values than {config_from} has "
-            "(the second of each):\n  " + "\n  ".join(lines),
-            hint=f"leave `{CONFIG}` out of the assets: the checkpoint has its own; to change a "
-            "value on purpose, convert with `--model-only` first",
-        )
-    return [f"trained with another value than {config_from} has: {line}" for line in lines]
 
 
 def _keeps_names(opened: ConvertSource, config: Config) -> bool:

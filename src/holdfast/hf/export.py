@@ -60,6 +60,10 @@ class HFModel:
     """Whether weights whose configuration has another rotary base, epsilon or routing are refused;
     false: each difference is logged as a warning."""
 
+    seq_len: int | None = None
+    """Length of the training sequences, in tokens; None: unknown. An export logs whether its
+    configuration allows longer inputs."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.config, Mapping):
             raise UsageError(

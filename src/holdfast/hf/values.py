@@ -90,8 +90,8 @@ def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
     if wrong:
         raise MismatchError(
             f"{where} has values that the native model does not compute:\n  " + "\n  ".join(wrong),
-            hint="train the model by its own code, with `CheckpointManager(..., hub=HFModel(config"
-            "))`; for the tokenizer alone, use a folder without `config.json`",
+            hint="train the model by its own code, with `CheckpointManager(..., hub=holdfast.hf."
+            "export.HFModel(config))`; for the tokenizer alone, use a folder without `config.json`",
         )
     return replace(
         with_sizes(flavor, config),
@@ -133,6 +133,18 @@ def value_differences(one: Config, other: Config) -> list[str]:
         for key, value in values[0].items()
         if key in values[1] and values[1][key] != value
     ]
+
+
+def untrained_positions(config: Config, seq_len: int | None) -> str | None:
+    """Return a note if a configuration allows longer inputs than the `seq_len` tokens of the
+    training sequences; None if it does not, or one of both is unknown."""
+    positions = config.get("max_position_embeddings")
+    if seq_len is None or type(positions) is not int or positions <= seq_len:
+        return None
+    return (
+        f"`max_position_embeddings` is {positions}, and this run trained on sequences of {seq_len} "
+        "tokens: whatever the model does beyond them, it had learned before"
+    )
 
 
 def _values(config: Config) -> dict[str, Any]:

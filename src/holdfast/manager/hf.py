@@ -18,7 +18,7 @@ from holdfast.format.names import step_name
 from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.load import load_folder
 from holdfast.hf.own_names import check_no_adapters
-from holdfast.hf.values import value_differences
+from holdfast.hf.values import untrained_positions, value_differences
 from holdfast.loading.load import Loaded
 from holdfast.manager.components import differences
 from holdfast.manager.context import RunContext
@@ -64,7 +64,7 @@ class HFFormat:
         if model is None:
             raise UsageError(
                 "Hugging Face folders need to know the model: its `config.json`",
-                hint="`hub=HFModel(config, assets)` of CheckpointManager",
+                hint="`hub=holdfast.hf.export.HFModel(config, assets)` of CheckpointManager",
             )
         # Known only at the first export otherwise, after hours of training.
         names = [name for part in live for name, _ in part.named_parameters()]
@@ -174,8 +174,10 @@ class HFFormat:
         speed = rate(exported.nbytes, time.perf_counter() - started)
         where, lost = catalog.where(attempt.name), exported.lost
         self._run.info(f"saved step {step} for Hugging Face: {speed}, {where}")
-        if exported.note:
-            self._run.info(f"{where}: {exported.note}")
+        config = of_language_model(self._model.config)
+        for note in (exported.note, untrained_positions(config, self._model.seq_len)):
+            if note:
+                self._run.info(f"{where}: {note}")
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             self._run.warn(

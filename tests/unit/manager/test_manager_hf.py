@@ -126,6 +126,42 @@ def test_a_quantized_folder_is_dequantized_as_it_is_loaded(
     assert "no tensor is quantized" in caplog.text
 
 
+class _Loader:
+    """A data loader whose state has the length of its sequences, as that of the reference run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seq_len": 64}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load nothing."""
+
+
+def test_an_export_says_that_its_configuration_allows_longer_inputs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Method: exports of a run and of its checkpoint, with a training length below and at
+    `max_position_embeddings`, and of unknown length."""
+    note = "`max_position_embeddings` is {}, and this run trained on sequences of 64 tokens"
+    for number, (positions, seq_len) in enumerate(((65, 64), (64, 64), (65, None))):
+        caplog.clear()
+        config = {**CONFIG, "max_position_embeddings": positions}
+        with (
+            caplog.at_level("INFO", "holdfast"),
+            CheckpointManager(
+                tmp_path / f"run-{number}",
+                model=model_of(),
+                dataloader=_Loader() if seq_len else None,
+                config=CheckpointConfig(enable=True, interval=1, hf_export_interval=1),
+                hub=HFModel(config, seq_len=seq_len),
+            ) as manager,
+        ):
+            manager.save(1)
+        wanted = positions > 64 and seq_len is not None
+        assert (note.format(positions) in caplog.text) == wanted
+        planned = plan(str(tmp_path / f"run-{number}/step-1"), ConvertOptions("hf"))
+        assert (note.format(positions) in "\n".join(planned.notes)) == wanted
+
+
 def test_a_failed_load_or_export_changes_nothing(tmp_path: Path) -> None:
     """Method: no folder; a folder of another size; a damaged file; a model that does not fit the
     configuration, whose export leaves nothing; settings that exclude each other."""
