@@ -9,6 +9,7 @@ from holdfast.catalog.catalog import location
 from holdfast.catalog.findings import Format
 from holdfast.catalog.hf_folder import has_safetensors, has_weights
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
+from holdfast.format.git_lfs import LFS, LFS_HINT
 from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS
 from holdfast.format.safetensors import INDEX_SUFFIX
 from holdfast.format.zero import ZERO_OPTIMIZER
@@ -27,6 +28,7 @@ _BESIDE_WEIGHTS = (
 )
 
 _STARTS = {
+    LFS: "a pointer of Git LFS, not the weights",
     b"GGUF": "a GGUF file of llama.cpp",
     b"\x93NUMPY": "a file of numpy",
     b"\x89HDF": "an HDF5 file",
@@ -39,6 +41,9 @@ _STARTS = {
 """Kind of a file, by its first bytes."""
 
 _HEAD_BYTES = 512
+
+_NAMED_MAX = 5
+"""Most names of a folder's files in one message."""
 
 
 def format_among(names: Collection[str]) -> Format | None:
@@ -87,17 +92,24 @@ def no_checkpoint(store: ReadStore, name: str, *, hint: str) -> NotFoundError:
     try:
         above, _, last = name.rpartition("/")
         is_file = last in store.list(above)
-        kind = _kind(store.read(name, 0, _HEAD_BYTES)) if is_file else None
+        start = store.read(name, 0, _HEAD_BYTES) if is_file else b""
+        kind = _kind(start) if is_file else None
+        found = [] if is_file else store.list(name)
     except HoldfastError:
-        kind = None
+        kind, found, start = None, [], b""
     if kind is not None:
         return NotFoundError(
             f"`{where}` is no checkpoint: it is {kind}",
-            hint="Holdfast reads its own and stock DCP's checkpoints, Hugging Face folders, "
+            hint=LFS_HINT
+            if start.startswith(LFS)
+            else "Holdfast reads its own and stock DCP's checkpoints, Hugging Face folders, "
             "safetensors and files of torch.save",
         )
+    names = f"; found: {', '.join(found[:_NAMED_MAX])}" if found else ""
+    names += ", ..." if len(found) > _NAMED_MAX else ""
     return NotFoundError(
-        f"`{where}` is no checkpoint: no `{MANIFEST}`, no `{METADATA}`, no safetensors", hint=hint
+        f"`{where}` is no checkpoint: no `{MANIFEST}`, no `{METADATA}`, no safetensors{names}",
+        hint=hint,
     )
 
 
