@@ -50,6 +50,11 @@ def is_floating(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
 
 
+def is_packed(dtype: str) -> bool:
+    """Return whether weights of this dtype are quantized, and mean nothing without factors."""
+    return not is_floating(dtype) or dtype.startswith(("float8", "float4"))
+
+
 def convert(elements: Array, source: str, target: str) -> Array:
     """Return the elements in another floating-point dtype; the array itself if it is the same."""
     if source == target:
