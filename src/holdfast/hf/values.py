@@ -6,14 +6,14 @@ Weights that are loaded into a model with other values give other logits, withou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import islice
 from reprlib import repr as shortened
 from typing import Any
 
 from holdfast.errors import FormatError, MismatchError
 from holdfast.hf.flavors import Flavor
-from holdfast.hf.rope import rope_of
+from holdfast.hf.rope import rope_of, rope_scaling_of
 
 Config = Mapping[str, Any]
 """Contents of `config.json`."""
@@ -25,7 +25,7 @@ MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
 """Values of `model_type` that a native model computes, by its name in `flavors.MODELS`."""
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
     "mistral": {
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 4096 * 32,
@@ -50,7 +50,28 @@ _FIXED: Mapping[str, Any] = {
 }
 """Values that native models have, whatever the configuration."""
 
-_COMPARED = "rms_norm_eps norm_topk_prob num_experts_per_tok hidden_act sliding_window"
+_COMPARED = (
+    "num_attention_heads num_key_value_heads head_dim layer_types no_rope_layers "
+    "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon "
+    "hidden_act hidden_activation activation_function swiglu_limit "
+    "sliding_window sliding_window_pattern attention_chunk_size alibi parallel_attn "
+    "attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar clip_qkv "
+    "attention_multiplier embedding_multiplier residual_multiplier logits_scaling logit_scale "
+    "rope_local_base_freq rope_interleave attn_temperature_tuning attn_scale floor_scale "
+    "use_qk_norm norm_topk_prob num_experts_per_tok scoring_func topk_method topk_group n_group "
+    "routed_scaling_factor"
+)
+"""Keys whose values change what a model computes, and not the shapes of its tensors. Numbers of
+heads are among them: four heads of 8 have the shape of eight heads of 4."""
+
+_HEADS = ("num_key_value_heads", "head_dim")
+"""Keys that may be null, for a value that follows from others."""
+
+_SPELLED_MAX = 12
+"""Most values of a mapping in one line."""
+
+_ROPE = ("rope_parameters", "rope_scaling")
+"""Keys with the values of rotary positions, of transformers 5 and 4."""
 
 
 def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
@@ -129,10 +150,30 @@ def value_differences(one: Config, other: Config) -> list[str]:
     """Return one line per value that differs, if both configurations have it."""
     values = _values(one), _values(other)
     return [
-        f"`{key}` is {shortened(value)} and {shortened(values[1][key])}"
+        line
         for key, value in values[0].items()
-        if key in values[1] and values[1][key] != value
+        if key in values[1]
+        for line in _compared(key, value, values[1][key])
     ]
+
+
+def _compared(key: str, one: Any, other: Any) -> Iterator[str]:
+    """Yield one line per value that differs: of a mapping, each of its values."""
+    if one == other:
+        return
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for inner in dict.fromkeys([*one, *other]):
+            yield from _compared(f"{key}.{inner}", one.get(inner), other.get(inner))
+    else:
+        yield f"`{key}` is {_spelled(one)} and {_spelled(other)}"
+
+
+def _spelled(value: Any) -> str:
+    """Format a value of a configuration, whose length is that of its writer's choice."""
+    if isinstance(value, Mapping):
+        inner = (f"{key} {shortened(one)}" for key, one in islice(value.items(), _SPELLED_MAX))
+        return f"({', '.join(inner)})"
+    return shortened(value)
 
 
 def untrained_positions(config: Config, seq_len: int | None) -> str | None:
@@ -147,17 +188,59 @@ def untrained_positions(config: Config, seq_len: int | None) -> str | None:
     )
 
 
+def no_class(config: Config) -> str | None:
+    """Return a note if a configuration of transformers names no class; None if it does."""
+    if config.get("architectures") or not config.get("model_type"):
+        return None
+    return "`config.json` has no `architectures`: vLLM and SGLang choose the model by it"
+
+
 def _values(config: Config) -> dict[str, Any]:
     """Return the values of a configuration by name, and those that transformers uses for missing
     keys of the models that can be trained here."""
     known = _with_defaults(config)
-    values = {key: known[key] for key in _COMPARED.split() if key in known}
+    heads, width = known.get("num_attention_heads"), known.get("hidden_size")
+    # Other models have defaults of their own.
+    if str(known.get("model_type")) in _DEFAULTS and type(heads) is int and heads > 0:
+        known["num_key_value_heads"] = known.get("num_key_value_heads") or heads
+        known["head_dim"] = known.get("head_dim") or (width // heads if width else None)
+    values = {
+        key: known[key]
+        for key in _COMPARED.split()
+        if key in known and (known[key] is not None or key not in _HEADS)
+    }
     if not known.get("use_sliding_window", True):
         values["sliding_window"] = None
-    has_rope = {"rope_theta", "rope_parameters", "rope_scaling"} & config.keys()
-    if has_rope or str(config.get("model_type")) in _DEFAULTS:
-        with suppress(FormatError):
-            # `rope_of` refuses null, and then no rotary value would be compared.
-            given = {key: value for key, value in known.items() if value is not None}
-            values["rope_theta"], values["rope_scaling"] = rope_of(given)
+    if {"rope_theta", *_ROPE} & config.keys() or str(config.get("model_type")) in _DEFAULTS:
+        values |= _rope_values(known)
     return values
+
+
+def _rope_values(known: Config) -> dict[str, Any]:
+    """Return the values of rotary positions by name, the same for all versions of transformers."""
+    # `rope_of` refuses null, and a part of a head that is rotated.
+    given = {key: value for key, value in known.items() if value is not None}
+    found: Any = next((given.pop(key) for key in _ROPE if given.get(key)), {})
+    if not isinstance(found, Mapping):
+        return {"rope_scaling": found}
+    by_layer = {str(k): v for k, v in found.items() if isinstance(v, Mapping)}
+    if by_layer:
+        # Layers of different types have values of their own.
+        return {
+            f"{key} of {kind}": value
+            for kind, one in by_layer.items()
+            for key, value in _rope_values({**given, _ROPE[0]: one}).items()
+        }
+    rope = {key: value for key, value in found.items() if value is not None}
+    outer = given.pop("partial_rotary_factor", 1.0)
+    values: dict[str, Any] = {"partial_rotary_factor": rope.pop("partial_rotary_factor", outer)}
+    try:
+        theta, scaling = rope_of({**given, _ROPE[0]: rope})
+    except FormatError:
+        # Of a kind that native models do not compute.
+        theta = rope.pop("rope_theta", given.get("rope_theta"))
+        return {**values, "rope_theta": theta, "rope_scaling": rope}
+    if scaling is None:
+        return {**values, "rope_theta": theta, "rope_scaling": None}
+    kind = rope_scaling_of(scaling)["rope_type"]
+    return {**values, "rope_theta": theta, "rope_scaling": {"rope_type": kind, **asdict(scaling)}}
