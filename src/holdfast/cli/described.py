@@ -28,6 +28,9 @@ _SIZES = (
 )
 """Keys of `config.json` that are printed, if the configuration has them."""
 
+_ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
+"""Keys of `adapter_config.json` that are printed."""
+
 _ROPE = ("rope_parameters", "rope_scaling")
 """Keys with the values of rotary positions."""
 
@@ -50,12 +53,17 @@ def description(checkpoint: OpenCheckpoint) -> list[str]:
     """Returns lines with class, sizes and tensor names of a model, as far as they are known."""
     lines = []
     config = config_of(checkpoint)
+    adapter = None if checkpoint.hf is None else checkpoint.hf.adapter
+    if adapter is not None:
+        base = shortened(adapter.get("base_model_name_or_path"))
+        values = [_spelled(key, adapter[key]) for key in _ADAPTER if adapter.get(key) is not None]
+        lines = [f"adapter of PEFT for {base}: {', '.join(values)}"]
     if config is not None:
         text = of_language_model(config)
         sizes = [_spelled(key, text[key]) for key in _SIZES if text.get(key) is not None]
         rope = [_spelled(key, text[key]) for key in _ROPE if isinstance(text.get(key), Mapping)]
         rows = [f"configuration: {_class_of(config)}", f"  {', '.join(sizes)}", *rope]
-        lines = [row.rstrip() for row in rows if row.strip()]
+        lines += [row.rstrip() for row in rows if row.strip()]
     dialect = dialect_of([str(entry.path[-1]) for entry in checkpoint.manifest.tensors.values()])
     return lines + ([f"tensor names: {_NAMES[dialect]}"] if dialect is not None else [])
 

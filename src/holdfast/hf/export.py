@@ -27,7 +27,7 @@ from holdfast.format.region import Region
 from holdfast.hf.assets import files_beside, stem_of, write_small
 from holdfast.hf.check import check_exportable
 from holdfast.hf.dialects import is_balance, renamed
-from holdfast.hf.families import family_of
+from holdfast.hf.families import family_of, table_of
 from holdfast.hf.family import mapping_of
 from holdfast.hf.own_names import check_own_names, keeps_names, own_dtypes, own_names_mapping
 from holdfast.hf.shards import ExportLayout, shard
@@ -41,6 +41,7 @@ from holdfast.tensors.blocks import blocks, runs
 from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.numbers import Array, box_of, convert, is_floating, raw_type
+from holdfast.tensors.relation import SideName
 
 BLOCK_BYTES = 16 << 20
 """Bytes that a rank converts and writes at a time."""
@@ -129,6 +130,9 @@ class Exported:
     note: str = ""
     """Line for the log on tensors that keep the names of the live model; empty: none does."""
 
+    untied: str = ""
+    """Name of a live tensor that the configuration ties to another; empty: there is none."""
+
 
 def export(
     snapshot: ExportSnapshot,
@@ -163,7 +167,8 @@ def export(
         exported = gather_and_run(
             ranks, result, lambda results: _publish(layout, model, catalog, attempt, results)
         )
-        return replace(exported, note="" if named is None else named.note)
+        untied = run_on_rank_0(ranks, lambda: _untied(snapshot, model, renames=named is None))
+        return replace(exported, note="" if named is None else named.note, untied=untied)
     except HoldfastError:
         if ranks.rank == 0:
             with suppress(HoldfastError):
@@ -185,6 +190,17 @@ def _own_names(snapshot: ExportSnapshot, model: HFModel) -> _OwnNames | None:
     if not keeps_names(infos, config):
         return None
     return _OwnNames(infos, check_own_names(infos, config))
+
+
+def _untied(snapshot: ExportSnapshot, model: HFModel, *, renames: bool) -> str:
+    """Return the Hugging Face name of a tensor of its own that the configuration ties to another;
+    empty if there is none."""
+    if table_of(of_language_model(model.config)) is None:
+        return ""
+    infos, mapping = snapshot.infos, model.mapping
+    names = renamed(infos, "meta").values() if renames else infos.keys()
+    side: SideName = "native" if renames else "hf"
+    return next((name for name in mapping.aliases[side] if name in {*names}), "")
 
 
 @dataclass(frozen=True, slots=True)

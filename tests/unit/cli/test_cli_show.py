@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import holdfast
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
+from hf_folders import save_adapter
 from holdfast.cli.main import main
 from holdfast.cli.picture import draw, letter
 from holdfast.cli.tree import lines, tree_of
@@ -283,6 +284,11 @@ def test_the_configuration_of_the_model_is_shown(
     whole = {"model_type": "llava", "text_config": text, "vision_config": {"hidden_size": 4}}
     (tmp_path / "hf/config.json").write_text(json.dumps(whole))
     assert "\n  configuration: llava\n    hidden_size 16\n" in run(capsys, tmp_path / "hf")[1]
+
+    adapter = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "org/name"}
+    peft = save_adapter(tmp_path / "peft", {"base_model.model.x.lora_A.weight": torch.ones(4, 2)})
+    (peft / "adapter_config.json").write_text(json.dumps(adapter))
+    assert "adapter of PEFT for 'org/name': peft_type 'LORA', r 4\n" in run(capsys, peft)[1]
 
     torch.save({"model": dict(model)}, tmp_path / "model.pt")
     said = run(capsys, tmp_path / "model.pt")[1]

@@ -126,6 +126,28 @@ def test_a_quantized_folder_is_dequantized_as_it_is_loaded(
     assert "no tensor is quantized" in caplog.text
 
 
+def test_a_folder_with_the_names_of_a_wrapper_is_refused_with_the_command_that_renames_them(
+    tmp_path: Path,
+) -> None:
+    """Method: names that torch.compile changes; and a checkpoint in place of a folder."""
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in hf_tensors(CONFIG).items()}
+    folder = save_folder(tmp_path / "hf", CONFIG, tensors)
+    model = model_of()
+    with manager_of(tmp_path / "one", model, None) as manager:
+        manager.save(2)
+    for path, kind, hint in (
+        (folder, MismatchError, f"holdfast convert {folder} RENAMED --to hf --rename '_orig_mod='"),
+        (tmp_path / "one/step-2", UsageError, "leave out `initial_load_in_hf`"),
+    ):
+        settings = {"initial_load_in_hf": True, "initial_load_path": str(path)}
+        with (
+            manager_of(tmp_path / "run", model, None, **settings) as manager,
+            pytest.raises(kind) as refused,
+        ):
+            manager.load()
+        assert str(refused.value.hint).startswith(hint)
+
+
 class _Loader:
     """A data loader whose state has the length of its sequences, as that of the reference run."""
 
