@@ -133,6 +133,12 @@ def weights_in(store: ReadStore, name: str) -> Weights:
 def _without_index(weights: list[str]) -> Weights:
     """Choose among the weights of a folder without an index."""
     chosen = next((file for file in SINGLES if file in weights), None)
+    others = [file for file in weights if file not in (ADAPTER, ADAPTER_BIN)]
+    if chosen is None and others and len(others) < len(weights):
+        notes = [
+            f"`{file}` is an adapter, and is ignored" for file in weights if file not in others
+        ]
+        return Weights(tuple(others), "", tuple(notes))
     if chosen is None or len(weights) == 1:
         return Weights(tuple(weights), "", ())
     ignored = [file for file in weights if file != chosen]

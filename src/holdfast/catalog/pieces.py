@@ -18,6 +18,9 @@ from holdfast.storage.store import ReadStore
 _DATA = re.compile(r"__([0-9]+)_[0-9]+\.distcp", re.ASCII)
 _SHARD = re.compile(r".*-([0-9]{5})-of-([0-9]{5})\.(safetensors|bin)", re.ASCII)
 
+META_FILE = re.compile(r"consolidated\.([0-9]{2})\.pth", re.ASCII)
+"""File of one rank in a checkpoint of Meta."""
+
 _BESIDE_WEIGHTS = (
     "config.json",
     "generation_config.json",
@@ -77,8 +80,12 @@ def check_whole_checkpoint(store: ReadStore, name: str) -> None:
 
 
 def note_on(store: ReadStore, name: str) -> str | None:
-    """A note on a shard of a Hugging Face model, which can be read alone; None for other files."""
+    """A note on a shard of a model, which can be read alone; None for other files."""
     folder, _, last = name.rpartition("/")
+    if META_FILE.fullmatch(last):
+        count = sum(META_FILE.fullmatch(file) is not None for file in store.list(folder))
+        whole = f"it is one of {count} files, each of which has a part of most tensors"
+        return whole if count > 1 else None
     shard = _SHARD.fullmatch(last)
     if shard is None:
         return None

@@ -12,6 +12,7 @@ from holdfast.catalog.findings import components_of, name_in_model
 from holdfast.catalog.nested import checkpoint_in
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.pieces import note_on
 from holdfast.catalog.steady import fingerprint
 from holdfast.errors import FormatError, NotFoundError, StorageError, UsageError
 from holdfast.format.components import MODEL
@@ -154,6 +155,8 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
         names = {original: renamed_to[name] for original, name in names.items()}
     elif not is_adapter and (rules := suggested(stored_names)):
         found = (*found, f"names have parts that a wrapper added: `{spelled(rules)}` drops them")
+    if checkpoint.file and (note := note_on(store, name)) is not None:
+        found = (*found, note)
     stored = StoredTensors(checkpoint.source, checkpoint.strides)
     quantization = {} if checkpoint.hf is None else checkpoint.hf.quantization
     is_published = checkpoint.hf is not None

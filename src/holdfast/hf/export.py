@@ -40,7 +40,7 @@ from holdfast.storage.store import FileWriter
 from holdfast.tensors.blocks import blocks, runs
 from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.mapping import TensorMapping
-from holdfast.tensors.numbers import Array, box_of, convert, is_floating, raw_type
+from holdfast.tensors.numbers import Array, box_of, convert, is_floating, raw_type, too_large
 from holdfast.tensors.relation import SideName
 
 BLOCK_BYTES = 16 << 20
@@ -129,6 +129,9 @@ class Exported:
 
     note: str = ""
     """Line for the log on tensors that keep the names of the live model; empty: none does."""
+
+    infinite: tuple[str, ...] = ()
+    """Names of tensors with a number that is too large for the dtype of the export."""
 
     untied: str = ""
     """Name of a live tensor that the configuration ties to another; empty: there is none."""
@@ -238,7 +241,7 @@ class _Job:
         }
         exported, items = {*self.mapping.names("native")}, self.snapshot.file_layout.tensors
         native_names = self._native_names({item.name for item in items})
-        nbytes, lost = 0, []
+        nbytes, lost, infinite = 0, list[str](), set[str]()
         with ExitStack() as stack:
 
             @cache
@@ -253,16 +256,18 @@ class _Job:
                         lost.append(item.name)
                     continue
                 for block in blocks(item.region.shape, 8, BLOCK_BYTES):
-                    for name, box, elements in self._pieces(item, native, block):
+                    for name, box, elements, fits in self._pieces(item, native, block):
+                        infinite |= set() if fits else {name}
                         file, offset = locations[name]
                         shape = self.mapping.shape("hf", name)
                         nbytes += _write_box(writer_of(file), offset, shape, box, elements)
-        return Exported(nbytes, tuple(lost))
+        return Exported(nbytes, tuple(lost), infinite=tuple(sorted(infinite)))
 
     def _pieces(
         self, item: TensorItem, native: str, block: Region
-    ) -> Iterator[tuple[str, Region, Array]]:
-        """Yield Hugging Face name, box and elements for each part of a block of an item."""
+    ) -> Iterator[tuple[str, Region, Array, bool]]:
+        """Yield Hugging Face name, box and elements for each part of a block of an item, and
+        whether all its numbers fit into their dtype."""
         dtype, region = item.dtype, block.moved(item.region.start)
         data = np.frombuffer(self.snapshot.data_of(item, block), raw_type(dtype))
         data = data.reshape(block.shape)
@@ -271,7 +276,9 @@ class _Job:
             elements = np.empty(box.shape, raw_type(dtype))
             copy.run_back(elements, box_of(data, copy.target_view.region))
             target_dtype = self.layout.dtypes[copy.source] if is_floating(dtype) else dtype
-            yield copy.source, box, convert(elements, dtype, target_dtype)
+            converted = convert(elements, dtype, target_dtype)
+            fits = too_large(elements, dtype, converted, target_dtype) is None
+            yield copy.source, box, converted, fits
 
 
 def _write_box(
@@ -305,4 +312,5 @@ def _publish(
     catalog.publish(attempt)
     execute(store, plan_cleanup(store.list(), only=attempt.name))
     lost = {name for result in results for name in result.lost}
-    return Exported(layout.nbytes, tuple(sorted(lost)))
+    infinite = {name for result in results for name in result.infinite}
+    return Exported(layout.nbytes, tuple(sorted(lost)), infinite=tuple(sorted(infinite)))

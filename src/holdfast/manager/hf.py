@@ -12,6 +12,7 @@ from torch import nn
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.findings import named
 from holdfast.catalog.hf_folder import of_language_model
 from holdfast.comm import Ranks, run_on_all, run_on_rank_0
 from holdfast.errors import MismatchError, UsageError
@@ -212,6 +213,11 @@ class HFFormat:
         ):
             if note:
                 self._run.info(f"{where}: {note}")
+        if exported.infinite:
+            self._run.warn(
+                f"{where}: {named(exported.infinite)} have numbers that are too large for "
+                f"{self._config.export_dtype}, and are infinite in the export"
+            )
         if exported.untied:
             self._run.warn(
                 f"{where}: `{exported.untied}` is a tensor of its own in the model, and "

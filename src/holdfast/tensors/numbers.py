@@ -70,6 +70,29 @@ def convert(elements: Array, source: str, target: str) -> Array:
     return result
 
 
+_INFINITE = {"float16": 0x7C00, "bfloat16": 0x7F80}
+"""Bits of infinity without its sign, of dtypes of 16 bits."""
+
+
+def too_large(elements: Array, source: str, converted: Array, target: str) -> float | None:
+    """Return a finite number of `elements` that became infinite in `converted`; None if none did.
+
+    Both arrays have the same shape and the raw types of their dtypes.
+    """
+    if target not in (*_INFINITE, "float32") or source in (target, *_FLOAT8):
+        return None
+    if target in _INFINITE:
+        infinite = (converted.view(np.uint16) & 0x7FFF) == _INFINITE[target]
+    else:
+        infinite = np.isinf(converted)
+    if not infinite.any():
+        return None
+    before = elements[infinite]
+    numbers = before if source.startswith("float") else _from_bfloat16(before)
+    finite = numbers[np.isfinite(numbers)]
+    return float(finite[0]) if finite.size else None
+
+
 def floats(elements: Array, dtype: str) -> Floats:
     """Return the elements as float32."""
     return convert(elements, dtype, "float32").view(np.float32)

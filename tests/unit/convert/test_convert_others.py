@@ -400,6 +400,72 @@ def test_a_folder_that_is_no_checkpoint_is_described(
     assert "no safetensors; found: config.json, flax_model.msgpack\n" in capsys.readouterr().err
 
 
+def test_an_adapter_beside_a_model_is_ignored_with_a_note(tmp_path: Path) -> None:
+    """Method: a folder as torchtune writes it: both, in a numbered file without an index."""
+    tensors = hf_tensors(LLAMA)
+    folder = save_folder(tmp_path / "hf", LLAMA, tensors)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    adapter = save_adapter(tmp_path / "peft", low_rank(tensors, {"model.layers.0.mlp.up_proj": 2}))
+    for file in adapter.iterdir():
+        shutil.copy(file, folder)
+    planned = plan(str(folder), ConvertOptions("hf"))
+    assert {*planned.outputs} == {*tensors}
+    assert "`adapter_model.safetensors` is an adapter, and is ignored" in planned.notes
+
+
+def test_checkpoints_of_meta_and_the_cache_of_the_hub_are_found(tmp_path: Path) -> None:
+    """Method: one file of Meta, and two that divide the tensors, of which one alone has a note; a
+    cache with two snapshots, of which the main branch has one."""
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    (meta / "params.json").write_text("{}")
+    torch.save({"tok_embeddings.weight": torch.ones(2, 2)}, meta / "consolidated.00.pth")
+    assert len(plan(str(meta), ConvertOptions("dcp")).outputs) == 1
+    shutil.copy(meta / "consolidated.00.pth", meta / "consolidated.01.pth")
+    with pytest.raises(NotFoundError, match="divided over 2 ranks of tensor parallelism"):
+        plan(str(meta), ConvertOptions("dcp"))
+    (note,) = plan(str(meta / "consolidated.01.pth"), ConvertOptions("dcp")).notes
+    assert "one of 2 files, each of which has a part of most tensors" in note
+
+    cache = tmp_path / "models--org--name"
+    for name in ("first", "second"):
+        save_folder(cache / "snapshots" / name, LLAMA, hf_tensors(LLAMA))
+    (cache / "blobs").mkdir()
+    with pytest.raises(NotFoundError, match="which holds 2: `snapshots/first`"):
+        plan(str(cache), ConvertOptions("hf"))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("first")
+    notes = plan(str(cache), ConvertOptions("hf")).notes
+    assert any("snapshots/first" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "number"),
+    [
+        (torch.float32, "float16", 1e6),
+        (torch.bfloat16, "float16", -1e6),
+        (torch.float64, "float32", 1e300),
+        (torch.float32, "bfloat16", 3.4e38),
+    ],
+    ids=str,
+)
+def test_a_number_that_is_too_large_for_the_dtype_is_refused(
+    source: torch.dtype, target: Any, number: float, tmp_path: Path
+) -> None:
+    """G10. Method: it would become infinite. Numbers that are infinite or NaN already stay so, and
+    nothing is left behind."""
+    tensors = {"w": torch.tensor([1.0, float("inf"), float("nan")], dtype=source)}
+    torch.save(tensors, tmp_path / "good.pt")
+    options = ConvertOptions("dcp", dtype=target)
+    convert(plan(str(tmp_path / "good.pt"), options), str(tmp_path / "step-0"))
+    tensors["w"][0] = number
+    torch.save(tensors, tmp_path / "large.pt")
+    planned = plan(str(tmp_path / "large.pt"), options)
+    with pytest.raises(MismatchError, match=f"`w` has a number that is too large for {target}"):
+        convert(planned, str(tmp_path / "step-1"))
+    assert not (tmp_path / "step-1").exists()
+
+
 def test_names_of_an_adapter_are_its_own(tmp_path: Path) -> None:
     """Method: a PEFT folder, whose names begin like those of a wrapper: no note offers a rule."""
     factors = low_rank({"a.weight": torch.ones(4, 3)}, {"a": 2})

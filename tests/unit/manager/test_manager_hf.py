@@ -148,6 +148,26 @@ def test_a_folder_with_the_names_of_a_wrapper_is_refused_with_the_command_that_r
         assert str(refused.value.hint).startswith(hint)
 
 
+def test_an_export_says_which_numbers_its_dtype_cannot_hold(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Method: one number beyond float16: the run goes on, and the log names the tensor."""
+    model = model_of()
+    with torch.no_grad():
+        model.state_dict()["layers.0.attention.wq.weight"][0, 0] = 1e6
+    settings = {"hf_export_interval": 1, "export_dtype": "float16"}
+    with (
+        caplog.at_level("WARNING", "holdfast"),
+        manager_of(tmp_path, model, HFModel(CONFIG), **settings) as manager,
+    ):
+        manager.save(1)
+    found = load_file(tmp_path / "hf/step-1/model.safetensors")
+    assert [n for n, t in found.items() if t.isinf().any()] == [
+        "model.layers.0.self_attn.q_proj.weight"
+    ]
+    assert "`model.layers.0.self_attn.q_proj.weight` have numbers that are too large" in caplog.text
+
+
 class _Loader:
     """A data loader whose state has the length of its sequences, as that of the reference run."""
 
