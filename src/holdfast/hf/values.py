@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from itertools import islice
 from reprlib import repr as shortened
 from typing import Any
 
 from holdfast.errors import FormatError, MismatchError
 from holdfast.hf.flavors import Flavor
-from holdfast.hf.rope import rope_of, rope_scaling_of
+from holdfast.hf.rope import rope_of
 
 Config = Mapping[str, Any]
 """Contents of `config.json`."""
@@ -66,9 +65,6 @@ heads are among them: four heads of 8 have the shape of eight heads of 4."""
 
 _HEADS = ("num_key_value_heads", "head_dim")
 """Keys that may be null, for a value that follows from others."""
-
-_SPELLED_MAX = 12
-"""Most values of a mapping in one line."""
 
 _ROPE = ("rope_parameters", "rope_scaling")
 """Keys with the values of rotary positions, of transformers 5 and 4."""
@@ -150,30 +146,10 @@ def value_differences(one: Config, other: Config) -> list[str]:
     """Return one line per value that differs, if both configurations have it."""
     values = _values(one), _values(other)
     return [
-        line
+        f"`{key}` is {shortened(value)} and {shortened(values[1][key])}"
         for key, value in values[0].items()
-        if key in values[1]
-        for line in _compared(key, value, values[1][key])
+        if key in values[1] and values[1][key] != value
     ]
-
-
-def _compared(key: str, one: Any, other: Any) -> Iterator[str]:
-    """Yield one line per value that differs: of a mapping, each of its values."""
-    if one == other:
-        return
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        for inner in dict.fromkeys([*one, *other]):
-            yield from _compared(f"{key}.{inner}", one.get(inner), other.get(inner))
-    else:
-        yield f"`{key}` is {_spelled(one)} and {_spelled(other)}"
-
-
-def _spelled(value: Any) -> str:
-    """Format a value of a configuration, whose length is that of its writer's choice."""
-    if isinstance(value, Mapping):
-        inner = (f"{key} {shortened(one)}" for key, one in islice(value.items(), _SPELLED_MAX))
-        return f"({', '.join(inner)})"
-    return shortened(value)
 
 
 def untrained_positions(config: Config, seq_len: int | None) -> str | None:
@@ -232,15 +208,17 @@ def _rope_values(known: Config) -> dict[str, Any]:
             for key, value in _rope_values({**given, _ROPE[0]: one}).items()
         }
     rope = {key: value for key, value in found.items() if value is not None}
-    outer = given.pop("partial_rotary_factor", 1.0)
-    values: dict[str, Any] = {"partial_rotary_factor": rope.pop("partial_rotary_factor", outer)}
+    part = rope.pop("partial_rotary_factor", given.pop("partial_rotary_factor", None))
+    kind = rope.get("rope_type", rope.get("type", "default"))
     try:
         theta, scaling = rope_of({**given, _ROPE[0]: rope})
+        scales = {} if scaling is None else asdict(scaling)
     except FormatError:
         # Of a kind that native models do not compute.
-        theta = rope.pop("rope_theta", given.get("rope_theta"))
-        return {**values, "rope_theta": theta, "rope_scaling": rope}
-    if scaling is None:
-        return {**values, "rope_theta": theta, "rope_scaling": None}
-    kind = rope_scaling_of(scaling)["rope_type"]
-    return {**values, "rope_theta": theta, "rope_scaling": {"rope_type": kind, **asdict(scaling)}}
+        theta = rope.get("rope_theta", given.get("rope_theta"))
+        scales = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type", "type")}
+    values = {"rope_type": kind, **{f"{_ROPE[1]}.{key}": one for key, one in scales.items()}}
+    # Classes have defaults of their own for these.
+    if "rope_theta" in rope or "rope_theta" in given or known.get("model_type") in _DEFAULTS:
+        values["rope_theta"] = theta
+    return values if part is None else {**values, "partial_rotary_factor": part}

@@ -12,6 +12,7 @@ from hf_folders import LLAMA, hf_tensors, save_folder
 from holdfast.convert.convert import convert
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError
+from holdfast.hf.values import value_differences
 
 
 @pytest.fixture
@@ -79,6 +80,38 @@ def test_values_of_any_kind_are_compared(
     folder = assets(tmp_path / "other", config=other)
     with pytest.raises(MismatchError, match=named):
         plan(str(tmp_path / "step-0"), ConvertOptions("hf", hf_assets=folder))
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"rope_theta": 7.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
+        (
+            {"rope_theta": 7.0, "rope_scaling": {"type": "longrope", "long_factor": [1.0]}},
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "long_factor": [1.0],
+                    "rope_theta": 7.0,
+                    "original_max_position_embeddings": 8,
+                }
+            },
+        ),
+        ({}, {"rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.5}}),
+    ],
+    ids=["default", "longrope", "defaults-of-the-class"],
+)
+def test_the_same_values_as_another_version_writes_them_are_no_difference(
+    older: dict[str, Any], newer: dict[str, Any]
+) -> None:
+    """Method: configurations of transformers 4 and 5; a class with defaults of its own, which one
+    of them leaves out."""
+    config = {"model_type": "phi3", "hidden_size": 32, "num_attention_heads": 4}
+    assert value_differences({**config, **older}, {**config, **newer}) == []
+    other = {**config, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}}
+    if older:
+        (line,) = value_differences({**config, **older}, other)
+        assert line.startswith("`rope_type` is ")
 
 
 def test_a_configuration_that_is_made_gets_the_special_tokens(step: Path, tmp_path: Path) -> None:
