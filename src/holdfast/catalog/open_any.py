@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import connect_rows, location, open_manifest, read_manifest, steps_in
@@ -18,6 +19,7 @@ from holdfast.errors import HoldfastError, NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import hidden_folder_of, step_of_folder
+from holdfast.format.seal import SEAL
 from holdfast.format.torchfile import TorchFile
 from holdfast.storage.store import ReadStore
 
@@ -222,15 +224,16 @@ def other_checkpoints(store: ReadStore, name: str) -> list[str]:
     """The checkpoints directly below folder `name` that are no steps of a run, by their folders'
     names: copies under other names, exports, seeds. Hidden folders are left out."""
     steps = {key.rpartition("/")[2] for key in steps_in(store, name)}
-    folders = [entry.rstrip("/") for entry in store.list(name) if entry.endswith("/")]
-    return [
-        folder
-        for folder in folders
-        if folder not in steps
-        and not folder.startswith(".")
-        and hidden_folder_of(folder) is None
-        and is_checkpoint(store, f"{name}/{folder}")
-    ]
+    others = []
+    for folder in (entry.rstrip("/") for entry in store.list(name) if entry.endswith("/")):
+        if folder in steps or folder.startswith(".") or hidden_folder_of(folder) is not None:
+            continue
+        with suppress(HoldfastError):
+            # Not `format_of`, which lists the folder above too: that may be long.
+            names = store.list(f"{name}/{folder}")
+            if format_among(names) is not None or SEAL in names:
+                others.append(folder)
+    return others
 
 
 def is_folder(store: ReadStore, name: str) -> bool:

@@ -210,14 +210,17 @@ def _rope_values(known: Config) -> dict[str, Any]:
     rope = {key: value for key, value in found.items() if value is not None}
     part = rope.pop("partial_rotary_factor", given.pop("partial_rotary_factor", None))
     kind = rope.get("rope_type", rope.get("type", "default"))
+    theta: Any = rope.get("rope_theta", given.get("rope_theta"))
     try:
         theta, scaling = rope_of({**given, _ROPE[0]: rope})
         scales = {} if scaling is None else asdict(scaling)
     except FormatError:
         # Of a kind that native models do not compute.
-        theta = rope.get("rope_theta", given.get("rope_theta"))
         scales = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type", "type")}
-    values = {"rope_type": kind, **{f"{_ROPE[1]}.{key}": one for key, one in scales.items()}}
+    values: dict[str, Any] = {
+        "rope_type": kind,
+        **{f"{_ROPE[1]}.{key}": one for key, one in scales.items()},
+    }
     # Classes have defaults of their own for these.
     if "rope_theta" in rope or "rope_theta" in given or known.get("model_type") in _DEFAULTS:
         values["rope_theta"] = theta
