@@ -208,9 +208,11 @@ def test_an_export_names_the_class_of_a_model_that_was_never_saved(
         model = getattr(transformers, kind)(transformers.LlamaConfig(**hf_models.SIZES))
     config = model.config.to_dict()
     assert not config["architectures"]
+    with hf_models.quiet():
+        live = wrap(model)
     settings = CheckpointConfig(enable=True, interval=1, hf_export_interval=1)
     with CheckpointManager(
-        tmp_path / "run", model=wrap(model), config=settings, hub=HFModel(config)
+        tmp_path / "run", model=live, config=settings, hub=HFModel(config)
     ) as manager:
         manager.save(1)
     converted(tmp_path / "run/step-1", tmp_path / "later", ConvertOptions("hf", model_only=True))
