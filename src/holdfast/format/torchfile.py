@@ -82,7 +82,7 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
         raise FormatError(
             f"`{where}` is a ZIP archive without its directory, which is at the end: it was cut "
             "short or changed",
-            hint="copy or download it again",
+            hint=_AGAIN,
         )
     allowed = AnyGlobal(GLOBALS)
     try:
@@ -96,10 +96,13 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
         read = _Reader(records, file, nbytes)
         read.add_all(value)
     except INVALID as error:
-        reason = "it ends early" if isinstance(error, EOFError | IndexError) else error
+        ends_early = isinstance(error, EOFError | IndexError)
         raise FormatError(
-            f"`{where}` cannot be read as a file of torch.save: {reason}",
-            hint="if torch.load opens it, and you trust its writer: torch.save its tensors in a "
+            f"`{where}` cannot be read as a file of torch.save: "
+            f"{'it ends early' if ends_early else error}",
+            hint=_AGAIN
+            if ends_early
+            else "if torch.load opens it, and you trust its writer: torch.save its tensors in a "
             "dict with keys of text",
         ) from error
     if read.left_out and not read.tensors and not read.values:
@@ -136,6 +139,9 @@ def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> None:
             raise FormatError(f"`{where}` is {kind}, which holds a program", hint=way)
     raise FormatError(f"`{where}` is a ZIP archive of another program, without `data.pkl`")
 
+
+_AGAIN = "copy or download it again"
+"""Hint for a file that lacks its end."""
 
 _ZIP = b"PK\3\4"
 """First bytes of an archive."""
