@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Writes the table of docs/architectures.md: the outcome for every architecture of transformers.
 
-    python scripts/architectures.py
+    python scripts/architectures.py [FILE]
 
 Takes about half an hour of processor time. An architecture whose tensors or outputs differ ends it.
+With FILE, each outcome is appended to it, and architectures that it has are not tried again.
 """
 
 from __future__ import annotations
@@ -23,16 +24,25 @@ START = "<!-- table: written by scripts/architectures.py -->"
 STOP = "<!-- end of table -->"
 
 
-def main() -> None:
-    outcomes: dict[str, hub_classes.Outcome] = {}
+def main(file: Path | None) -> None:
+    outcomes = {} if file is None else read(file)
     for model_type in hub_classes.architectures():
-        model = hub_classes.build(model_type)
+        if model_type in outcomes:
+            continue
         with TemporaryDirectory() as folder:
-            outcomes[model_type] = (
-                "none" if model is None else hub_classes.round_trip(model, Path(folder))
-            )
-        print(model_type, outcomes[model_type], flush=True)
-    write(outcomes)
+            outcomes[model_type] = hub_classes.outcome_of(model_type, Path(folder))
+        print(model_type, outcomes[model_type], sep="\t", flush=True)
+        if file is not None:
+            with file.open("a") as written:
+                written.write(f"{model_type}\t{outcomes[model_type]}\n")
+    write({model_type: outcomes[model_type] for model_type in hub_classes.architectures()})
+
+
+def read(file: Path) -> dict[str, hub_classes.Outcome]:
+    """Return the outcomes of an earlier, interrupted run."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = dict(line.split("\t") for line in lines)
+    return {name: one for name, one in found.items() if one in hub_classes.OUTCOMES}  # type: ignore[misc]
 
 
 def write(outcomes: Mapping[str, hub_classes.Outcome]) -> None:
@@ -51,4 +61,4 @@ def write(outcomes: Mapping[str, hub_classes.Outcome]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

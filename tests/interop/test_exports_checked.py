@@ -137,3 +137,24 @@ def test_only_a_whole_model_is_an_export(
     step = str(tmp_path / "step-0")
     assert main(["verify", str(source), "--as-export", "--against", step]) == 2
     assert f"holdfast convert {step} original --to hf" in capsys.readouterr().err
+
+
+def test_experts_as_in_memory_and_an_end_beyond_the_words_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: a folder with the experts of a layer in one tensor, and one with each; a token that
+    ends texts and that the embedding does not have."""
+    model = hf_models.make("qwen3-moe")
+    separate = hf_models.save(model, tmp_path / "separate")
+    fused = Path(shutil.copytree(separate, tmp_path / "fused"))
+    with hf_models.quiet():
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, fused / "model.safetensors", metadata={"format": "pt"})
+    for folder, is_fused in ((separate, False), (fused, True)):
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        assert main(["verify", str(folder), "--as-export"]) == 0
+        assert ("experts of a layer are in one tensor" in capsys.readouterr().out) == is_fused
+    edited(CONFIG, lambda config: config.update(eos_token_id=[2, 64]))(separate)
+    assert main(["verify", str(separate), "--as-export"]) == 6
+    said = capsys.readouterr().out
+    assert "`config.json`: `eos_token_id` is 64, but the embedding has 64 rows" in said

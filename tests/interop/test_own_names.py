@@ -195,3 +195,64 @@ def test_a_model_with_another_head_keeps_its_names(tmp_path: Path) -> None:
     back = tmp_path / "back"
     converted(tmp_path / "seed/step-0", back, ConvertOptions("hf", hf_assets=str(source)))
     assert_same(tensors_in(back), tensors_in(source))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
+def test_an_export_names_the_class_of_a_model_that_was_never_saved(
+    kind: str, wrap: Any, tmp_path: Path
+) -> None:
+    """G10. Method: a configuration without a class, as transformers makes it. The export, and one
+    of the checkpoint, have the class, which also decides whether there is a table."""
+    with hf_models.quiet():
+        model = getattr(transformers, kind)(transformers.LlamaConfig(**hf_models.SIZES))
+    config = model.config.to_dict()
+    assert not config["architectures"]
+    with hf_models.quiet():
+        live = wrap(model)
+    settings = CheckpointConfig(enable=True, interval=1, hf_export_interval=1)
+    with CheckpointManager(
+        tmp_path / "run", model=live, config=settings, hub=HFModel(config)
+    ) as manager:
+        manager.save(1)
+    converted(tmp_path / "run/step-1", tmp_path / "later", ConvertOptions("hf", model_only=True))
+    for folder in ("run/hf/step-1", "later"):
+        found = json.loads((tmp_path / folder / "config.json").read_text())
+        assert found["architectures"] == [kind]
+        assert_same(tensors_in(tmp_path / folder), model.state_dict())
+
+
+def test_an_export_without_a_class_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Method: a model that is not of transformers, with a configuration like theirs."""
+    settings = CheckpointConfig(enable=True, interval=1, hf_export_interval=1)
+    hub = HFModel({"model_type": "mine"})
+    with (
+        caplog.at_level("INFO", "holdfast"),
+        CheckpointManager(
+            tmp_path / "run", model=torch.nn.Linear(2, 2), config=settings, hub=hub
+        ) as manager,
+    ):
+        manager.save(1)
+    assert "`config.json` has no `architectures`" in caplog.text
+    notes = plan(str(tmp_path / "run/step-1"), ConvertOptions("hf", model_only=True)).notes
+    assert any("no `architectures`" in note for note in notes)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_only_the_configuration_ties_is_said(
+    tied: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Method: a configuration that ties the head, with a live model that does so, or not."""
+    model = made("llama-tied" if tied else "llama")
+    config = {**model.config.to_dict(), "tie_word_embeddings": True}
+    settings = CheckpointConfig(enable=True, interval=1, hf_export_interval=1)
+    with (
+        caplog.at_level("INFO", "holdfast"),
+        CheckpointManager(
+            tmp_path / "run", model=model, config=settings, hub=HFModel(config)
+        ) as manager,
+    ):
+        manager.save(1)
+    assert ("`lm_head.weight` is a tensor of its own" in caplog.text) != tied

@@ -164,6 +164,31 @@ def test_a_method_that_cannot_be_read_is_named_in_one_line(
     )
 
 
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "fbgemm_fp8", "modelopt"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (48,), (48, 1)], ids=str)
+@pytest.mark.parametrize("end", ["_scale", "_scale_inv"])
+def test_fp8_with_a_factor_per_row_or_tensor_is_dequantized(
+    method: str, shape: tuple[int, ...], end: str, tmp_path: Path
+) -> None:
+    """G10. Method: a family with a table, compared with the product in float32; factors of
+    activations are left out, and the export is not called quantized."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = hf_tensors(LLAMA)
+    quantized = tensors[name].to(torch.float8_e4m3fn)
+    scale = torch.rand(shape)
+    rows = scale.reshape(-1, 1) if shape else scale
+    tensors |= {name: quantized, name + end: scale}
+    tensors[name.replace("weight", "input_scale")] = torch.ones(())
+    config = {**LLAMA, "quantization_config": {"quant_method": method}}
+    folder = save_folder(tmp_path / "hf", config, tensors)
+    notes = converted(folder, tmp_path / "plain", ConvertOptions("hf", dtype="float32"))
+    assert "1 quantized tensors are dequantized" in notes
+    found = load_file(tmp_path / "plain/model.safetensors")
+    assert {*found} == {*hf_tensors(LLAMA)}
+    assert torch.equal(found[name], quantized.float() * rows)
+    assert "quantization_config" not in (tmp_path / "plain/config.json").read_text()
+
+
 def test_experts_in_one_tensor_are_dequantized_by_the_blocks_of_each(tmp_path: Path) -> None:
     """Method: a family without a table; blocks that the edge cuts, and a factor for every element
     for comparison. The export has no scales and is not called quantized."""

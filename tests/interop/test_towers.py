@@ -12,7 +12,9 @@ import torch
 import transformers
 
 import hf_models
+import hub_classes
 from hf_folders import assert_same, converted, tensors_in
+from holdfast.cli.main import main
 from holdfast.convert.plan import ConvertOptions
 
 PARTS = ("vision*", "multi_modal_projector*")
@@ -129,3 +131,29 @@ def test_a_part_that_is_skipped_alone_is_said_to_be_missing(source: Path, tmp_pa
     """Method: skip the projector, which loaders then fill with random values."""
     notes = converted(source, tmp_path / "a", ConvertOptions("hf", skip=PARTS[1:]))
     assert any("loaders give them random values" in note for note in notes)
+
+
+def test_a_checkpoint_without_one_of_the_parts_is_completed_or_the_part_is_named(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G10. Method: a checkpoint with the projector and without the tower. With the folder as
+    assets, the export has all of its tensors; without, a note and the check of the export name the
+    part, which the whole folder does not lack."""
+    converted(source, tmp_path / "part", ConvertOptions("dcp", skip=PARTS[:1]))
+    (note,) = converted(tmp_path / "part", tmp_path / "a", ConvertOptions("hf", str(source)))
+    assert "tensors of other parts are copied from" in note
+    assert_same(tensors_in(tmp_path / "a"), tensors_in(source))
+    lacking = "`config.json` has `vision_config`, and no tensor is of it"
+    (note,) = converted(tmp_path / "part", tmp_path / "b", ConvertOptions("hf"))
+    assert note.startswith(lacking)
+    for folder, lacks in ((source, False), (tmp_path / "b", True)):
+        assert main(["verify", str(folder), "--as-export"]) == (6 if lacks else 0)
+        assert (lacking in capsys.readouterr().out) == lacks
+
+
+def test_a_part_that_is_skipped_without_a_table_is_said_to_be_missing(tmp_path: Path) -> None:
+    """Method: a model whose tensors keep their names, without its tower."""
+    source = hf_models.save(hub_classes.build("llava"), tmp_path / "hf")
+    notes = converted(source, tmp_path / "a", ConvertOptions("hf", skip=("*vision_tower*",)))
+    assert "`--skip`, which loaders give random values if the model has them" in notes[0]
+    assert notes[-1].startswith("`config.json` has `vision_config`, and no tensor is of it")

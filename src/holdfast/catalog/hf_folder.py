@@ -28,6 +28,14 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_BIN = "adapter_model.bin"
 ADAPTER_CONFIG = "adapter_config.json"
 MODULES = "modules.json"
+SINGLES = (
+    safetensors.SINGLE,
+    f"diffusion_pytorch_model{safetensors.SUFFIX}",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+"""Names of weights in one file, by transformers and diffusers."""
+
 BIN_INDEX = "pytorch_model.bin.index.json"
 
 QUANTIZATION = ("quantization_config", "compression_config")
@@ -96,7 +104,8 @@ def has_safetensors(names: Collection[str]) -> bool:
 
 def weights_in(store: ReadStore, name: str) -> Weights:
     """Choose the weights of a folder: a `model.safetensors` that the index does not name, else the
-    files in the index, else every file. transformers chooses the same.
+    files in the index, else every file. transformers chooses the same, and diffusers has other
+    names. Files beside a single one are other variants of it, or formats of other programs.
 
     Raises:
         FormatError: the index is malformed, or a link out of the folder.
@@ -108,7 +117,7 @@ def weights_in(store: ReadStore, name: str) -> Weights:
         index_file, single = BIN_INDEX, ""
         weights = [file for file in present if _BIN.fullmatch(file)]
     if index_file not in present:
-        return Weights(tuple(weights), "", ())
+        return _without_index(weights)
     check_inside(store, name, index_file)
     file_of = _read_weights_index(store, name, index_file)
     files = {*file_of.values()}
@@ -119,6 +128,22 @@ def weights_in(store: ReadStore, name: str) -> Weights:
     ignored = [file for file in weights if file not in files]
     notes = [f"`{file}` is not in the index, and is ignored" for file in ignored]
     return Weights(tuple(sorted(files)), index_file, tuple(notes), file_of)
+
+
+def _without_index(weights: list[str]) -> Weights:
+    """Choose among the weights of a folder without an index."""
+    chosen = next((file for file in SINGLES if file in weights), None)
+    others = [file for file in weights if file not in (ADAPTER, ADAPTER_BIN)]
+    if chosen is None and others and len(others) < len(weights):
+        notes = [
+            f"`{file}` is an adapter, and is ignored" for file in weights if file not in others
+        ]
+        return Weights(tuple(others), "", tuple(notes))
+    if chosen is None or len(weights) == 1:
+        return Weights(tuple(weights), "", ())
+    ignored = [file for file in weights if file != chosen]
+    notes = [f"`{file}` is beside `{chosen}`, and is ignored" for file in ignored]
+    return Weights((chosen,), "", tuple(notes))
 
 
 def open_hf_folder(store: ReadStore, name: str) -> HFFolder:

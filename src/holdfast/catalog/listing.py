@@ -10,7 +10,7 @@ from typing import Any, Literal
 from holdfast.catalog.catalog import location, read_manifest, steps_in
 from holdfast.catalog.findings import kind_of, misnumbered, why_not_resumable
 from holdfast.catalog.marks import damaged_steps, pinned_steps
-from holdfast.catalog.open_any import is_checkpoint, open_any
+from holdfast.catalog.open_any import is_checkpoint, open_any, other_checkpoints
 from holdfast.catalog.seal import is_sealed, open_sealed
 from holdfast.catalog.steady import is_deleted, read_steadily
 from holdfast.catalog.tier import local_store
@@ -232,9 +232,9 @@ def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str
         with suppress(HoldfastError):
             if steps_in(store, f"{name}/{folder}"):
                 return f"there are some in {location(store, name)}/{folder}"
-    others = [folder for folder in folders if is_checkpoint(store, f"{name}/{folder}")]
+    others = other_checkpoints(store, name)
     if others:
-        command = f"holdfast verify {location(store, name)}/{others[-1]}"
+        command = f"holdfast verify {location(store, name)}"
         return f"no `step-N`, but checkpoints: {', '.join(others[:10])}; {command}"
     return f"found: {', '.join(names[:10]) or 'nothing'}"
 

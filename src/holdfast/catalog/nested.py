@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from holdfast.catalog.catalog import check_inside, location
 from holdfast.catalog.findings import named
 from holdfast.catalog.hf_folder import MODULES, modules_of
-from holdfast.catalog.pieces import format_among
+from holdfast.catalog.pieces import META_FILE, format_among
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import number_of
 from holdfast.format.zero import UNIVERSAL_HINT
@@ -212,6 +212,33 @@ def _trainer(folder: _Folder) -> Nested | None:
     return Nested("a folder of a trainer's checkpoints", tuple(numbered)) if numbered else None
 
 
+def _meta(folder: _Folder) -> Nested | None:
+    kind = "a checkpoint of Meta"
+    files = sorted(entry for entry in folder.names if META_FILE.fullmatch(entry))
+    if len(files) > 1:
+        return Nested(
+            kind,
+            (),
+            f"it is divided over {len(files)} ranks of tensor parallelism, and its files do not "
+            "say how",
+            "`convert_llama_weights_to_hf.py` of transformers joins them",
+        )
+    return Nested(kind, tuple(files)) if files else None
+
+
+def _hub_cache(folder: _Folder) -> Nested | None:
+    """The snapshot in a repository of Hugging Face's cache that its main branch had last."""
+    if not {"snapshots/", "blobs/"} <= {*folder.names}:
+        return None
+    kind = "a repository in the cache of Hugging Face"
+    snapshots = folder.store.list(f"{folder.name}/snapshots")
+    found = tuple(f"snapshots/{entry[:-1]}" for entry in sorted(snapshots) if entry.endswith("/"))
+    if len(found) > 1 and "refs/" in folder.names:
+        newest = f"snapshots/{folder.text('refs/main')}"
+        found = (newest,) if newest in found else found
+    return Nested(kind, found) if found else None
+
+
 def _modules(folder: _Folder) -> Nested | None:
     if MODULES not in folder.names:
         return None
@@ -231,6 +258,8 @@ def _pipeline(folder: _Folder) -> Nested | None:
 _FINDERS: Sequence[Callable[[_Folder], Nested | None]] = (
     _megatron,
     _deepspeed,
+    _meta,
+    _hub_cache,
     _modules,
     _pipeline,
     _accelerate,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import connect_rows, location, open_manifest, read_manifest, steps_in
-from holdfast.catalog.findings import Format
+from holdfast.catalog.findings import Format, named
 from holdfast.catalog.hf_folder import HFFolder, open_hf_folder
 from holdfast.catalog.nested import checkpoint_in
 from holdfast.catalog.paths import open_for_reading
@@ -17,7 +18,8 @@ from holdfast.catalog.zero_folder import open_zero_folder
 from holdfast.errors import HoldfastError, NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import step_of_folder
+from holdfast.format.names import hidden_folder_of, step_of_folder
+from holdfast.format.seal import SEAL
 from holdfast.format.torchfile import TorchFile
 from holdfast.storage.store import ReadStore
 
@@ -164,9 +166,12 @@ def checked_format(store: ReadStore, name: str) -> Format:
     form = format_of(store, name)
     if form is None:
         steps = steps_in(store, name) if is_folder(store, name) else []
+        others = other_checkpoints(store, name) if is_folder(store, name) else []
         hint = "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
         if steps:
             hint = f"its newest step: {location(store, steps[-1])}"
+        elif others:
+            hint = f"checkpoints in it: {named(others)}; {location(store, name)}/{others[-1]}"
         raise no_checkpoint(store, name, hint=hint)
     return form
 
@@ -213,6 +218,22 @@ def is_checkpoint(store: ReadStore, name: str) -> bool:
         return format_of(store, name) is not None
     except HoldfastError:
         return False
+
+
+def other_checkpoints(store: ReadStore, name: str) -> list[str]:
+    """The checkpoints directly below folder `name` that are no steps of a run, by their folders'
+    names: copies under other names, exports, seeds. Hidden folders are left out."""
+    steps = {key.rpartition("/")[2] for key in steps_in(store, name)}
+    others = []
+    for folder in (entry.rstrip("/") for entry in store.list(name) if entry.endswith("/")):
+        if folder in steps or folder.startswith(".") or hidden_folder_of(folder) is not None:
+            continue
+        with suppress(HoldfastError):
+            # Not `format_of`, which lists the folder above too: that may be long.
+            names = store.list(f"{name}/{folder}")
+            if format_among(names) is not None or SEAL in names:
+                others.append(folder)
+    return others
 
 
 def is_folder(store: ReadStore, name: str) -> bool:

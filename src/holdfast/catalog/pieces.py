@@ -9,6 +9,7 @@ from holdfast.catalog.catalog import location
 from holdfast.catalog.findings import Format
 from holdfast.catalog.hf_folder import has_safetensors, has_weights
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
+from holdfast.format.git_lfs import LFS, LFS_HINT
 from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS
 from holdfast.format.safetensors import INDEX_SUFFIX
 from holdfast.format.zero import ZERO_OPTIMIZER
@@ -16,6 +17,9 @@ from holdfast.storage.store import ReadStore
 
 _DATA = re.compile(r"__([0-9]+)_[0-9]+\.distcp", re.ASCII)
 _SHARD = re.compile(r".*-([0-9]{5})-of-([0-9]{5})\.(safetensors|bin)", re.ASCII)
+
+META_FILE = re.compile(r"consolidated\.([0-9]{2})\.pth", re.ASCII)
+"""File of one rank in a checkpoint of Meta."""
 
 _BESIDE_WEIGHTS = (
     "config.json",
@@ -27,6 +31,7 @@ _BESIDE_WEIGHTS = (
 )
 
 _STARTS = {
+    LFS: "a pointer of Git LFS, not the weights",
     b"GGUF": "a GGUF file of llama.cpp",
     b"\x93NUMPY": "a file of numpy",
     b"\x89HDF": "an HDF5 file",
@@ -39,6 +44,9 @@ _STARTS = {
 """Kind of a file, by its first bytes."""
 
 _HEAD_BYTES = 512
+
+_NAMED_MAX = 5
+"""Most names of a folder's files in one message."""
 
 
 def format_among(names: Collection[str]) -> Format | None:
@@ -72,8 +80,12 @@ def check_whole_checkpoint(store: ReadStore, name: str) -> None:
 
 
 def note_on(store: ReadStore, name: str) -> str | None:
-    """A note on a shard of a Hugging Face model, which can be read alone; None for other files."""
+    """A note on a shard of a model, which can be read alone; None for other files."""
     folder, _, last = name.rpartition("/")
+    if META_FILE.fullmatch(last):
+        count = sum(META_FILE.fullmatch(file) is not None for file in store.list(folder))
+        whole = f"it is one of {count} files, each of which has a part of most tensors"
+        return whole if count > 1 else None
     shard = _SHARD.fullmatch(last)
     if shard is None:
         return None
@@ -87,17 +99,24 @@ def no_checkpoint(store: ReadStore, name: str, *, hint: str) -> NotFoundError:
     try:
         above, _, last = name.rpartition("/")
         is_file = last in store.list(above)
-        kind = _kind(store.read(name, 0, _HEAD_BYTES)) if is_file else None
+        start = store.read(name, 0, _HEAD_BYTES) if is_file else b""
+        kind = _kind(start) if is_file else None
+        found = [] if is_file else store.list(name)
     except HoldfastError:
-        kind = None
+        kind, found, start = None, [], b""
     if kind is not None:
         return NotFoundError(
             f"`{where}` is no checkpoint: it is {kind}",
-            hint="Holdfast reads its own and stock DCP's checkpoints, Hugging Face folders, "
+            hint=LFS_HINT
+            if start.startswith(LFS)
+            else "Holdfast reads its own and stock DCP's checkpoints, Hugging Face folders, "
             "safetensors and files of torch.save",
         )
+    names = f"; found: {', '.join(found[:_NAMED_MAX])}" if found else ""
+    names += ", ..." if len(found) > _NAMED_MAX else ""
     return NotFoundError(
-        f"`{where}` is no checkpoint: no `{MANIFEST}`, no `{METADATA}`, no safetensors", hint=hint
+        f"`{where}` is no checkpoint: no `{MANIFEST}`, no `{METADATA}`, no safetensors{names}",
+        hint=hint,
     )
 
 

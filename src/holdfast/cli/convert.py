@@ -99,6 +99,11 @@ class ConvertArguments(JsonOptions):
         to = target_format(self.source, self.target, self.to)
         if self.push_to_hub is not None and to != "hf":
             raise UsageError("`--push-to-hub` uploads a Hugging Face folder, and needs `--to hf`")
+        if self.names is not None and to == "hf":
+            raise UsageError(
+                "`--names` is for targets with native names: an export has those of Hugging Face",
+                hint="leave out `--names`, or `--to dcp`",
+            )
         return ConvertOptions(
             to=to,
             hf_assets=self.hf_assets,

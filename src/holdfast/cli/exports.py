@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.cli.terminal import say
-from holdfast.errors import MismatchError, UsageError
+from holdfast.errors import MismatchError, NotFoundError, UsageError
 from holdfast.spelling import counted
 
 
@@ -26,6 +26,8 @@ def checked_export(path: str, against: str | None) -> CheckedExport:
     """Check a folder, and its logits against those of the folder `against`."""
     from holdfast.convert.export_check import check_export
 
+    if against is not None and not Path(against).exists():
+        raise NotFoundError(f"nothing at `{against}`", hint="`--against` takes a local folder")
     if against is not None and not Path(against, "config.json").is_file():
         raise UsageError(
             f"`--against {against}` is no Hugging Face folder: it has no `config.json`",

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from holdfast.catalog.catalog import location
-from holdfast.catalog.findings import VerifyReport, summary_of
+from holdfast.catalog.findings import VerifyReport, named, summary_of
 from holdfast.catalog.listing import CheckpointRow, resumable, survey
-from holdfast.catalog.open_any import check_folder
+from holdfast.catalog.open_any import check_folder, other_checkpoints
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, say_table
 from holdfast.dashboard.history import commit_time
@@ -24,8 +24,8 @@ HEAD = ("step", "size", "age", "kind", "layout", "state", "")
 @dataclass(frozen=True, slots=True)
 class ListArguments(JsonOptions):
     """List the checkpoints in a folder: size, age, kind, the ranks that wrote each, whether it is
-    complete, and which one a resume takes. Checks indexes and file sizes; with --verify every byte,
-    and exits with 7 where one is damaged, as verify does.
+    complete, and which one a resume takes. Checks indexes and file sizes, so a changed byte stays
+    unnoticed; with --verify every byte, and exits with 7 where one is damaged, as verify does.
 
     Example: holdfast list outputs/checkpoint
     """
@@ -58,18 +58,24 @@ def run(arguments: Sequence[str]) -> int:
             if row.state in unverified or f"{name}/{row.name}" in reports
         ]
     resume = resumable(rows)
+    others = other_checkpoints(store, name)
+    where = location(store, name)
     if options.json:
-        checkpoints = [asdict(row) for row in rows]
-        say_json({"folder": location(store, name), "resume": resume, "checkpoints": checkpoints})
+        found = {"folder": where, "verified": options.verify, "resume": resume, "others": others}
+        say_json({**found, "checkpoints": [asdict(row) for row in rows]})
     else:
         say_table(HEAD, [_cells(row, resume) for row in rows])
         for row in rows:
             if row.problem:
                 say(f"{row.name}: {row.problem}")
+        if others:
+            say(f"checkpoints of other names, which no resume takes: {named(others)}")
+        if not options.verify:
+            say("checked indexes and file sizes, no data; `--verify` reads all data")
     if num_damaged:
         raise DamagedError(
             f"{num_damaged} of {len(reports)} checkpoints are damaged",
-            hint=f"holdfast doctor {location(store, name)} --verify",
+            hint=f"holdfast doctor {where} --verify",
         )
     return 0
 

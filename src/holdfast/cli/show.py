@@ -12,6 +12,7 @@ from holdfast.catalog.findings import FORMATS, components_of, kind_of
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import values
+from holdfast.cli.described import config_of, description
 from holdfast.cli.picture import draw, letter
 from holdfast.cli.terminal import (
     POSITIONAL,
@@ -40,7 +41,8 @@ VALUES_MAX = 100
 
 @dataclass(frozen=True, slots=True)
 class ShowArguments(JsonOptions):
-    """Show what a checkpoint holds: its tensors as a tree, the number of parameters, who wrote it.
+    """Show what a checkpoint holds: its tensors as a tree, the number of parameters, the
+    configuration of its model, who wrote it.
     With NAME: one tensor and where each chunk of it is stored, one value, or everything below that
     name. Takes checkpoints of Holdfast and of stock torch.distributed.checkpoint, folders and files
     of safetensors, .pt files.
@@ -187,6 +189,8 @@ def _say_checkpoint(checkpoint: OpenCheckpoint) -> None:
         held = [size] if sums["tensors"] else []
         held += [counted(sums["values"], "value")] if sums["values"] else []
         say(f"{INDENT}{component}: {', '.join(held)}")
+    for line in description(checkpoint):
+        say(f"{INDENT}{line}")
     for note in checkpoint.notes[:NOTES_MAX]:
         say(f"{INDENT}note: {note}")
     if len(checkpoint.notes) > NOTES_MAX:
@@ -244,6 +248,7 @@ def _as_json(checkpoint: OpenCheckpoint, tensors: Mapping[str, TensorEntry]) -> 
         "created": manifest.created or None,
         "layout": dict(manifest.layout),
         "versions": dict(manifest.versions),
+        "config": config_of(checkpoint),
         "files": dict(manifest.files),
         "parts": summarized_components(manifest),
         "tensors": {

@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from holdfast.catalog.catalog import steps_in
+from holdfast.catalog.catalog import location, steps_in
 from holdfast.catalog.findings import FORMATS, VerifyReport, by_cause
 from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
-from holdfast.catalog.open_any import format_of, is_folder
+from holdfast.catalog.open_any import format_of, is_folder, other_checkpoints
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import note_on
 from holdfast.catalog.seal import is_sealed, read_seal
@@ -42,7 +42,7 @@ CAUSES_MAX = 50
 class VerifyArguments(JsonOptions):
     """Check that a checkpoint holds the bytes that were written: a checkpoint of Holdfast or of
     stock torch.distributed.checkpoint, a Hugging Face folder, a .pt file; or every checkpoint in a
-    folder. Exits with 7 where one is damaged.
+    folder, whatever its name. Exits with 7 where one is damaged.
 
     Example: holdfast verify outputs/checkpoint/step-500
     """
@@ -74,7 +74,11 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("`--against` needs `--as-export`")
     store, name = open_for_reading(options.path)
     holds_many = format_of(store, name) is None and is_folder(store, name)
-    checkpoints = steps_in(store, name) if holds_many else []
+    steps = steps_in(store, name) if holds_many else []
+    others = other_checkpoints(store, name) if holds_many else []
+    checkpoints = [*steps, *(f"{name}/{other}" for other in others)]
+    if options.mark:
+        _check_markable(location(store, name), steps if checkpoints else [name])
     if checkpoints:
         reports = [*verified(store, checkpoints, options.quick).values()]
     else:
@@ -83,7 +87,8 @@ def run(arguments: Sequence[str]) -> int:
         note = note_on(store, name)
         reports = [replace(report, notes=(note, *report.notes)) if note is not None else report]
     if options.mark:
-        _mark(reports)
+        # Retention and resumes look at steps alone.
+        _mark([r for r in reports if step_of(r.where.rpartition("/")[2]) is not None])
     marked = damaged_steps(store, name) if checkpoints else {}
     resume = resumable(reports, marked) if checkpoints else None
     export = None
@@ -101,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
             if report.good and report.step in marked:
                 say(f"  note: {marked[report.step]}; a resume skips it")
         if checkpoints:
-            say(spelled_resume(resume))
+            say(spelled_resume(resume) if steps else "none is named step-N: a resume takes none")
         if export is not None:
             say_export(export, options.path)
     _raise_if_damaged(reports, in_folder=bool(checkpoints), marked=options.mark)
@@ -113,9 +118,11 @@ def run(arguments: Sequence[str]) -> int:
 def _raise_if_damaged(reports: Sequence[VerifyReport], *, in_folder: bool, marked: bool) -> None:
     damaged = [report for report in reports if not report.good]
     if damaged and in_folder:
+        markable = any(step_of(report.where.rpartition("/")[2]) is not None for report in damaged)
+        hint = "with `--mark` retention and `holdfast list` skip them too"
         raise DamagedError(
             f"{len(damaged)} of {len(reports)} checkpoints are damaged",
-            hint=None if marked else "with `--mark` retention and `holdfast list` skip them too",
+            hint=hint if markable and not marked else None,
         )
     if damaged:
         raise DamagedError(f"`{damaged[0].where}` is damaged")
@@ -149,16 +156,20 @@ def _verified(store: ReadStore, name: str, quick: bool) -> VerifyReport:
             return failed(target, error)
 
 
+def _check_markable(where: str, checkpoints: Sequence[str]) -> None:
+    if not checkpoints or any(step_of(name.rpartition("/")[2]) is None for name in checkpoints):
+        raise UsageError(
+            f"`{where}` is not a checkpoint of a run, nor a folder of them",
+            hint="`--mark` needs folders named step-N; without it, `verify` reads any checkpoint",
+        )
+
+
 def _mark(reports: Sequence[VerifyReport]) -> None:
     """Write or delete the mark beside each checkpoint."""
     for report in reports:
         folder, _, name = report.where.rpartition("/")
         step = step_of(name)
-        if step is None:
-            raise UsageError(
-                f"`{report.where}` is not a checkpoint of a run",
-                hint="`--mark` needs folders named step-N",
-            )
+        assert step is not None, "checked by the caller"
         store = store_to_save(folder)
         if report.loads:
             clear_damaged(store, step)

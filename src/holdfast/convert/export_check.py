@@ -23,12 +23,13 @@ from holdfast.catalog.hf_folder import (
 )
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
+from holdfast.convert.towers import absent_parts
 from holdfast.errors import FormatError, HoldfastError, UsageError
 from holdfast.format.safetensors import INDEX, SUFFIX, parse_json
 from holdfast.hf.assets import GENERATION_CONFIG, TOKEN_IDS
 from holdfast.hf.check import check_fit
 from holdfast.hf.families import table_of
-from holdfast.hf.family import HF_EMBEDDING, Config, mapping_for
+from holdfast.hf.family import HF_EMBEDDING, Config, fused_experts, mapping_for, mapping_of
 from holdfast.hf.shards import main_dtype
 from holdfast.storage.store import ReadStore
 from holdfast.tensors.lazy import Tensors, only
@@ -84,6 +85,8 @@ def check_export(path: str) -> ExportReport:
             wrong += check(folder)
         except HoldfastError as error:
             wrong.append(error.what)
+    if not wrong:
+        notes += _fused(folder)
     return ExportReport(tuple(wrong), (*notes, *_missing(folder)))
 
 
@@ -156,6 +159,7 @@ def _config(folder: _Folder) -> Iterator[str]:
             f"`{CONFIG}` says that the weights are quantized by "
             f"{shortened(quantization.get('quant_method'))}, but no tensor is"
         )
+    yield from absent_parts(config, folder.tensors)
     yield from _dtype(folder, config) if not quantization else ()
 
 
@@ -199,6 +203,18 @@ def _weights(folder: _Folder) -> Iterator[str]:
     check_fit(tensors, mapping, "hf", where=folder.checkpoint.where, config_from=f"`{CONFIG}`")
 
 
+def _fused(folder: _Folder) -> Iterator[str]:
+    """Yield a note on experts in the form that transformers has in memory."""
+    config = of_language_model(folder.config)
+    family = table_of(config)
+    if family is not None and fused_experts(mapping_of(family, config), folder.tensors):
+        yield (
+            "the experts of a layer are in one tensor, as transformers has them in memory; other "
+            f"loaders look for one per expert: `holdfast convert {folder.checkpoint.where} FOLDER "
+            "--to hf` writes those"
+        )
+
+
 def _format_of(folder: _Folder, file: str) -> object:
     """Return `format` in the metadata of a file of safetensors, which has been opened already."""
     key = f"{folder.name}/{file}"
@@ -235,12 +251,18 @@ def _list(value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _generation(folder: _Folder) -> Iterator[str]:
-    """Yield mistakes of `generation_config.json`."""
+    """Yield mistakes of `generation_config.json`, or of what takes its place in `config.json`."""
     file, rows = GENERATION_CONFIG, folder.num_words
-    if file not in folder.files:
+    keys: Sequence[str] = TOKEN_IDS
+    if file in folder.files:
+        config = folder.json(file)
+    elif CONFIG in folder.files:
+        # Tokens that it has besides are defaults of its class, often beyond the vocabulary.
+        file, config = CONFIG, of_language_model(folder.config)
+        keys = ("eos_token_id",)
+    else:
         return
-    config = folder.json(file)
-    for key in TOKEN_IDS:
+    for key in keys:
         value = config.get(key) if isinstance(config, dict) else None
         for token in value if isinstance(value, list) else [value]:
             if rows is not None and type(token) is int and token >= rows:

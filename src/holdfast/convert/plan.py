@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from reprlib import repr as shortened
 from typing import Any, Literal
 
-from holdfast.catalog.hf_folder import CONFIG, of_language_model
+from holdfast.catalog.hf_folder import ADAPTER_CONFIG, CONFIG, of_language_model
 from holdfast.convert.adapter import (
     adapter_config_of,
     base_of,
@@ -16,11 +17,12 @@ from holdfast.convert.adapter import (
     open_adapter,
 )
 from holdfast.convert.sizes import config_of_model
-from holdfast.convert.source import ConvertSource, fetched, open_source
+from holdfast.convert.source import ConvertSource, check_is_no_file, fetched, open_source
 from holdfast.convert.stream import Output, Outputs, dtype_for
 from holdfast.convert.target_format import TargetFormat
-from holdfast.convert.towers import completed, other_names
-from holdfast.errors import MismatchError, UsageError
+from holdfast.convert.towers import absent_parts, completed, other_names
+from holdfast.convert.trained import value_notes
+from holdfast.errors import UsageError
 from holdfast.format.manifest import Path
 from holdfast.format.names import MANIFEST
 from holdfast.hf.adapter import adapter_mapping
@@ -29,7 +31,6 @@ from holdfast.hf.dialects import CORRECTION_BIAS, balances, renamed
 from holdfast.hf.families import family_of, no_table, table_of
 from holdfast.hf.family import Config, Family, fused_experts, mapping_of
 from holdfast.hf.shards import SHARD_BYTES
-from holdfast.hf.values import value_differences
 from holdfast.tensors.lazy import Mapped, Renamed, Tensors, Zeros, only
 from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.relation import SideName
@@ -117,6 +118,7 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     opened = open_source(source, options.renames)
     assets = None
     if options.hf_assets is not None:
+        check_is_no_file(options.hf_assets, "--hf-assets")
         assets = fetched(options.hf_assets, assets_only=not options.merge)
     model: Tensors = opened.model
     notes = list(opened.notes)
@@ -124,7 +126,9 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     if options.skip:
         left_out = skipped(model.infos, options.skip)
         model = only(model, [name for name in model.infos if name not in left_out])
-        notes.append(f"left out {len(left_out)} tensors that match `--skip`")
+        consequence = ", which loaders give random values if the model has them"
+        note = f"left out {len(left_out)} tensors that match `--skip`"
+        notes.append(note + consequence * (options.to == "hf"))
     config, config_from = config_of_model(
         opened, model, assets, options.model_name, options.model_flavor
     )
@@ -133,18 +137,20 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
             dict(opened.checkpoint.manifest.model),
             f"`{opened.checkpoint.where}/{MANIFEST}`",
         )
-    notes += _value_notes(opened, config, config_from, options)
+    to_hf, complete = options.to == "hf", False
     if planned := _adapter_plan(opened, model, (config, config_from), assets, options):
-        return replace(planned, notes=(*notes, *planned.notes))
+        values = value_notes(opened, config, config_from, to_hf=to_hf)
+        return replace(planned, notes=(*notes, *values, *planned.notes))
     both = None
     keeps_names = config is not None and _keeps_names(opened, config)
     if config is not None and opened.dialect is not None and not keeps_names:
         both = _both_dialects(opened, model, of_language_model(config), config_from)
         notes += both.notes
-    to_hf, complete = options.to == "hf", False
+    # After the tensors: a configuration of another model differs in both, and they say it better.
+    notes += value_notes(opened, config, config_from, to_hf=to_hf)
     if keeps_names and config is not None:
         outputs, complete = _with_own_names(opened, model, config, options)
-        notes.append(no_table(config))
+        notes += [no_table(config), *(_packed_notes(outputs) if to_hf else ())]
     elif both is not None and config is not None and to_hf:
         is_hf = opened.dialect == "hf"
         lost = other_names(both.family, [*left_out], hf=is_hf)
@@ -157,14 +163,11 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     elif to_hf or (
         opened.dialect == "hf" and (options.names or opened.checkpoint.format == "safetensors")
     ):
-        raise UsageError(
-            f"the tensors of `{opened.checkpoint.where}` have the names of no supported model"
-            if opened.dialect is None
-            else f"`{opened.checkpoint.where}` has no `{CONFIG}` with the sizes of its model",
-            hint=f"`--hf-assets FOLDER` with a `{CONFIG}`, or `--model-name` and `--model-flavor`",
-        )
+        raise _no_names(opened, model, config, config_from)
     else:
         outputs, complete = _native(opened, model, options), not options.model_only
+    if to_hf and config is not None:
+        notes += absent_parts(config, outputs)
     if options.model_only and not outputs:
         raise UsageError(
             f"`{opened.checkpoint.where}` has no model, only {len(opened.others)} other tensors",
@@ -173,31 +176,28 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     return ConvertPlan(opened, options, outputs, config, complete, assets, tuple(notes))
 
 
-def _value_notes(
-    opened: ConvertSource, config: Config | None, config_from: str, options: ConvertOptions
-) -> list[str]:
-    """Compare the values that the checkpoint's model was trained with and those of `config`, which
-    the target gets. Returns a note on each difference.
-
-    Raises:
-        MismatchError: an export would compute something else than the model that was trained.
-    """
-    trained = opened.checkpoint.manifest.model
-    if config is None or not trained or opened.checkpoint.hf is not None:
-        return []
-    models = of_language_model(trained), of_language_model(config)
-    # Names and shapes tell models of different types apart.
-    if models[0].get("model_type") != models[1].get("model_type"):
-        return []
-    lines = value_differences(models[0], models[1])
-    if lines and options.to == "hf":
-        raise MismatchError(
-            f"`{opened.checkpoint.where}` was trained with other values than {config_from} has "
-            "(the second of each):\n  " + "\n  ".join(lines),
-            hint=f"leave `{CONFIG}` out of the assets: the checkpoint has its own; to change a "
-            "value on purpose, convert with `--model-only` first",
+def _no_names(
+    opened: ConvertSource, model: Tensors, config: Config | None, config_from: str
+) -> UsageError:
+    """Return the error for tensors that cannot get Hugging Face's names."""
+    where = opened.checkpoint.where
+    if opened.dialect is not None:
+        what = f"`{where}` has no `{CONFIG}` with the sizes of its model"
+    elif config is None:
+        what = f"the tensors of `{where}` have the names of no supported model"
+    else:
+        kind = shortened(config.get("model_type"))
+        first = ", ".join(f"`{name}`" for name in [*model.infos][:3])
+        return UsageError(
+            f"the tensors of `{where}` do not have the names of {config_from}, a model of type "
+            f"{kind}: {first}, ...",
+            hint=f"`--rename 'THEIRS=OURS'` gives other names; if it is another model, "
+            f"`--hf-assets FOLDER` with a `{CONFIG}` of its own type, and the names stay",
         )
-    return [f"trained with another value than {config_from} has: {line}" for line in lines]
+    return UsageError(
+        what,
+        hint=f"`--hf-assets FOLDER` with a `{CONFIG}`, or `--model-name` and `--model-flavor`",
+    )
 
 
 def _keeps_names(opened: ConvertSource, config: Config) -> bool:
@@ -228,6 +228,21 @@ def _with_own_names(
     if options.to == "hf":
         return _outputs(only(model, _first_names(opened, model)), options), False
     return _native(opened, model, options), not options.model_only
+
+
+def _packed_notes(outputs: Outputs) -> list[str]:
+    """Return a note if matrices of an export are quantized: its configuration does not say so."""
+    packed = [
+        output
+        for output in outputs.values()
+        if len(output.shape) > 1 and output.dtype.startswith(("int8", "float8", "float4"))
+    ]
+    if not packed:
+        return []
+    return [
+        f"{len(packed)} tensors such as `{packed[0].name}` are {packed[0].dtype}, and `{CONFIG}` "
+        "names no quantization: loaders use their numbers as they are"
+    ]
 
 
 def _first_names(opened: ConvertSource, model: Tensors) -> list[str]:
@@ -367,8 +382,10 @@ def _adapter_plan(
     if options.to != "hf" or not has_adapter(model):
         if options.merge or options.adapter_config is not None:
             raise UsageError(
-                f"`{opened.checkpoint.where}` has no adapters to export",
-                hint="leave out `--merge` and `--adapter-config`, which need `--to hf`",
+                f"`{opened.checkpoint.where}` has no adapters to export"
+                if options.to == "hf"
+                else f"`--adapter-config` is for an export, found: `--to {options.to}`",
+                hint="leave out `--merge` and `--adapter-config`",
             )
         return None
     adapter_config = adapter_config_of(opened, options.adapter_config)
@@ -413,9 +430,12 @@ def _adapter(
         raise UsageError(
             f"`--names {options.names}` needs the base of this adapter", hint=base_option
         )
+    kind = adapter.get("peft_type", "LORA")
     note = (
         f"the scale of an adapter is not among its tensors: r is {adapter.get('r')}, lora_alpha "
         f"{adapter.get('lora_alpha')}"
+        if kind == "LORA"
+        else f"the `{ADAPTER_CONFIG}` of this adapter, {shortened(kind)}, is not in the target"
     )
     if config is None:
         note += f"; without `{base_option}` tensors keep PEFT's names"

@@ -12,6 +12,7 @@ from holdfast.catalog.findings import components_of, name_in_model
 from holdfast.catalog.nested import checkpoint_in
 from holdfast.catalog.open_any import OpenCheckpoint, open_any
 from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.pieces import note_on
 from holdfast.catalog.steady import fingerprint
 from holdfast.errors import FormatError, NotFoundError, StorageError, UsageError
 from holdfast.format.components import MODEL
@@ -96,6 +97,15 @@ def hub_name(path: str) -> str | None:
     return path if HUB_NAME.fullmatch(path) else None
 
 
+def check_is_no_file(path: str, option: str) -> None:
+    """Raise a UsageError if `path`, given as `option`, is a file in place of its folder."""
+    if not is_url(path) and LocalPath(local_path(path)).is_file():
+        raise UsageError(
+            f"`{option} {path}` must be a folder, found: a file",
+            hint=f"`{option} {LocalPath(local_path(path)).parent}`",
+        )
+
+
 def fetched(path: str, *, assets_only: bool = False) -> str:
     """Return `path` if it exists or is a URL, else the local copy of that repository on the hub.
 
@@ -137,15 +147,20 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
     names, others = _names_in_model(checkpoint)
     stored_names = [*names.values()]
     # PEFT's own names begin like those of a wrapper.
-    is_adapter = any(".lora_A." in name for name in stored_names)
+    is_adapter = any(".lora_A." in name for name in stored_names) or (
+        checkpoint.hf is not None and checkpoint.hf.adapter is not None
+    )
     if renames:
         renamed_to = new_names(stored_names, renames, "--rename")
         names = {original: renamed_to[name] for original, name in names.items()}
     elif not is_adapter and (rules := suggested(stored_names)):
         found = (*found, f"names have parts that a wrapper added: `{spelled(rules)}` drops them")
+    if checkpoint.file and (note := note_on(store, name)) is not None:
+        found = (*found, note)
     stored = StoredTensors(checkpoint.source, checkpoint.strides)
     quantization = {} if checkpoint.hf is None else checkpoint.hf.quantization
-    model = Dequantized(Renamed(stored, names), quantization)
+    is_published = checkpoint.hf is not None
+    model = Dequantized(Renamed(stored, names), quantization, keeps_fp8=not is_published)
     of_model = () if checkpoint.hf is None else model.notes
     return ConvertSource(
         given=path,

@@ -11,12 +11,13 @@ from math import prod
 
 import numpy as np
 
+from holdfast.errors import MismatchError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region
 from holdfast.tensors.blocks import blocks
 from holdfast.tensors.lazy import Tensors
-from holdfast.tensors.numbers import convert, is_floating
+from holdfast.tensors.numbers import convert, is_floating, too_large
 
 BLOCK_BYTES = 32 << 20
 """Bytes of one block, in the wider of the source's and the target's dtype."""
@@ -67,9 +68,19 @@ class Output:
         return blocks(self.shape, itemsize, BLOCK_BYTES)
 
     def read(self, region: Region) -> memoryview:
-        """Read the row-major bytes of a block, in the target's dtype."""
-        elements = self.tensors.read(self.name, region)
-        elements = convert(elements, self.tensors.infos[self.name].dtype, self.dtype)
+        """Read the row-major bytes of a block, in the target's dtype.
+
+        Raises:
+            MismatchError: a number is too large for that dtype.
+        """
+        read, source = self.tensors.read(self.name, region), self.tensors.infos[self.name].dtype
+        elements = convert(read, source, self.dtype)
+        number = too_large(read, source, elements, self.dtype)
+        if number is not None:
+            raise MismatchError(
+                f"`{self.name}` has a number that is too large for {self.dtype}: {number:g}",
+                hint="`--dtype bfloat16` has nearly the range of float32",
+            )
         return np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data
 
 

@@ -7,15 +7,19 @@ its `config.json` has, unless a note says so.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.catalog.hf_folder import of_language_model
+from holdfast.catalog.hf_folder import CONFIG, of_language_model
 from holdfast.convert.source import open_source
 from holdfast.errors import NotFoundError
 from holdfast.hf.family import Config, Family
-from holdfast.tensors.lazy import Tensors, only
+from holdfast.tensors.lazy import Joined, Tensors, only
+
+_PARTS = {"vision_config": ("vis", "image", "patch"), "audio_config": ("audio", "speech")}
+"""Keys of parts in `config.json`, and words, some of which the names of their tensors have in all
+architectures of transformers 5.24."""
 
 _NATIVE = re.compile(r"(?:tok_embeddings|layers\.\d+|norm|output|lm_head|rope)\..*|freqs_cis")
 """Native names, and Hugging Face's name of the head, which some native dialects share."""
@@ -60,10 +64,15 @@ def completed(
     """
     if not family.prefix:
         return Export(None, "", config)
+    copied = None if skipped or assets is None else _towers_in(assets, family)
     if towers is not None:
         lost = [f"left out {len(skipped)} tensors: loaders give them random values"]
-        return Export(towers, "", config, tuple(lost if skipped else ()))
-    copied = None if skipped or assets is None else _towers_in(assets, family)
+        if copied is None:
+            return Export(towers, "", config, tuple(lost if skipped else ()))
+        names = [name for name in copied.infos if name not in towers.infos]
+        note = f"{len(names)} tensors of other parts are copied from `{assets}`"
+        whole = Joined(towers, only(copied, names)) if names else towers
+        return Export(whole, "", config, (note,) if names else ())
     if copied is not None:
         note = f"{len(copied.infos)} tensors of other parts are copied from `{assets}`"
         return Export(copied, "", config, (note,))
@@ -72,6 +81,20 @@ def completed(
         return Export(None, "", config, tuple(lost))
     note = f"only the language model is exported, as {family.alone[1]}: no other part is given"
     return Export(None, family.prefix, _alone(family, config), (note,))
+
+
+def absent_parts(config: Config, names: Collection[str]) -> Iterator[str]:
+    """Yield a line for each part that a configuration has, and that none of the tensors is of.
+
+    Classes for text alone have no such tensors, whatever their configuration has.
+    """
+    classes = config.get("architectures")
+    kind = str(classes[0]) if isinstance(classes, list) and classes else ""
+    if kind.endswith("ForCausalLM") or "Text" in kind:
+        return
+    for key, words in _PARTS.items():
+        if isinstance(config.get(key), dict) and not any(w in n for n in names for w in words):
+            yield f"`{CONFIG}` has `{key}`, and no tensor is of it: loaders give it random values"
 
 
 def _towers_in(folder: str, family: Family) -> Tensors | None:

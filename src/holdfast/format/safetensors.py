@@ -20,6 +20,7 @@ from typing import Any
 from holdfast.errors import FormatError
 from holdfast.format.archive import Fetch
 from holdfast.format.dtypes import dtype_of
+from holdfast.format.git_lfs import check_no_pointer
 from holdfast.format.manifest import (
     Chunk,
     Manifest,
@@ -74,6 +75,7 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> Manifest:
     Raises:
         FormatError: it is no safetensors file, or truncated.
     """
+    check_no_pointer(fetch, where=where)
     try:
         prefix = fetch(0, 8)
         if len(prefix) < 8:

@@ -25,6 +25,7 @@ from holdfast.format.archive import (
     record_names,
 )
 from holdfast.format.dtypes import dtype_of
+from holdfast.format.git_lfs import check_no_pointer
 from holdfast.format.manifest import (
     Chunk,
     Manifest,
@@ -77,6 +78,12 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
         FormatError: it is no `.pt` file, or everything in it could be rebuilt only by running code.
     """
     check_kind(fetch, nbytes, where=where)
+    if fetch(0, len(_ZIP)) == _ZIP and record_names(fetch, nbytes) is None:
+        raise FormatError(
+            f"`{where}` is a ZIP archive without its directory, which is at the end: it was cut "
+            "short or changed",
+            hint=_AGAIN,
+        )
     allowed = AnyGlobal(GLOBALS)
     try:
         if fetch(0, 1) == b"\x80":
@@ -89,8 +96,15 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
         read = _Reader(records, file, nbytes)
         read.add_all(value)
     except INVALID as error:
-        reason = "it ends early" if isinstance(error, EOFError | IndexError) else error
-        raise FormatError(f"`{where}` is not a file of torch.save: {reason}") from error
+        ends_early = isinstance(error, EOFError | IndexError)
+        raise FormatError(
+            f"`{where}` cannot be read as a file of torch.save: "
+            f"{'it ends early' if ends_early else error}",
+            hint=_AGAIN
+            if ends_early
+            else "if torch.load opens it, and you trust its writer: torch.save its tensors in a "
+            "dict with keys of text",
+        ) from error
     if read.left_out and not read.tensors and not read.values:
         name, found = next(iter(read.left_out.items()))
         title = found.partition(",")[0]
@@ -116,6 +130,7 @@ def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> None:
             f"`{where}` is a pickle that torch.save did not write",
             hint="if you trust its writer, load it with `pickle`, and torch.save its tensors",
         )
+    check_no_pointer(fetch, where=where)
     names = record_names(fetch, nbytes)
     if names is None or ("data.pkl" in names and "constants.pkl" not in names):
         return
@@ -124,6 +139,12 @@ def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> None:
             raise FormatError(f"`{where}` is {kind}, which holds a program", hint=way)
     raise FormatError(f"`{where}` is a ZIP archive of another program, without `data.pkl`")
 
+
+_AGAIN = "copy or download it again"
+"""Hint for a file that lacks its end."""
+
+_ZIP = b"PK\3\4"
+"""First bytes of an archive."""
 
 _OTHER_ARCHIVES = (
     (

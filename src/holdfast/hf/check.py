@@ -15,7 +15,7 @@ from holdfast.hf.dialects import is_balance
 from holdfast.tensors.blocks import blocks
 from holdfast.tensors.lazy import TensorInfo, Tensors
 from holdfast.tensors.mapping import TensorMapping
-from holdfast.tensors.numbers import Array
+from holdfast.tensors.numbers import Array, is_packed
 from holdfast.tensors.relation import SideName
 
 LISTED_MAX = 50
@@ -28,6 +28,9 @@ HINT = "check that the configuration belongs to these weights"
 
 DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|freqs_cis|rope\.(freqs|cache))")
 """Names of buffers that are computed from the configuration. Some writers save them."""
+
+_HEADS = ("lm_head.weight", "output.weight")
+"""Ends of the names of a language model's head."""
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
@@ -88,13 +91,15 @@ def check_fit(
 def differences(
     infos: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName, config_from: str
 ) -> list[str]:
-    """Return one line per tensor of a side that is missing, misshapen or unexpected."""
+    """Return one line per tensor of a side that is missing, misshapen, quantized, or unexpected."""
     names = mapping.names(side)
     lines = [f"`{name}` is missing" for name in names if name not in infos]
     for name in names:
         if name in infos and infos[name].shape != mapping.shape(side, name):
             found, expected = list(infos[name].shape), list(mapping.shape(side, name))
             lines.append(f"`{name}` has shape {found}, expected {expected}")
+        elif name in infos and is_packed(infos[name].dtype):
+            lines.append(f"`{name}` is {infos[name].dtype}, expected floats of 16 bits or more")
     known = {*names, *mapping.aliases[side], *_unmapped_balances(infos, mapping, side)}
     unexpected = [name for name in infos if name not in known and not DERIVED.fullmatch(name)]
     return [*lines, *_unexpected(unexpected, names, config_from)]
@@ -175,11 +180,12 @@ def _bits(array: Array) -> Array:
 
 def _unexpected(unexpected: Sequence[str], names: Sequence[str], config_from: str) -> Iterator[str]:
     layers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
+    is_tied = not any(name.endswith(_HEADS) for name in names)
     for name in unexpected:
         match = _LAYER.search(name)
         if match and int(match[1]) not in layers:
             yield f"`{name}` is beyond the {len(layers)} layers of {config_from}"
-        elif name.endswith(("lm_head.weight", "output.weight")):
+        elif is_tied and name.endswith(_HEADS):
             yield f"`{name}` is unexpected: {config_from} ties the output to the embedding"
         else:
             yield f"`{name}` is unexpected"

@@ -27,7 +27,7 @@ from holdfast.format.region import Region
 from holdfast.hf.assets import files_beside, stem_of, write_small
 from holdfast.hf.check import check_exportable
 from holdfast.hf.dialects import is_balance, renamed
-from holdfast.hf.families import family_of
+from holdfast.hf.families import family_of, table_of
 from holdfast.hf.family import mapping_of
 from holdfast.hf.own_names import check_own_names, keeps_names, own_dtypes, own_names_mapping
 from holdfast.hf.shards import ExportLayout, shard
@@ -40,7 +40,8 @@ from holdfast.storage.store import FileWriter
 from holdfast.tensors.blocks import blocks, runs
 from holdfast.tensors.lazy import TensorInfo
 from holdfast.tensors.mapping import TensorMapping
-from holdfast.tensors.numbers import Array, box_of, convert, is_floating, raw_type
+from holdfast.tensors.numbers import Array, box_of, convert, is_floating, raw_type, too_large
+from holdfast.tensors.relation import SideName
 
 BLOCK_BYTES = 16 << 20
 """Bytes that a rank converts and writes at a time."""
@@ -59,6 +60,10 @@ class HFModel:
     exact: bool = False
     """Whether weights whose configuration has another rotary base, epsilon or routing are refused;
     false: each difference is logged as a warning."""
+
+    seq_len: int | None = None
+    """Length of the training sequences, in tokens; None: unknown. An export logs whether its
+    configuration allows longer inputs."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, Mapping):
@@ -125,6 +130,12 @@ class Exported:
     note: str = ""
     """Line for the log on tensors that keep the names of the live model; empty: none does."""
 
+    infinite: tuple[str, ...] = ()
+    """Names of tensors with a number that is too large for the dtype of the export."""
+
+    untied: str = ""
+    """Name of a live tensor that the configuration ties to another; empty: there is none."""
+
 
 def export(
     snapshot: ExportSnapshot,
@@ -159,7 +170,8 @@ def export(
         exported = gather_and_run(
             ranks, result, lambda results: _publish(layout, model, catalog, attempt, results)
         )
-        return replace(exported, note="" if named is None else named.note)
+        untied = run_on_rank_0(ranks, lambda: _untied(snapshot, model, renames=named is None))
+        return replace(exported, note="" if named is None else named.note, untied=untied)
     except HoldfastError:
         if ranks.rank == 0:
             with suppress(HoldfastError):
@@ -181,6 +193,17 @@ def _own_names(snapshot: ExportSnapshot, model: HFModel) -> _OwnNames | None:
     if not keeps_names(infos, config):
         return None
     return _OwnNames(infos, check_own_names(infos, config))
+
+
+def _untied(snapshot: ExportSnapshot, model: HFModel, *, renames: bool) -> str:
+    """Return the Hugging Face name of a tensor of its own that the configuration ties to another;
+    empty if there is none."""
+    if table_of(of_language_model(model.config)) is None:
+        return ""
+    infos, mapping = snapshot.infos, model.mapping
+    names = renamed(infos, "meta").values() if renames else infos.keys()
+    side: SideName = "native" if renames else "hf"
+    return next((name for name in mapping.aliases[side] if name in {*names}), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +241,7 @@ class _Job:
         }
         exported, items = {*self.mapping.names("native")}, self.snapshot.file_layout.tensors
         native_names = self._native_names({item.name for item in items})
-        nbytes, lost = 0, []
+        nbytes, lost, infinite = 0, list[str](), set[str]()
         with ExitStack() as stack:
 
             @cache
@@ -233,16 +256,18 @@ class _Job:
                         lost.append(item.name)
                     continue
                 for block in blocks(item.region.shape, 8, BLOCK_BYTES):
-                    for name, box, elements in self._pieces(item, native, block):
+                    for name, box, elements, fits in self._pieces(item, native, block):
+                        infinite |= set() if fits else {name}
                         file, offset = locations[name]
                         shape = self.mapping.shape("hf", name)
                         nbytes += _write_box(writer_of(file), offset, shape, box, elements)
-        return Exported(nbytes, tuple(lost))
+        return Exported(nbytes, tuple(lost), infinite=tuple(sorted(infinite)))
 
     def _pieces(
         self, item: TensorItem, native: str, block: Region
-    ) -> Iterator[tuple[str, Region, Array]]:
-        """Yield Hugging Face name, box and elements for each part of a block of an item."""
+    ) -> Iterator[tuple[str, Region, Array, bool]]:
+        """Yield Hugging Face name, box and elements for each part of a block of an item, and
+        whether all its numbers fit into their dtype."""
         dtype, region = item.dtype, block.moved(item.region.start)
         data = np.frombuffer(self.snapshot.data_of(item, block), raw_type(dtype))
         data = data.reshape(block.shape)
@@ -251,7 +276,9 @@ class _Job:
             elements = np.empty(box.shape, raw_type(dtype))
             copy.run_back(elements, box_of(data, copy.target_view.region))
             target_dtype = self.layout.dtypes[copy.source] if is_floating(dtype) else dtype
-            yield copy.source, box, convert(elements, dtype, target_dtype)
+            converted = convert(elements, dtype, target_dtype)
+            fits = too_large(elements, dtype, converted, target_dtype) is None
+            yield copy.source, box, converted, fits
 
 
 def _write_box(
@@ -285,4 +312,5 @@ def _publish(
     catalog.publish(attempt)
     execute(store, plan_cleanup(store.list(), only=attempt.name))
     lost = {name for result in results for name in result.lost}
-    return Exported(layout.nbytes, tuple(sorted(lost)))
+    infinite = {name for result in results for name in result.infinite}
+    return Exported(layout.nbytes, tuple(sorted(lost)), infinite=tuple(sorted(infinite)))

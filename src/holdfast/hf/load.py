@@ -11,15 +11,17 @@ from itertools import permutations
 import numpy as np
 import torch
 
+from holdfast.catalog.catalog import location
+from holdfast.catalog.findings import FORMATS
 from holdfast.catalog.hf_folder import CONFIG, HFFolder, open_hf_folder
-from holdfast.catalog.open_any import check_folder
+from holdfast.catalog.open_any import check_folder, format_of
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
 from holdfast.comm import Ranks, run_on_all, run_on_rank_0
 from holdfast.errors import UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.hf.check import check_fit
+from holdfast.hf.check import HINT, check_fit
 from holdfast.hf.dialects import balances, dialect_of, is_balance, renamed
 from holdfast.hf.families import family_of, table_of
 from holdfast.hf.family import Config, mapping_for
@@ -35,6 +37,7 @@ from holdfast.tensors.blocks import blocks
 from holdfast.tensors.lazy import Joined, Mapped, Renamed, Tensors, Zeros
 from holdfast.tensors.mapping import TensorMapping
 from holdfast.tensors.quantized import Dequantized
+from holdfast.tensors.renames import spelled, suggested
 from holdfast.tensors.stored import StoredTensors
 
 BLOCK_BYTES = 8 << 20
@@ -84,7 +87,14 @@ def load_folder(
         mapping, config_from = run_on_all(ranks, lambda: _table(source, folder, config, hf_tensors))
         notes = run_on_rank_0(
             ranks,
-            lambda: check_fit(hf_tensors, mapping, "hf", where=source.url, config_from=config_from),
+            lambda: check_fit(
+                hf_tensors,
+                mapping,
+                "hf",
+                where=source.url,
+                config_from=config_from,
+                hint=_fit_hint(source, hf_tensors, mapping),
+            ),
         )
     if own_names:
         tensors = tensors_for(hf_tensors, leaves, _tied(leaves), config)
@@ -100,8 +110,22 @@ def load_folder(
     return loaded, (*folder.notes, *notes, *hf_tensors.notes)
 
 
+def _fit_hint(source: Source, tensors: Tensors, mapping: TensorMapping) -> str:
+    """Return the hint for tensors that do not fit: the command that renames them, if one does."""
+    rules = spelled(suggested(tensors.infos, mapping.names("hf")))
+    if not rules:
+        return HINT
+    return f"holdfast convert {source.url} RENAMED --to hf {rules}"
+
+
 def _opened(store: ReadStore, name: str) -> HFFolder:
     check_folder(store, name)
+    form = format_of(store, name)
+    if form in ("holdfast", "dcp"):
+        raise UsageError(
+            f"`{location(store, name)}` is a {FORMATS[form]}, expected: a Hugging Face folder",
+            hint="leave out `initial_load_in_hf`; `initial_load_path` takes a checkpoint too",
+        )
     return open_hf_folder(store, name)
 
 

@@ -6,8 +6,7 @@ Weights that are loaded into a model with other values give other logits, withou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from reprlib import repr as shortened
 from typing import Any
 
@@ -25,7 +24,7 @@ MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
 """Values of `model_type` that a native model computes, by its name in `flavors.MODELS`."""
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
     "mistral": {
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 4096 * 32,
@@ -50,7 +49,25 @@ _FIXED: Mapping[str, Any] = {
 }
 """Values that native models have, whatever the configuration."""
 
-_COMPARED = "rms_norm_eps norm_topk_prob num_experts_per_tok hidden_act sliding_window"
+_COMPARED = (
+    "num_attention_heads num_key_value_heads head_dim layer_types no_rope_layers "
+    "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon "
+    "hidden_act hidden_activation activation_function swiglu_limit "
+    "sliding_window sliding_window_pattern attention_chunk_size alibi parallel_attn "
+    "attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar clip_qkv "
+    "attention_multiplier embedding_multiplier residual_multiplier logits_scaling logit_scale "
+    "rope_local_base_freq rope_interleave attn_temperature_tuning attn_scale floor_scale "
+    "use_qk_norm norm_topk_prob num_experts_per_tok scoring_func topk_method topk_group n_group "
+    "routed_scaling_factor"
+)
+"""Keys whose values change what a model computes, and not the shapes of its tensors. Numbers of
+heads are among them: four heads of 8 have the shape of eight heads of 4."""
+
+_HEADS = ("num_key_value_heads", "head_dim")
+"""Keys that may be null, for a value that follows from others."""
+
+_ROPE = ("rope_parameters", "rope_scaling")
+"""Keys with the values of rotary positions, of transformers 5 and 4."""
 
 
 def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
@@ -90,8 +107,8 @@ def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
     if wrong:
         raise MismatchError(
             f"{where} has values that the native model does not compute:\n  " + "\n  ".join(wrong),
-            hint="train the model by its own code, with `CheckpointManager(..., hub=HFModel(config"
-            "))`; for the tokenizer alone, use a folder without `config.json`",
+            hint="train the model by its own code, with `CheckpointManager(..., hub=holdfast.hf."
+            "export.HFModel(config))`; for the tokenizer alone, use a folder without `config.json`",
         )
     return replace(
         with_sizes(flavor, config),
@@ -135,17 +152,76 @@ def value_differences(one: Config, other: Config) -> list[str]:
     ]
 
 
+def untrained_positions(config: Config, seq_len: int | None) -> str | None:
+    """Return a note if a configuration allows longer inputs than the `seq_len` tokens of the
+    training sequences; None if it does not, or one of both is unknown."""
+    positions = config.get("max_position_embeddings")
+    if seq_len is None or type(positions) is not int or positions <= seq_len:
+        return None
+    return (
+        f"`max_position_embeddings` is {positions}, and this run trained on sequences of {seq_len} "
+        "tokens: whatever the model does beyond them, it had learned before"
+    )
+
+
+def no_class(config: Config) -> str | None:
+    """Return a note if a configuration of transformers names no class; None if it does."""
+    if config.get("architectures") or not config.get("model_type"):
+        return None
+    return "`config.json` has no `architectures`: vLLM and SGLang choose the model by it"
+
+
 def _values(config: Config) -> dict[str, Any]:
     """Return the values of a configuration by name, and those that transformers uses for missing
     keys of the models that can be trained here."""
     known = _with_defaults(config)
-    values = {key: known[key] for key in _COMPARED.split() if key in known}
+    heads, width = known.get("num_attention_heads"), known.get("hidden_size")
+    # Other models have defaults of their own.
+    if str(known.get("model_type")) in _DEFAULTS and type(heads) is int and heads > 0:
+        known["num_key_value_heads"] = known.get("num_key_value_heads") or heads
+        known["head_dim"] = known.get("head_dim") or (width // heads if width else None)
+    values = {
+        key: known[key]
+        for key in _COMPARED.split()
+        if key in known and (known[key] is not None or key not in _HEADS)
+    }
     if not known.get("use_sliding_window", True):
         values["sliding_window"] = None
-    has_rope = {"rope_theta", "rope_parameters", "rope_scaling"} & config.keys()
-    if has_rope or str(config.get("model_type")) in _DEFAULTS:
-        with suppress(FormatError):
-            # `rope_of` refuses null, and then no rotary value would be compared.
-            given = {key: value for key, value in known.items() if value is not None}
-            values["rope_theta"], values["rope_scaling"] = rope_of(given)
+    if {"rope_theta", *_ROPE} & config.keys() or str(config.get("model_type")) in _DEFAULTS:
+        values |= _rope_values(known)
     return values
+
+
+def _rope_values(known: Config) -> dict[str, Any]:
+    """Return the values of rotary positions by name, the same for all versions of transformers."""
+    # `rope_of` refuses null, and a part of a head that is rotated.
+    given = {key: value for key, value in known.items() if value is not None}
+    found: Any = next((given.pop(key) for key in _ROPE if given.get(key)), {})
+    if not isinstance(found, Mapping):
+        return {"rope_scaling": found}
+    by_layer = {str(k): v for k, v in found.items() if isinstance(v, Mapping)}
+    if by_layer:
+        # Layers of different types have values of their own.
+        return {
+            f"{key} of {kind}": value
+            for kind, one in by_layer.items()
+            for key, value in _rope_values({**given, _ROPE[0]: one}).items()
+        }
+    rope = {key: value for key, value in found.items() if value is not None}
+    part = rope.pop("partial_rotary_factor", given.pop("partial_rotary_factor", None))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta: Any = rope.get("rope_theta", given.get("rope_theta"))
+    try:
+        theta, scaling = rope_of({**given, _ROPE[0]: rope})
+        scales = {} if scaling is None else asdict(scaling)
+    except FormatError:
+        # Of a kind that native models do not compute.
+        scales = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type", "type")}
+    values: dict[str, Any] = {
+        "rope_type": kind,
+        **{f"{_ROPE[1]}.{key}": one for key, one in scales.items()},
+    }
+    # Classes have defaults of their own for these.
+    if "rope_theta" in rope or "rope_theta" in given or known.get("model_type") in _DEFAULTS:
+        values["rope_theta"] = theta
+    return values if part is None else {**values, "partial_rotary_factor": part}

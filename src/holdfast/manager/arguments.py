@@ -86,7 +86,7 @@ def check(
                 "a resume starts the data afresh",
             )
         if hub is not None and not isinstance(hub, HFModel):
-            raise _wrong("hub", "a `HFModel`", hub, "HFModel(config, assets)")
+            raise _wrong("hub", "a `HFModel`", hub, "holdfast.hf.export.HFModel(config, assets)")
         for optimizer in given if config.async_mode == "async_with_pinned_mem" else ():
             if not hasattr(optimizer, "register_step_pre_hook"):
                 raise UsageError(

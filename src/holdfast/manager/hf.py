@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.findings import named
 from holdfast.catalog.hf_folder import of_language_model
 from holdfast.comm import Ranks, run_on_all, run_on_rank_0
 from holdfast.errors import MismatchError, UsageError
@@ -18,7 +20,7 @@ from holdfast.format.names import step_name
 from holdfast.hf.export import ExportSnapshot, HFModel, export
 from holdfast.hf.load import load_folder
 from holdfast.hf.own_names import check_no_adapters
-from holdfast.hf.values import value_differences
+from holdfast.hf.values import no_class, untrained_positions, value_differences
 from holdfast.loading.load import Loaded
 from holdfast.manager.components import differences
 from holdfast.manager.context import RunContext
@@ -31,9 +33,37 @@ from holdfast.storage.opening import folder_store, is_url
 FOLDER = "hf"
 """Folder of the exports at an interval, below the folder of the checkpoints."""
 
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
+"""Names of the module inside that of torch.compile, DDP and FSDP."""
+
 Export = Literal["as_step", "beside", "alone"]
 """Place of an export: in the folder `step-N` itself, in addition to a checkpoint, or without a
 checkpoint of this step."""
+
+
+def _with_class(model: HFModel, live: Sequence[nn.Module]) -> HFModel:
+    """Return the description with the class of the live model, if it lacks one.
+
+    The configuration of a model of transformers has a class only after `save_pretrained`, and
+    loaders choose the model by it.
+    """
+    names = [name for part in live if (name := _class_of(part))]
+    if model.config.get("architectures") or not model.config.get("model_type") or not names:
+        return model
+    return replace(model, config={**model.config, "architectures": names[:1]})
+
+
+def _class_of(module: nn.Module) -> str | None:
+    """Return the name of a class of transformers, inside any wrappers; None for other classes."""
+    while (
+        inner := next((m for n, m in module.named_children() if n in WRAPPERS), None)
+    ) is not None:
+        module = inner
+    # FSDP makes a class of its own from each class.
+    classes = [kind for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP")]
+    if not any(kind.__name__ == "PreTrainedModel" for kind in classes):
+        return None
+    return classes[0].__name__
 
 
 class HFFormat:
@@ -50,7 +80,8 @@ class HFFormat:
         Raises a UsageError if the settings ask for exports, and `model` is None or has adapters, or
         the run saves to an object store.
         """
-        self._run, self._config, self._ranks, self._model = run, run.config, run.ranks, model
+        self._run, self._config, self._ranks = run, run.config, run.ranks
+        self._model = None if model is None else _with_class(model, live)
         self.planner: Planner = Planner(run.ranks)
         if not run.config.last_save_in_hf and not run.config.hf_export_interval:
             return
@@ -64,7 +95,7 @@ class HFFormat:
         if model is None:
             raise UsageError(
                 "Hugging Face folders need to know the model: its `config.json`",
-                hint="`hub=HFModel(config, assets)` of CheckpointManager",
+                hint="`hub=holdfast.hf.export.HFModel(config, assets)` of CheckpointManager",
             )
         # Known only at the first export otherwise, after hours of training.
         names = [name for part in live for name, _ in part.named_parameters()]
@@ -174,8 +205,24 @@ class HFFormat:
         speed = rate(exported.nbytes, time.perf_counter() - started)
         where, lost = catalog.where(attempt.name), exported.lost
         self._run.info(f"saved step {step} for Hugging Face: {speed}, {where}")
-        if exported.note:
-            self._run.info(f"{where}: {exported.note}")
+        config = of_language_model(self._model.config)
+        for note in (
+            exported.note,
+            untrained_positions(config, self._model.seq_len),
+            no_class(self._model.config),
+        ):
+            if note:
+                self._run.info(f"{where}: {note}")
+        if exported.infinite:
+            self._run.warn(
+                f"{where}: {named(exported.infinite)} have numbers that are too large for "
+                f"{self._config.export_dtype}, and are infinite in the export"
+            )
+        if exported.untied:
+            self._run.warn(
+                f"{where}: `{exported.untied}` is a tensor of its own in the model, and "
+                f"`config.json` ties it: loaders that follow `config.json` use the embedding for it"
+            )
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             self._run.warn(

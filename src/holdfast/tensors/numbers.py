@@ -50,6 +50,11 @@ def is_floating(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
 
 
+def is_packed(dtype: str) -> bool:
+    """Return whether weights of this dtype are quantized, and mean nothing without factors."""
+    return not is_floating(dtype) or dtype.startswith(("float8", "float4"))
+
+
 def convert(elements: Array, source: str, target: str) -> Array:
     """Return the elements in another floating-point dtype; the array itself if it is the same."""
     if source == target:
@@ -63,6 +68,29 @@ def convert(elements: Array, source: str, target: str) -> Array:
             stop = start + ELEMENTS_AT_ONCE
             out[start:stop] = convert_part(flat[start:stop])
     return result
+
+
+_INFINITE = {"float16": 0x7C00, "bfloat16": 0x7F80}
+"""Bits of infinity without its sign, of dtypes of 16 bits."""
+
+
+def too_large(elements: Array, source: str, converted: Array, target: str) -> float | None:
+    """Return a finite number of `elements` that became infinite in `converted`; None if none did.
+
+    Both arrays have the same shape and the raw types of their dtypes.
+    """
+    if target not in (*_INFINITE, "float32") or source in (target, *_FLOAT8):
+        return None
+    if target in _INFINITE:
+        infinite = (converted.view(np.uint16) & 0x7FFF) == _INFINITE[target]
+    else:
+        infinite = np.isinf(converted)
+    if not infinite.any():
+        return None
+    before = elements[infinite]
+    numbers = before if source.startswith("float") else _from_bfloat16(before)
+    finite = numbers[np.isfinite(numbers)]
+    return float(finite[0]) if finite.size else None
 
 
 def floats(elements: Array, dtype: str) -> Floats:

@@ -1,14 +1,16 @@
-"""Dequantization on reading: fp8 in blocks, and MXFP4.
+"""Dequantization on reading: fp8 with a factor per block, row or tensor, and MXFP4.
 
 Sources: DeepSeek V3's `README_WEIGHTS.md` (each block of 128 x 128 elements of `X.weight` has one
-factor in `X.weight_scale_inv`), and the OCP Microscaling Formats specification 1.0 (each group of
-32 elements of 4 bits shares an exponent of 8 bits; gpt-oss stores them as `X_blocks` and
-`X_scales`).
+factor in `X.weight_scale_inv`); compressed-tensors, FBGEMM and ModelOpt (one factor per row or
+tensor, in `X.weight_scale`), by which the stored numbers are multiplied too; and the OCP
+Microscaling Formats specification 1.0 (each group of 32 elements of 4 bits shares an exponent of 8
+bits; gpt-oss stores them as `X_blocks` and `X_scales`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from reprlib import repr as shortened
 from typing import Any
 
@@ -24,6 +26,14 @@ PREFERRED = "bfloat16"
 """Dtype to write dequantized tensors in: these models were trained in it."""
 
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
+
+PLAIN_SCALE = "_scale"
+"""End of the name of fp8 factors that are not in blocks."""
+
+_WEIGHT = ".weight"
+
+_ACTIVATIONS = (".input_scale", ".output_scale", ".activation_scale")
+"""Ends of the names of factors for activations, which unquantized models do not have."""
 
 BLOCK = (128, 128)
 """Shape of the fp8 blocks that share a factor, unless the configuration has another."""
@@ -54,28 +64,40 @@ GROUP = 32
 class Dequantized:
     """Tensors of a source; a quantized tensor and its factors appear as one float tensor."""
 
-    def __init__(self, source: Tensors, config: Mapping[str, Any]) -> None:
-        """`config`: `quantization_config` of the folder, or empty."""
+    def __init__(
+        self, source: Tensors, config: Mapping[str, Any], *, keeps_fp8: bool = False
+    ) -> None:
+        """`config`: `quantization_config` of the folder, or empty. `keeps_fp8`: fp8 without factors
+        is kept as it is, for checkpoints that are no published weights."""
         self._source = source
         infos, unsupported = source.infos, list[str]()
         _check_method(infos, config)
         self._block = _block_in(config)
+        self._in_blocks = isinstance(config, Mapping) and bool(config.get("weight_block_size"))
+        self._scale_of = _scales(infos)
+        scales = {*self._scale_of.values()}
+        modules = {n.removesuffix(_WEIGHT) for n in self._scale_of if n.endswith(_WEIGHT)}
+        activations = {
+            name
+            for name in infos
+            if name.endswith(_ACTIVATIONS) and name.rpartition(".")[0] in modules
+        }
         self.infos: dict[str, TensorInfo] = {}
         self.num_quantized: int = 0
         for name, info in infos.items():
-            if name.endswith(SCALE) and name.removesuffix(SCALE) in infos:
+            if name in scales or name in activations:
                 continue
             if name.endswith(SCALES) and _sibling(name, SCALES, BLOCKS) in infos:
                 continue
             shape = info.shape
-            if name + SCALE in infos:
+            if name in self._scale_of:
                 unsupported += self._check_fp8(name)
             elif name.endswith(BLOCKS) and _sibling(name, BLOCKS, SCALES) in infos:
                 unsupported += self._check_mxfp4(name)
                 experts, rows, groups, _ = (*shape, 0, 0, 0, 0)[:4]
                 name, shape = name.removesuffix(BLOCKS), (experts, groups * GROUP, rows)
             else:
-                if info.dtype.startswith(("float8", "float4")):
+                if info.dtype.startswith(("float8", "float4")) and not keeps_fp8:
                     unsupported.append(f"`{name}` is {info.dtype}, without its `{name}{SCALE}`")
                 self.infos[name] = info
                 continue
@@ -85,7 +107,8 @@ class Dequantized:
             raise FormatError(
                 f"unsupported quantization of {len(unsupported)} tensors:"
                 + listed(unsupported, LISTED_MAX),
-                hint="fp8 in blocks (DeepSeek) and MXFP4 (gpt-oss) can be read",
+                hint="fp8 with factors per block, row or tensor and MXFP4 can be read; convert the "
+                "weights that these were made from",
             )
 
     @property
@@ -97,26 +120,70 @@ class Dequantized:
     def read(self, name: str, region: Region) -> Array:
         if name + BLOCKS in self._source.infos:
             return self._read_mxfp4(name, region)
-        if name + SCALE in self._source.infos:
+        if name in self._scale_of:
             return self._read_fp8(name, region)
         return self._source.read(name, region)
 
     def _read_fp8(self, name: str, region: Region) -> Floats:
-        """Read a box of a weight `[..., r, c]` with one factor per block of its last two dims."""
+        """Read a box of a weight `[..., r, c]` with one factor per block of its last two dims, or
+        with factors of a shape that is broadcast to its own."""
         bits = self._source.read(name, region)
+        broadcast = self._broadcast(name)
+        if broadcast is not None:
+            return self._read_broadcast(name, region, bits, broadcast)
         outer = len(region.start) - len(self._block)
         inner = region.start[outer:], region.stop[outer:]
         first = tuple(start // size for start, size in zip(inner[0], self._block, strict=True))
         last = tuple(-(-stop // size) for stop, size in zip(inner[1], self._block, strict=True))
         box = Region((*region.start[:outer], *first), (*region.stop[:outer], *last))
-        scale = self._source.infos[name + SCALE].dtype
-        factors = floats(self._source.read(name + SCALE, box), scale)
+        scale = self._scale_of[name]
+        factors = floats(self._source.read(scale, box), self._source.infos[scale].dtype)
         rows = np.arange(inner[0][0], inner[1][0]) // self._block[0] - first[0]
         columns = np.arange(inner[0][1], inner[1][1]) // self._block[1] - first[1]
         values = floats(bits, self._source.infos[name].dtype)
         for block in range(factors.shape[-2]):
             # One row of blocks at a time: a factor for every element would double the memory.
             values[..., rows == block, :] *= factors[..., block, None, :][..., columns]
+        return values
+
+    def _broadcast(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a weight's factors with one dim for each of the weight's, or None if
+        they are factors of blocks, or of no known kind."""
+        weight = self._source.infos[name].shape
+        scale = self._source.infos[self._scale_of[name]].shape
+        if self._in_blocks or scale == self._blocks_of(weight):
+            return None
+        if prod(scale) == 1:
+            return (1,) * len(weight)
+        full = (*scale, 1) if len(scale) == len(weight) - 1 else scale
+        if len(full) != len(weight) or any(
+            one not in (1, size) for one, size in zip(full, weight, strict=True)
+        ):
+            return None
+        return full
+
+    def _blocks_of(self, weight: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the shape of the factors of a weight in blocks; None if it has too few dims."""
+        outer = len(weight) - len(self._block)
+        if outer < 0:
+            return None
+        sizes = zip(weight[outer:], self._block, strict=True)
+        return (*weight[:outer], *(-(-size // block) for size, block in sizes))
+
+    def _read_broadcast(
+        self, name: str, region: Region, bits: Array, shape: tuple[int, ...]
+    ) -> Floats:
+        """Multiply a box of a weight by its factors, whose shape is broadcast to the weight's."""
+        scale = self._scale_of[name]
+        info = self._source.infos[scale]
+        # Factors are few: one per row at most.
+        factors = floats(self._source.read(scale, Region.whole(info.shape)), info.dtype)
+        box = tuple(
+            slice(start, stop) if size > 1 else slice(None)
+            for start, stop, size in zip(region.start, region.stop, shape, strict=True)
+        )
+        values = floats(bits, self._source.infos[name].dtype)
+        values *= factors.reshape(shape)[box]
         return values
 
     def _read_mxfp4(self, name: str, region: Region) -> Array:
@@ -132,17 +199,13 @@ class Dequantized:
         return rows[:, :, k0 - g0 * GROUP : k1 - g0 * GROUP].transpose(0, 2, 1)
 
     def _check_fp8(self, name: str) -> list[str]:
-        weight, scale = self._source.infos[name], self._source.infos[name + SCALE]
-        outer = len(weight.shape) - len(self._block)
-        if outer >= 0:
-            sizes = zip(weight.shape[outer:], self._block, strict=True)
-            blocks = (-(-size // block) for size, block in sizes)
-            if scale.shape == (*weight.shape[:outer], *blocks) and weight.dtype.startswith(
-                "float8"
-            ):
-                return []
+        weight, scale = self._source.infos[name], self._source.infos[self._scale_of[name]]
+        fits = scale.shape == self._blocks_of(weight.shape) or self._broadcast(name) is not None
+        if fits and weight.dtype.startswith("float8"):
+            return []
+        end = self._scale_of[name].removeprefix(name)
         return [
-            f"`{name}` is {weight.dtype} {list(weight.shape)}, its `{SCALE}` {list(scale.shape)}, "
+            f"`{name}` is {weight.dtype} {list(weight.shape)}, its `{end}` {list(scale.shape)}, "
             f"with blocks of {list(self._block)}"
         ]
 
@@ -163,14 +226,31 @@ def _check_method(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) ->
     method = config.get("quant_method") if isinstance(config, Mapping) else None
     if method in READABLE:
         return
-    packed = [name for name, info in infos.items() if info.dtype.startswith(_PACKED)]
+    scaled = _scales(infos)
+    packed = [
+        name
+        for name, info in infos.items()
+        if info.dtype.startswith(_PACKED) and name not in scaled
+    ]
     if packed:
         raise FormatError(
             f"the weights are quantized by {shortened(method)}, which cannot be read: "
             f"{len(packed)} tensors, such as `{packed[0]}` {infos[packed[0]].dtype}",
-            hint="convert the weights that they were made from; fp8 in blocks and MXFP4 can be "
-            "read",
+            hint="convert the weights that they were made from; fp8 and MXFP4 can be read",
         )
+
+
+def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Return the name of the factors of each fp8 weight that has some."""
+    scales = {n.removesuffix(SCALE): n for n in infos if n.endswith(SCALE)}
+    scales |= {
+        n.removesuffix(PLAIN_SCALE): n
+        for n in infos
+        if n.endswith(_WEIGHT + PLAIN_SCALE)
+        and n.removesuffix(PLAIN_SCALE) in infos
+        and infos[n.removesuffix(PLAIN_SCALE)].dtype.startswith("float8")
+    }
+    return {name: scale for name, scale in scales.items() if name in infos}
 
 
 def _block_in(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -18,9 +18,17 @@ _SUGGESTED_MAX = 8
 
 
 def parse(rule: str, option: str) -> tuple[re.Pattern[str], str]:
-    """Parse a rule into a pattern and its replacement. Raises a UsageError, which names `option`,
-    if `rule` is no such rule."""
+    """Parse a rule into a pattern and its replacement.
+
+    >>> parse("module.=", "--rename") == parse("module=", "--rename")
+    True
+
+    Raises:
+        UsageError: this is no such rule. The message names `option`.
+    """
     theirs, equals, ours = rule.partition("=")
+    # Rules are about whole parts of names, with or without the dot behind them.
+    theirs, ours = theirs.removesuffix("."), ours.removesuffix(".")
     if not equals or not theirs or theirs.count("{}") != ours.count("{}"):
         raise UsageError(
             f"`{option}` must have rules `theirs=ours`, with the same number of `{{}}` on both "
@@ -69,7 +77,8 @@ def new_names(names: Collection[str], rules: Sequence[str], option: str) -> dict
 
 def suggested(names: Collection[str], expected: Collection[str] = ()) -> list[str]:
     """Return rules for parts of names that wrappers add. With `expected`, return rules that give
-    tensors the missing `model.` in front, or drop it, if the expected names say so.
+    tensors the missing `model.` in front, or drop what all of them have there, if the expected
+    names say so.
 
     >>> suggested(["_orig_mod.layers.0.weight", "_orig_mod.norm.weight"])
     ['_orig_mod=']
@@ -77,6 +86,8 @@ def suggested(names: Collection[str], expected: Collection[str] = ()) -> list[st
     ['layers.{}._orig_mod=layers.{}']
     >>> suggested(["norm.bias", "head.bias"], ["model.norm.bias", "model.head.bias"])
     ['norm=model.norm', 'head=model.head']
+    >>> suggested(["net.model.norm.bias", "net.head.bias"], ["model.norm.bias", "head.bias"])
+    ['net=']
     """
     rules: dict[str, None] = {}
     for name in names:
@@ -93,9 +104,20 @@ def suggested(names: Collection[str], expected: Collection[str] = ()) -> list[st
             first = name.partition(".")[0]
             if name not in wanted and f"model.{name}" in wanted:
                 rules[f"{first}=model.{first}"] = None
-            elif name not in wanted and name.removeprefix("model.") in wanted:
-                rules["model="] = None
+        if not rules:
+            rules = dict.fromkeys(_prefix_rule(names, wanted))
     return [*rules] if len(rules) <= _SUGGESTED_MAX else []
+
+
+def _prefix_rule(names: Collection[str], wanted: Collection[str]) -> list[str]:
+    """Return the rule that drops what every unexpected name has in front of an expected one."""
+    common: set[str] | None = None
+    for name in names:
+        dots = () if name in wanted else re.finditer(r"\.", name)
+        prefixes = {name[: dot.end()] for dot in dots if name[dot.end() :] in wanted}
+        if prefixes:
+            common = prefixes if common is None else common & prefixes
+    return [f"{min(common, key=len)[:-1]}="] if common else []
 
 
 def spelled(rules: Sequence[str]) -> str:

@@ -51,10 +51,16 @@ def followed_model(config: Config, vocab_size: int) -> FollowedModel:
             if config.checkpoint.last_save_in_hf or config.checkpoint.hf_export_interval:
                 logger.warning("exports get a `%s` of their own: %s", CONFIG, error.what)
         else:
-            return FollowedModel(flavor, HFModel(given, assets, exact=True))
+            return FollowedModel(flavor, _described(config, given))
     flavor = config.model.shape
     described = config_of(config.model.name, flavor, vocab_size)
-    return FollowedModel(flavor, HFModel(described, assets, exact=True))
+    return FollowedModel(flavor, _described(config, described))
+
+
+def _described(config: Config, contents: dict[str, Any]) -> HFModel:
+    """Return the description of the run's model with the contents of a `config.json`."""
+    assets, seq_len = config.model.hf_assets_path, config.training.seq_len
+    return HFModel(contents, assets, exact=True, seq_len=seq_len)
 
 
 class _OtherModelError(MismatchError):

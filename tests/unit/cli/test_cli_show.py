@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 import holdfast
 from checkpoints import save_safetensors, save_step, save_stock, save_torch
+from hf_folders import save_adapter
 from holdfast.cli.main import main
 from holdfast.cli.picture import draw, letter
 from holdfast.cli.tree import lines, tree_of
 from holdfast.format.manifest import Chunk, Span, TensorEntry
 from holdfast.format.region import Region
+from holdfast.hf.export import HFModel
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,9 @@ def test_a_path_without_a_checkpoint_is_an_error_with_a_hint(
     """Method: a folder of checkpoints; a folder of folders; a path that does not exist."""
     status, _, err = run(capsys, saved / "outputs")
     assert (status, f"its newest step: {saved}/outputs/step-7" in err) == (4, True)
-    assert "holdfast list" in run(capsys, saved)[2]
+    assert f"hint: checkpoints in it: `hf`, `stock`; {saved}/stock" in run(capsys, saved)[2]
+    (saved / "empty").mkdir(exist_ok=True)
+    assert "holdfast list" in run(capsys, saved / "empty")[2]
     assert run(capsys, saved / "missing")[0] == 4
 
 
@@ -242,3 +246,51 @@ def test_each_letter_of_a_picture_is_that_of_the_chunk_there(
     assert "." not in "".join(picture)
     for line in (*picture, *("".join(column) for column in zip(*picture, strict=True))):
         assert list(line) == sorted(line)
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "factor": None},
+}
+
+
+def test_the_configuration_of_the_model_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: a checkpoint of a run with a configuration, a folder of Hugging Face with one of two
+    models, and a `.pt` file without one."""
+    names = ("tok_embeddings.weight", "layers.0.attention.wq.weight")
+    model = {name: torch.nn.Parameter(torch.ones(2, 2)) for name in names}
+    module = torch.nn.Module()
+    for name, value in model.items():
+        module.register_parameter(name.replace(".", "_"), value)
+    config = holdfast.CheckpointConfig(enable=True, interval=1)
+    with holdfast.CheckpointManager(
+        tmp_path / "run", model=module, config=config, hub=HFModel(CONFIG)
+    ) as manager:
+        manager.save(1)
+    said = run(capsys, tmp_path / "run/step-1")[1]
+    assert "\n  configuration: LlamaForCausalLM, llama\n    num_hidden_layers 1, " in said
+    assert "hidden_size 8, tie_word_embeddings False\n    rope_parameters: rope_type " in said
+    assert "rope_theta 500000.0\n" in said
+    assert json.loads(run(capsys, tmp_path / "run/step-1", "--json")[1])["config"] == CONFIG
+
+    save_safetensors(tmp_path / "hf")
+    text = {"model_type": "llama", "hidden_size": 16}
+    whole = {"model_type": "llava", "text_config": text, "vision_config": {"hidden_size": 4}}
+    (tmp_path / "hf/config.json").write_text(json.dumps(whole))
+    assert "\n  configuration: llava\n    hidden_size 16\n" in run(capsys, tmp_path / "hf")[1]
+
+    adapter = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "org/name"}
+    peft = save_adapter(tmp_path / "peft", {"base_model.model.x.lora_A.weight": torch.ones(4, 2)})
+    (peft / "adapter_config.json").write_text(json.dumps(adapter))
+    assert "adapter of PEFT for 'org/name': peft_type 'LORA', r 4\n" in run(capsys, peft)[1]
+
+    torch.save({"model": dict(model)}, tmp_path / "model.pt")
+    said = run(capsys, tmp_path / "model.pt")[1]
+    assert "\n  tensor names: of Meta, as in torchtune" in said
+    assert "  configuration:" not in said

@@ -138,3 +138,39 @@ def test_findings_with_one_cause_are_one_line_with_their_number(
     assert lines[1].startswith("  `__0_0.distcp` is missing: it holds `")
     assert lines[1].endswith(" and 7 more")
     assert lines[2].startswith("  usable: ")
+
+
+def test_checkpoints_under_other_names_are_verified_and_listed(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: copy a step under other names, beside it and into a folder of their own; damage one
+    copy; mark."""
+    run_folder, kept = home / "outputs/checkpoint", home / "kept"
+    for copy in (run_folder / "backup-of-good", kept / "first", kept / "second"):
+        shutil.copytree(run_folder / "step-3", copy)
+    (kept / ".hidden").mkdir()
+
+    listed = run(capsys, "list", run_folder)[1]
+    assert "other names, which no resume takes: `backup-of-good`" in listed
+    assert listed.endswith("no data; `--verify` reads all data\n")
+    assert "no data" not in run(capsys, "list", run_folder, "--verify")[1]
+    found = json.loads(run(capsys, "list", run_folder, "--json")[1])
+    assert (found["others"], found["verified"]) == (["backup-of-good"], False)
+
+    status, said, _ = run(capsys, "verify", run_folder)
+    assert (status, said.count(": good, ")) == (0, 2)
+    assert said.endswith("a resume takes step 3\n")
+    damage(run_folder / "backup-of-good/__1_0.distcp")
+    status, said, error = run(capsys, "verify", run_folder, "--mark")
+    assert (status, "backup-of-good: damaged" in said) == (7, True)
+    assert "a resume takes step 3" in said
+    assert "1 of 2 checkpoints are damaged" in error
+    assert "--mark" not in error
+
+    status, said, _ = run(capsys, "verify", kept)
+    assert (status, said.count(": good, ")) == (0, 2)
+    assert said.endswith("none is named step-N: a resume takes none\n")
+    assert "`--mark` needs folders named step-N" in run(capsys, "verify", kept, "--mark")[2]
+    for command in ("show", "convert"):
+        error = run(capsys, command, kept, *(["x.pt"] * (command == "convert")))[2]
+        assert f"hint: checkpoints in it: `first`, `second`; {kept}/second" in error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,18 @@ def test_an_adapter_without_its_base_keeps_its_names(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     for name in ("peft", "step-1"):
         assert verify(VerifyTarget(LocalStore(tmp_path), name)).good
+
+
+def test_an_adapter_of_another_kind_keeps_its_names_and_is_named(tmp_path: Path) -> None:
+    """Method: IA3, whose tensors have PEFT's prefix, which is no wrapper's."""
+    tensors = {f"{PEFT}{LAYER}.self_attn.q_proj.ia3_l": torch.ones(32, 1)}
+    folder = save_adapter(tmp_path / "peft", tensors)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "IA3"}))
+    planned = plan(str(folder), ConvertOptions("dcp"))
+    assert {*planned.outputs} == {*tensors}
+    assert "the `adapter_config.json` of this adapter, 'IA3', is not in" in planned.notes[0]
+    assert "--rename" not in "".join(planned.notes)
 
 
 def test_adapter_tensors_that_match_no_base_weight_are_listed(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import holdfast
 from hf_folders import LLAMA, hf_tensors, save_folder
+from holdfast.cli.main import main
 from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import (
     DamagedError,
@@ -111,9 +113,11 @@ def test_a_tensor_in_two_files_is_refused_with_or_without_an_index(tmp_path: Pat
     tensors = hf_tensors(LLAMA)
     twice = ["model.norm.weight", "lm_head.weight"]
     folder = save_folder(tmp_path / "hf", LLAMA, tensors)
+    single = (folder / "model.safetensors").rename(folder / "weights.safetensors")
     save_file({name: tensors[name] for name in twice}, folder / "more.safetensors")
     message = refused(folder, kind=FormatError)
     assert all(f"`{name}` is in" in message for name in twice)
+    single.rename(folder / "model.safetensors")
     index = dict.fromkeys(tensors, "model.safetensors") | {"model.norm.weight": "more.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     message = refused(folder, kind=FormatError)
@@ -130,6 +134,23 @@ def test_a_file_outside_the_index_is_ignored_with_a_note(tmp_path: Path) -> None
     assert any("`a.safetensors` is not in the index" in note for note in planned.notes)
     (folder / "model-00002-of-00002.safetensors").unlink()
     assert "model-00002-of-00002.safetensors" in refused(folder, kind=DamagedError)
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_files_beside_a_single_one_are_ignored_with_a_note(stem: str, tmp_path: Path) -> None:
+    """Method: another variant, and the same weights by the names of another program, beside the
+    file that transformers or diffusers opens."""
+    tensors = hf_tensors(LLAMA)
+    folder = save_folder(tmp_path / "hf", LLAMA, tensors)
+    (folder / "model.safetensors").rename(folder / f"{stem}.safetensors")
+    save_file({n: t.half() for n, t in tensors.items()}, folder / f"{stem}.fp16.safetensors")
+    save_file({f"x.{n}": t for n, t in tensors.items()}, folder / "consolidated.safetensors")
+    planned = plan(str(folder), DCP)
+    assert len(planned.outputs) == len(tensors)
+    assert {output.dtype for output in planned.outputs.values()} == {"float32"}
+    for ignored in (f"{stem}.fp16", "consolidated"):
+        note = f"`{ignored}.safetensors` is beside `{stem}.safetensors`, and is ignored"
+        assert note in planned.notes
 
 
 def test_skipped_tensors_are_left_out_with_a_note(tmp_path: Path) -> None:
@@ -169,3 +190,30 @@ def test_a_missing_or_unsupported_configuration_is_refused_with_a_hint(
     torch.save(strangers, tmp_path / "strange.pt")
     message = refused(tmp_path / "strange.pt", ConvertOptions(to="hf"), UsageError)
     assert "names of no supported model" in message
+
+
+def test_tensors_of_another_model_than_the_assets_are_named(tmp_path: Path) -> None:
+    """Method: names that neither Meta nor Hugging Face has, with the assets of a family. The hint
+    does not ask for the assets that were given."""
+    holdfast.save(tmp_path / "step-1", {"0.weight": torch.ones(2), "0.bias": torch.ones(2)})
+    assets = save_folder(tmp_path / "assets", LLAMA, hf_tensors(LLAMA))
+    options = ConvertOptions("hf", hf_assets=str(assets))
+    message = refused(tmp_path / "step-1", options, UsageError)
+    assert "do not have the names of `" in message
+    assert "a model of type 'llama': `0.weight`, `0.bias`" in message
+    assert "--rename 'THEIRS=OURS'" in message
+
+
+def test_a_file_in_place_of_the_assets_is_named(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
+    options = ConvertOptions("hf", hf_assets=str(folder / "config.json"))
+    assert "must be a folder, found: a file" in refused(folder, options, UsageError)
+
+
+def test_an_export_has_no_native_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The option is refused, instead of doing nothing."""
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
+    command = ["convert", str(folder), str(tmp_path / "out"), "--to", "hf", "--names", "titan"]
+    assert main(command) == 2
+    assert "leave out `--names`, or `--to dcp`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -19,10 +19,18 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 import holdfast
 from hf_folders import LLAMA, hf_tensors, low_rank, save_adapter, save_folder
 from holdfast.catalog.verify import VerifyTarget, verify
+from holdfast.cli.main import main
 from holdfast.convert.convert import convert
 from holdfast.convert.export_check import ExportReport, check_export
 from holdfast.convert.plan import ConvertOptions, plan
-from holdfast.errors import DamagedError, HoldfastError, MismatchError, NotFoundError, UsageError
+from holdfast.errors import (
+    DamagedError,
+    FormatError,
+    HoldfastError,
+    MismatchError,
+    NotFoundError,
+    UsageError,
+)
 from holdfast.storage.local import LocalStore
 
 
@@ -265,7 +273,8 @@ def test_rules_rename_the_tensors_of_the_model(tmp_path: Path) -> None:
         options = ConvertOptions("hf", renames=(rule,), hf_assets=str(tmp_path / "hf"))
         assert {*plan(str(file), options).outputs} == {*tensors}
     assert expected.outputs
-    converted(tmp_path / "module.pt", tmp_path / "step-1", renames=("module.model=body", "module="))
+    renames = ("module.model.=body.", "module=")
+    converted(tmp_path / "module.pt", tmp_path / "step-1", renames=renames)
     names = {*holdfast.open(tmp_path / "step-1").tensors}
     assert names == {f"model.{n.replace('model.', 'body.', 1)}" for n in tensors}
     for rules, words in ((("x=y",), "no tensor matches"), (("{}=a",), "`theirs=ours`")):
@@ -296,6 +305,165 @@ def test_names_without_the_prefix_of_the_family_are_recognised(tmp_path: Path) -
     rules = tuple(hint.split("'")[1::2])
     assert rules
     assert plan(str(folder), ConvertOptions(to="dcp", renames=rules)).outputs
+
+
+def test_a_prefix_of_any_name_is_recognised(tmp_path: Path) -> None:
+    """Method: a model inside a module of its owner's, with a tensor of that module beside it: the
+    hint drops the prefix. No tensor of the model is called tied, as none is."""
+    tensors = {f"net.policy.{name}": tensor for name, tensor in hf_tensors(LLAMA).items()}
+    tensors["net.value.weight"] = torch.ones(2)
+    folder = save_folder(tmp_path / "hf", LLAMA, tensors)
+    with pytest.raises(MismatchError) as refused:
+        plan(str(folder), ConvertOptions("dcp"))
+    assert "`--rename 'net.policy='` gives the expected names" in str(refused.value.hint)
+    assert "ties" not in refused.value.what
+    options = ConvertOptions("dcp", renames=("net.policy=",), skip=("net.value.*",))
+    assert plan(str(folder), options).outputs
+
+
+def test_integers_in_place_of_weights_are_refused(tmp_path: Path) -> None:
+    """Method: int8 without its scales, from a folder and from a `.pt` file of native names."""
+    tensors = hf_tensors(LLAMA)
+    folder = save_folder(tmp_path / "hf", LLAMA, tensors)
+    convert(plan(str(folder), ConvertOptions("torch")), str(tmp_path / "native.pt"))
+    native = torch.load(tmp_path / "native.pt")
+    for one in (tensors, native):
+        name = next(name for name in one if "layers.0." in name)
+        one[name] = one[name].to(torch.int8)
+    whole = save_folder(tmp_path / "int8", LLAMA, tensors)
+    torch.save(native, tmp_path / "int8.pt")
+    for path in (whole, tmp_path / "int8.pt"):
+        with pytest.raises(MismatchError, match="is int8, expected floats of 16 bits"):
+            plan(str(path), ConvertOptions("hf", hf_assets=str(folder)))
+
+
+def test_fp8_of_a_state_is_kept_and_of_an_export_said(tmp_path: Path) -> None:
+    """Method: fp8 without factors, which is refused in published weights only, in a state dict
+    that goes to a checkpoint and back, and to an export without a table."""
+    weight = torch.ones(2, 2).to(torch.float8_e5m2)
+    torch.save({"w": weight, "b": torch.ones(2)}, tmp_path / "model.pt")
+    assert converted(tmp_path / "model.pt", tmp_path / "step-0") == ""
+    convert(plan(str(tmp_path / "step-0"), ConvertOptions("torch")), str(tmp_path / "back.pt"))
+    found = torch.load(tmp_path / "back.pt")["w"]
+    assert found.dtype == weight.dtype
+    assert torch.equal(found.float(), weight.float())
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "config.json").write_text('{"model_type": "mine", "architectures": ["Mine"]}')
+    notes = plan(str(tmp_path / "step-0"), ConvertOptions("hf", hf_assets=str(assets))).notes
+    assert "1 tensors such as `w` are float8_e5m2" in notes[1]
+
+
+def test_files_that_are_cut_short_or_unusual_are_called_so(tmp_path: Path) -> None:
+    """Method: a truncated archive, two entries of one name, a key that is no text. None is called
+    another program's."""
+    file = tmp_path / "x.pt"
+    for contents, words in (
+        ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two entries are named `a.b`"),
+        ({(1, 2): torch.ones(1)}, "a key that is a tuple"),
+    ):
+        torch.save(contents, file)
+        with pytest.raises(FormatError, match=f"cannot be read as a .*: {words}") as refused:
+            plan(str(file), ConvertOptions("dcp"))
+        assert "a dict with keys of text" in str(refused.value.hint)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(FormatError, match="it was cut short or changed"):
+        plan(str(file), ConvertOptions("dcp"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model.pt"])
+def test_a_pointer_of_git_lfs_is_called_one(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: a clone without the large files; the folder, and the file alone."""
+    folder = save_folder(tmp_path / "hf", LLAMA, hf_tensors(LLAMA))
+    (folder / "model.safetensors").unlink()
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    paths = [folder / file] if file == "model.pt" else [folder, folder / file]
+    for path in paths:
+        for command in (["show", str(path)], ["convert", str(path), str(tmp_path / "out")]):
+            assert main(command) != 0
+            error = capsys.readouterr().err
+            assert "a pointer of Git LFS, not the weights\nhint: `git lfs pull`" in error
+        assert main(["verify", str(path)]) != 0
+        said = capsys.readouterr()
+        assert "a pointer of Git LFS, not the weights" in said.out + said.err
+
+
+def test_a_folder_that_is_no_checkpoint_is_described(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Method: weights of another framework."""
+    for file in ("config.json", "flax_model.msgpack"):
+        (tmp_path / file).write_text("{}")
+    assert main(["show", str(tmp_path)]) == 4
+    assert "no safetensors; found: config.json, flax_model.msgpack\n" in capsys.readouterr().err
+
+
+def test_an_adapter_beside_a_model_is_ignored_with_a_note(tmp_path: Path) -> None:
+    """Method: a folder as torchtune writes it: both, in a numbered file without an index."""
+    tensors = hf_tensors(LLAMA)
+    folder = save_folder(tmp_path / "hf", LLAMA, tensors)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    adapter = save_adapter(tmp_path / "peft", low_rank(tensors, {"model.layers.0.mlp.up_proj": 2}))
+    for file in adapter.iterdir():
+        shutil.copy(file, folder)
+    planned = plan(str(folder), ConvertOptions("hf"))
+    assert {*planned.outputs} == {*tensors}
+    assert "`adapter_model.safetensors` is an adapter, and is ignored" in planned.notes
+
+
+def test_checkpoints_of_meta_and_the_cache_of_the_hub_are_found(tmp_path: Path) -> None:
+    """Method: one file of Meta, and two that divide the tensors, of which one alone has a note; a
+    cache with two snapshots, of which the main branch has one."""
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    (meta / "params.json").write_text("{}")
+    torch.save({"tok_embeddings.weight": torch.ones(2, 2)}, meta / "consolidated.00.pth")
+    assert len(plan(str(meta), ConvertOptions("dcp")).outputs) == 1
+    shutil.copy(meta / "consolidated.00.pth", meta / "consolidated.01.pth")
+    with pytest.raises(NotFoundError, match="divided over 2 ranks of tensor parallelism"):
+        plan(str(meta), ConvertOptions("dcp"))
+    (note,) = plan(str(meta / "consolidated.01.pth"), ConvertOptions("dcp")).notes
+    assert "one of 2 files, each of which has a part of most tensors" in note
+
+    cache = tmp_path / "models--org--name"
+    for name in ("first", "second"):
+        save_folder(cache / "snapshots" / name, LLAMA, hf_tensors(LLAMA))
+    (cache / "blobs").mkdir()
+    with pytest.raises(NotFoundError, match="which holds 2: `snapshots/first`"):
+        plan(str(cache), ConvertOptions("hf"))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("first")
+    notes = plan(str(cache), ConvertOptions("hf")).notes
+    assert any("snapshots/first" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "number"),
+    [
+        (torch.float32, "float16", 1e6),
+        (torch.bfloat16, "float16", -1e6),
+        (torch.float64, "float32", 1e300),
+        (torch.float32, "bfloat16", 3.4e38),
+    ],
+    ids=str,
+)
+def test_a_number_that_is_too_large_for_the_dtype_is_refused(
+    source: torch.dtype, target: Any, number: float, tmp_path: Path
+) -> None:
+    """G10. Method: it would become infinite. Numbers that are infinite or NaN already stay so, and
+    nothing is left behind."""
+    tensors = {"w": torch.tensor([1.0, float("inf"), float("nan")], dtype=source)}
+    torch.save(tensors, tmp_path / "good.pt")
+    options = ConvertOptions("dcp", dtype=target)
+    convert(plan(str(tmp_path / "good.pt"), options), str(tmp_path / "step-0"))
+    tensors["w"][0] = number
+    torch.save(tensors, tmp_path / "large.pt")
+    planned = plan(str(tmp_path / "large.pt"), options)
+    with pytest.raises(MismatchError, match=f"`w` has a number that is too large for {target}"):
+        convert(planned, str(tmp_path / "step-1"))
+    assert not (tmp_path / "step-1").exists()
 
 
 def test_names_of_an_adapter_are_its_own(tmp_path: Path) -> None:

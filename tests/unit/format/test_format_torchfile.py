@@ -208,7 +208,7 @@ def test_a_stream_with_more_pickle_than_one_piece_is_read() -> None:
     assert torch.equal(tensor_of(data, contents, "a"), torch.ones(100))
     with pytest.raises(FormatError, match="ends inside of storage"):
         read(data[:-1])
-    with pytest.raises(FormatError, match="not a file of torch"):
+    with pytest.raises(FormatError, match=r"cannot be read .*: it ends early"):
         read(data[:2_000_000])
     with pytest.raises(FormatError, match=r"torch\.save did not write"):
         read(pickle.dumps({"a": 1}))

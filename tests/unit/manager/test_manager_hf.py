@@ -126,6 +126,84 @@ def test_a_quantized_folder_is_dequantized_as_it_is_loaded(
     assert "no tensor is quantized" in caplog.text
 
 
+def test_a_folder_with_the_names_of_a_wrapper_is_refused_with_the_command_that_renames_them(
+    tmp_path: Path,
+) -> None:
+    """Method: names that torch.compile changes; and a checkpoint in place of a folder."""
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in hf_tensors(CONFIG).items()}
+    folder = save_folder(tmp_path / "hf", CONFIG, tensors)
+    model = model_of()
+    with manager_of(tmp_path / "one", model, None) as manager:
+        manager.save(2)
+    for path, kind, hint in (
+        (folder, MismatchError, f"holdfast convert {folder} RENAMED --to hf --rename '_orig_mod='"),
+        (tmp_path / "one/step-2", UsageError, "leave out `initial_load_in_hf`"),
+    ):
+        settings = {"initial_load_in_hf": True, "initial_load_path": str(path)}
+        with (
+            manager_of(tmp_path / "run", model, None, **settings) as manager,
+            pytest.raises(kind) as refused,
+        ):
+            manager.load()
+        assert str(refused.value.hint).startswith(hint)
+
+
+def test_an_export_says_which_numbers_its_dtype_cannot_hold(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Method: one number beyond float16: the run goes on, and the log names the tensor."""
+    model = model_of()
+    with torch.no_grad():
+        model.state_dict()["layers.0.attention.wq.weight"][0, 0] = 1e6
+    settings = {"hf_export_interval": 1, "export_dtype": "float16"}
+    with (
+        caplog.at_level("WARNING", "holdfast"),
+        manager_of(tmp_path, model, HFModel(CONFIG), **settings) as manager,
+    ):
+        manager.save(1)
+    found = load_file(tmp_path / "hf/step-1/model.safetensors")
+    assert [n for n, t in found.items() if t.isinf().any()] == [
+        "model.layers.0.self_attn.q_proj.weight"
+    ]
+    assert "`model.layers.0.self_attn.q_proj.weight` have numbers that are too large" in caplog.text
+
+
+class _Loader:
+    """A data loader whose state has the length of its sequences, as that of the reference run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seq_len": 64}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load nothing."""
+
+
+def test_an_export_says_that_its_configuration_allows_longer_inputs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Method: exports of a run and of its checkpoint, with a training length below and at
+    `max_position_embeddings`, and of unknown length."""
+    note = "`max_position_embeddings` is {}, and this run trained on sequences of 64 tokens"
+    for number, (positions, seq_len) in enumerate(((65, 64), (64, 64), (65, None))):
+        caplog.clear()
+        config = {**CONFIG, "max_position_embeddings": positions}
+        with (
+            caplog.at_level("INFO", "holdfast"),
+            CheckpointManager(
+                tmp_path / f"run-{number}",
+                model=model_of(),
+                dataloader=_Loader() if seq_len else None,
+                config=CheckpointConfig(enable=True, interval=1, hf_export_interval=1),
+                hub=HFModel(config, seq_len=seq_len),
+            ) as manager,
+        ):
+            manager.save(1)
+        wanted = positions > 64 and seq_len is not None
+        assert (note.format(positions) in caplog.text) == wanted
+        planned = plan(str(tmp_path / f"run-{number}/step-1"), ConvertOptions("hf"))
+        assert (note.format(positions) in "\n".join(planned.notes)) == wanted
+
+
 def test_a_failed_load_or_export_changes_nothing(tmp_path: Path) -> None:
     """Method: no folder; a folder of another size; a damaged file; a model that does not fit the
     configuration, whose export leaves nothing; settings that exclude each other."""
