@@ -52,7 +52,8 @@ def read_shared(
     """Fill every wanted tensor, and fetch values. One rank reads and checks what several want, and
     passes it on. Returns the bytes read by this rank, and the containers that were passed on.
 
-    `num_local`: number of ranks on this host. Needs memory for seven bundles and for the buffers of the reading threads.
+    `num_local`: number of ranks on this host. Needs memory for seven bundles and for the buffers of
+    the reading threads.
 
     Collective: every rank calls this. An error of one rank is raised on all.
 
