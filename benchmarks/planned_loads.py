@@ -24,12 +24,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from benchmarks.planning import (
-    SimulatedRanks,
-    Stopwatch,
-    state_of,
-    write_result,
-)
+from benchmarks.simulated import SimulatedRanks, Stopwatch, state_of, write_result
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.source import Source

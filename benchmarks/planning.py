@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import pickle
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -35,99 +33,28 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageIn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from xxhash import xxh3_128_digest
 
+from benchmarks import planned_loads
 from benchmarks.meter import machine
+from benchmarks.simulated import (
+    NUM_TENSORS,
+    SHAPE,
+    SimulatedRanks,
+    Stopwatch,
+    state_of,
+    write_result,
+)
 from holdfast.catalog.catalog import Catalog
-from holdfast.comm import Solo
-from holdfast.format.manifest import Table
 from holdfast.format.names import METADATA, data_file
-from holdfast.planning.file_layout import FileLayout
-from holdfast.planning.write_plan import LocalPlan
 from holdfast.saving.commit import commit
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import begin_save
-from holdfast.saving.write import WriteResult as RankResult
 from holdfast.state.objects import StateTree
 from holdfast.state.tree import FlatState
 
-NUM_TENSORS = 2000
-SHAPE = (16384, 4)
 SIZES = (8, 64, 512, 2048, 16384)
 STOCK_SIZE_MAX = 512
 LATER_SAVES = 3
-
-
-@dataclass(slots=True)
-class Stopwatch:
-    """CPU seconds that rank 0 works."""
-
-    seconds: float = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        started = time.process_time()
-        yield
-        self.seconds += time.process_time() - started
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        started = time.process_time()
-        yield
-        self.seconds -= time.process_time() - started
-
-
-class SimulatedRanks(Solo):
-    """Communicator of rank 0 in which the other ranks are simulated.
-
-    They send what rank 0 sends, except for the names in `distinct`, which differ on each rank.
-    """
-
-    def __init__(self, size: int, clock: Stopwatch, distinct: set[str]) -> None:
-        self.size = size
-        self.wire_bytes = 0
-        self._clock = clock
-        self._distinct = distinct
-        self._requested: list[list[str]] | None = None
-
-    def gather(self, item: Any) -> list[Any]:
-        with self._clock.paused():
-            messages = [pickle.dumps(self._message(rank, item)) for rank in range(1, self.size)]
-            self.wire_bytes += sum(map(len, messages))
-            self._requested = None
-        return [item, *map(pickle.loads, messages)]
-
-    def scatter(self, items: list[Any]) -> Any:
-        self.wire_bytes += sum(len(pickle.dumps(item)) for item in items[1:])
-        if isinstance(items[0], list):
-            self._requested = items
-        return items[0]
-
-    def broadcast(self, item: Any) -> Any:
-        self.wire_bytes += len(pickle.dumps(item)) * (self.size - 1)
-        return item
-
-    def _message(self, rank: int, item: Any) -> Any:
-        """Return what `rank` sends where rank 0 sends `item`."""
-        if isinstance(item, tuple) and isinstance(item[0], RankResult):
-            return dataclasses.replace(item[0], file=data_file(rank)), *item[1:]
-        if self._requested is not None:
-            return {name: self._plan(rank, name) for name in self._requested[rank]}
-        if isinstance(item, dict):
-            names = self._distinct & item.keys()
-            return {**item, **{name: xxh3_128_digest(self._plan(rank, name)) for name in names}}
-        return item
-
-    def _plan(self, rank: int, name: str) -> bytes:
-        """Return a rank's pickled local plan of a component, or offsets of its items."""
-        if name == "rng":
-            return pickle.dumps(LocalPlan(values={f"rng.rank_{rank}": ("rng", f"rank_{rank}")}))
-        # Large offsets that no two ranks share, so that they neither compress nor deduplicate.
-        offsets = np.random.default_rng(rank).integers(1 << 30, 1 << 40, (NUM_TENSORS, 4))
-        return pickle.dumps(offsets.astype(np.int64))
 
 
 class SizeStore:
@@ -225,11 +152,6 @@ def measure_holdfast(size: int, state: FlatState, distinct: set[str]) -> Plannin
     )
 
 
-def write_result(layout: FileLayout) -> RankResult:
-    values = {name: (span, 7) for names, span in layout.values for name in names}
-    return RankResult(layout.name, layout.nbytes, Table(layout.table_offset, 7), values)
-
-
 def measure_dcp(size: int, state: dict[str, Any], folder: Path) -> PlanningCosts:
     """Run stock DCP's `create_global_plan` and `FileSystemWriter.finish`."""
     planner = DefaultSavePlanner(enable_plan_caching=True)
@@ -285,18 +207,6 @@ def local_plan_of(rank: int, local: SavePlan, size: int) -> SavePlan:
     return dataclasses.replace(local, items=items)
 
 
-def state_of(size: int, rank: int = 0) -> dict[str, Any]:
-    """Return the state of one of `size` ranks, in a fake process group."""
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    mesh = init_device_mesh("cpu", (size,))
-    rows = torch.zeros(SHAPE[0] // size, SHAPE[1])
-    layers = {
-        str(number): {"weight": DTensor.from_local(rows.clone(), mesh, [Shard(0)], run_check=False)}
-        for number in range(NUM_TENSORS)
-    }
-    return {"layers": layers, "train_state": {"step": 7}, "rng": {"rank_0": b"seven"}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
@@ -305,7 +215,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table to this file too")
     options = parser.parse_args()
     console = Console()
-    verb, plan = ("loads", loads) if options.load else ("saves", saves)
+    verb, plan = ("loads", planned_loads.table) if options.load else ("saves", saves)
     lines = plan(
         options.sizes,
         options.stock_size_max,
@@ -318,14 +228,6 @@ def main() -> None:
             f"{machine()}.\n\n"
         )
         options.out.write_text(head + "\n".join(lines) + "\n")
-
-
-def loads(sizes: Sequence[int], stock_size_max: int, done: Callable[[int], None]) -> list[str]:
-    """Lines of the table of loads."""
-    # Imported here, since it imports this module.
-    from benchmarks.planned_loads import table
-
-    return table(sizes, stock_size_max, done)
 
 
 def saves(sizes: Sequence[int], stock_size_max: int, done: Callable[[int], None]) -> list[str]:

@@ -75,7 +75,7 @@ def test_every_rank_gets_the_bits_that_it_would_read(chance: random.Random, nbyt
         chance.shuffle(wanted)
 
     def work(ranks: Ranks) -> int:
-        num_read, _ = replicas.read_shared(source, asked[ranks.rank], {}, ranks, threads=2)
+        num_read, _ = replicas.read_shared(source, asked[ranks.rank], {}, ranks, num_local=2)
         return num_read
 
     with pytest.MonkeyPatch.context() as patched:

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 import fake_accelerator
 import holdfast
+import holdfast.dcp
 from fake_accelerator import DeviceTensor, FakeAccelerator, on_device
 from holdfast import accelerator
 from holdfast.format.region import Region
@@ -179,7 +183,41 @@ def test_a_load_that_does_not_wait_is_found(
     buffer is reused, and once where training still writes the target."""
     kind, _, method = owner.partition(".")
     monkeypatch.setattr(getattr(fake_accelerator, kind), method, lambda *_: None)
-    assert any(loaded(fake(monkeypatch, seed), tmp_path / f"{seed}") for seed in SEEDS)
+    # Threads that the host delays may wait by chance: further seeds follow.
+    assert any(loaded(fake(monkeypatch, seed), tmp_path / f"{seed}") for seed in range(40))
+
+
+class DevicePlanner(DefaultLoadPlanner):
+    """Planner of a state on a device: DCP would copy a `DeviceTensor`."""
+
+    targets: dict[str, DeviceTensor]
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return self.targets[read_item.storage_index.fqn]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """The tensor is the target."""
+
+
+@pytest.mark.parametrize(("num_local", "threads"), [(1, 16), (4, 8)])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_load_by_dcp_to_a_device_uses_more_threads_than_one_to_host_memory(
+    num_local: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method: a host of 32 cores. Each reading thread makes one stream."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(32)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_local))
+    state = {f"w{number}": torch.rand(50_000) for number in range(40)}
+    holdfast.save(tmp_path / "one", dict(state))
+    made = fake(monkeypatch)
+    planner = DevicePlanner()
+    planner.targets = {name: on_device(torch.zeros(50_000), made, DEVICES[0]) for name in state}
+    empty = {name: torch.zeros(50_000) for name in state}
+    reader = holdfast.dcp.Reader(tmp_path / "one")
+    dcp_load(empty, storage_reader=reader, planner=planner, no_dist=True)
+    assert len([call for call in made.calls if call[1] == "stream"]) == threads
+    for name, target in planner.targets.items():
+        assert torch.equal(target.as_subclass(torch.Tensor), state[name])
 
 
 def test_the_state_of_generators_has_the_kind_of_the_device_as_key(

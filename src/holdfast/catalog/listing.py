@@ -107,12 +107,9 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
         why_not=None if step is None else why_not_resumable(step, manifest),
         written_nbytes=manifest.nbytes - sum(manifest.files[f] for f in manifest.shared or ()),
         # Only a run that deduplicates has any: the others need not be looked at.
-        links={
-            file: links.file
-            for file, links in shared_files(
-                store, key, manifest.files if manifest.shared is not None else ()
-            ).items()
-        },
+        links={}
+        if manifest.shared is None
+        else {f: links.file for f, links in shared_files(store, key, manifest.files).items()},
     )
 
 
@@ -220,7 +217,7 @@ def _marked(
     if row.state == "good" and row.step is not None and row.step in damaged:
         why = damaged[row.step]
         row = CheckpointRow(row.name, row.step, "damaged", problem=why, why_not=why)
-    return replace(row, pinned=row.step in pinned)
+    return replace(row, pinned=True) if row.step in pinned else row
 
 
 def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str:

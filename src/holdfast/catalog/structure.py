@@ -54,8 +54,7 @@ def check_coverage(manifest: Manifest) -> Iterator[Finding]:
     """Find tensors whose chunks do not hold each element exactly once."""
     index = MANIFEST if manifest.metadata else METADATA
     for name, entry in manifest.tensors.items():
-        if len(entry.chunks) == 1 and entry.chunks[0].region.shape == entry.shape:
-            # A chunk is inside its tensor, so this one is all of it.
+        if len(entry.chunks) == 1 and entry.chunks[0].region.is_whole(entry.shape):
             continue
         held = sum(chunk.region.num_elements for chunk in entry.chunks)
         expected = Region.whole(entry.shape).num_elements

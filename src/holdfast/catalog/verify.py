@@ -87,7 +87,7 @@ def verify(target: VerifyTarget) -> VerifyReport:
     """
     sealed = is_folder(target.store, target.name) and is_sealed(target.store, target.name)
     if not sealed:
-        target = replace(target, name=checkpoint_in(target.store, target.name))
+        target = _with_name(target, checkpoint_in(target.store, target.name))
     form: Format = "sealed" if sealed else checked_format(target.store, target.name)
     verifiers = {
         "safetensors": _verify_safetensors,
@@ -100,22 +100,26 @@ def verify(target: VerifyTarget) -> VerifyReport:
     report = read_steadily(
         target.store,
         target.name,
-        lambda folder, _: verifier(replace(target, name=folder)),
+        lambda folder, _: verifier(_with_name(target, folder)),
         is_good=lambda report: report.good,
     )
-    report = replace(report, format=form)
     step = step_of_folder(target.name.rpartition("/")[2])
     if step is None or form == "sealed":
-        return report
+        return replace(report, format=form)
     manifest = Manifest({}, {}, step=report.step, kind=report.kind)
     wrong = misnumbered(step, manifest)
     notes = () if wrong is None else (f"{wrong}; a resume never takes it",)
     return replace(
         report,
+        format=form,
         step=step if report.step is None else report.step,
         notes=(*report.notes, *notes),
         why_not=why_not_resumable(step, manifest),
     )
+
+
+def _with_name(target: VerifyTarget, name: str) -> VerifyTarget:
+    return target if name == target.name else replace(target, name=name)
 
 
 def failed(target: VerifyTarget, error: HoldfastError) -> VerifyReport:

@@ -64,7 +64,8 @@ def run(arguments: Sequence[str]) -> int:
         found = {"folder": where, "verified": options.verify, "resume": resume, "others": others}
         say_json({**found, "checkpoints": [asdict(row) for row in rows]})
     else:
-        say_table(HEAD, [_cells(row, resume) for row in rows])
+        now = datetime.now(UTC).timestamp()
+        say_table(HEAD, [_cells(row, resume, now) for row in rows])
         for row in rows:
             if row.problem:
                 say(f"{row.name}: {row.problem}")
@@ -90,12 +91,12 @@ def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
     return replace(row, state=state, problem=problem, why_not=why_not)
 
 
-def _cells(row: CheckpointRow, resume: int | None) -> tuple[str, ...]:
+def _cells(row: CheckpointRow, resume: int | None, now: float) -> tuple[str, ...]:
     time = commit_time(row)
     return (
         row.name if step_of_folder(row.name) is None else str(row.step),
         "-" if row.nbytes is None else spelled_bytes(row.nbytes),
-        "-" if time is None else spelled_age(datetime.now(UTC).timestamp() - time),
+        "-" if time is None else spelled_age(now - time),
         row.kind or "-",
         spelled_layout(row.layout) or "-",
         row.state,

@@ -29,7 +29,7 @@ from holdfast.dcp.values import for_planner
 from holdfast.errors import MismatchError, NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.loading.read import Wanted, read_tensors, threads_for
+from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.state.shard import Piece
 from holdfast.storage.opening import is_url
@@ -132,7 +132,7 @@ class Reader(StorageReader):
         try:
             _read_values(source, plan, planner)
             for batch in _batches(source.manifest, plan):
-                _read_batch(source, batch, planner, self._threads or _num_threads(source))
+                _read_batch(source, batch, planner, self._threads)
         except UNREADABLE as error:
             if opened.was_replaced(store):
                 raise NotFoundError(
@@ -202,7 +202,7 @@ def _batches(manifest: Manifest, plan: LoadPlan) -> Iterator[list[ReadItem]]:
 
 
 def _read_batch(
-    source: Source, batch: Sequence[ReadItem], planner: LoadPlanner, threads: int
+    source: Source, batch: Sequence[ReadItem], planner: LoadPlanner, threads: int | None
 ) -> None:
     wanted: list[Wanted] = []
     targets: list[torch.Tensor] = []
@@ -218,7 +218,7 @@ def _read_batch(
         if region.num_elements:
             wanted.append(Wanted(name, [Piece(region, Region.whole(region.shape))], target))
     with torch.no_grad():
-        read_tensors(source, wanted, threads)
+        read_tensors(source, wanted, threads, num_local=_num_local())
     for item, target in zip(batch, targets, strict=True):
         planner.commit_tensor(item, target)
 
@@ -235,7 +235,7 @@ def _dtype(manifest: Manifest, item: ReadItem) -> torch.dtype:
     return dtype
 
 
-def _num_threads(source: Source) -> int:
-    """Reading threads of this rank, by the number of ranks that torchrun has started here."""
-    num_local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return threads_for(int(num_local) if num_local.isdecimal() else 1, source)
+def _num_local() -> int:
+    """Number of ranks that torchrun has started on this host."""
+    num_local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(num_local)) if num_local.isdecimal() else 1

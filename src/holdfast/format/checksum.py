@@ -35,7 +35,7 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
     return xxh3_64_intdigest(data)
 
 
-def checksum_of_parts(parts: Iterable[bytes | memoryview]) -> int:
+def checksum_of_parts(parts: Iterable[bytes | bytearray | memoryview]) -> int:
     """Return the checksum of the parts, one after the other, as one block."""
     state = xxh3_64()
     for part in parts:

@@ -54,6 +54,10 @@ class Region:
     def num_elements(self) -> int:
         return prod(map(sub, self.stop, self.start))
 
+    def is_whole(self, shape: tuple[int, ...]) -> bool:
+        """Return whether it has all elements of a tensor of this shape."""
+        return self.stop == shape and not any(self.start)
+
     def within(self, outer: Region) -> Region:
         """Return the region relative to `outer`, which contains it."""
         origin = outer.start

@@ -22,6 +22,12 @@ from holdfast.format.pickles import Call, Dumper, FileName, Global, Instance, pi
 
 Ints = NDArray[np.int64]
 
+_LARGE_CHUNKS_MIN = 512
+"""Chunks of a tensor from which its metadata is not copied into one text with that of others."""
+
+_JOINED_BYTES_MAX = 16 << 20
+"""Bytes of places up to which they are written as one part."""
+
 _MODULE = "torch.distributed.checkpoint.metadata"
 _METADATA = Global(_MODULE, "Metadata")
 _INDEX = Global(_MODULE, "MetadataIndex")
@@ -136,6 +142,10 @@ class StockIndex:
         self._out = out = Dumper(OURS)
         self._properties_of: dict[str, bytes] = {}
         self._cache: dict[tuple[object, ...], bytes] = {}
+        self._columns: dict[tuple[object, ...], tuple[TensorTable, bytes]] = {}
+        """Bytes of a tensor by its columns, which tensors of one layout share. With the tensor, so
+        that no other columns get the same identity."""
+
         names = [*map(FileName, files)]
         out.memoize(*names, *_CONSTANTS)
         file_memo = np.array([out.index(name) for name in names], np.int64)
@@ -168,9 +178,11 @@ class StockIndex:
         out.raw(b"u")
         out.put("storage_data")
         out.raw(b"}(")
-        self._fixed = [out.take(), *stored]
+        # Thousands of small parts would take longer to write than one.
+        one = len(stored) > 1 and sum(map(len, stored)) < _JOINED_BYTES_MAX
+        self._fixed = [*out.take_all(), *([b"".join(stored)] if one else stored)]
 
-    def encode(self, values: Mapping[str, tuple[str, Span]]) -> list[bytes]:
+    def encode(self, values: Mapping[str, tuple[str, Span]]) -> list[bytes | bytearray]:
         """Encode `.metadata`, in parts, given the file and the item of each value."""
         out = self._out
         places: dict[tuple[str, Span], bytes] = {}
@@ -186,15 +198,28 @@ class StockIndex:
 
     def _put_tensor(self, table: TensorTable) -> None:
         """Write the metadata of a tensor. Tensors with equal chunks share the bytes."""
-        key = (table.dtype, table.shape, table.start.tobytes(), table.stop.tobytes())
-        if key in self._cache:
-            self._out.raw(self._cache[key])
+        out, is_large = self._out, len(table.start) >= _LARGE_CHUNKS_MIN
+        columns = (table.dtype, table.shape, id(table.start), id(table.stop))
+        if is_large and columns in self._columns:
+            out.raw_large(self._columns[columns][1])
             return
-        num_parts, num_memoized = len(self._out.parts), self._out.num_memoized
-        self._put_new_tensor(table)
-        if self._out.num_memoized == num_memoized:
-            # Otherwise the bytes memoize something, which the next tensor must refer to instead.
-            self._cache[key] = b"".join(self._out.parts[num_parts:])
+        key = (table.dtype, table.shape, table.start.tobytes(), table.stop.tobytes())
+        encoded = self._cache.get(key)
+        if encoded is None:
+            num_parts, num_memoized = len(out.parts), out.num_memoized
+            self._put_new_tensor(table)
+            if out.num_memoized != num_memoized:
+                # The bytes memoize something, which the next tensor must refer to instead.
+                return
+            self._cache[key] = encoded = b"".join(out.parts[num_parts:])
+            if not is_large:
+                return
+            del out.parts[num_parts:]
+        if is_large:
+            self._columns[columns] = table, encoded
+            out.raw_large(encoded)
+        else:
+            out.raw(encoded)
 
     def _put_new_tensor(self, table: TensorTable) -> None:
         out = self._out
@@ -229,7 +254,7 @@ class StockIndex:
             out.raw(before + memoized)
         return self._properties_of[dtype]
 
-    def _places(self, table: TensorTable, file_memo: Ints) -> bytes:
+    def _places(self, table: TensorTable, file_memo: Ints) -> bytes | bytearray:
         """Encode the positions of all chunks. `file_memo` has the memo index of each file."""
         out = self._out
         if len(table.start) == 1:
@@ -256,7 +281,7 @@ class StockIndex:
         file, offset, nbytes = table.places[0].tolist()[:3]
         key = (start, table.start.shape, file)
         if key not in self._cache:
-            self._cache[key] = _rows(
+            row = _rows(
                 1,
                 out.get("index"),
                 np.zeros(1, np.int64),
@@ -266,6 +291,7 @@ class StockIndex:
                 _MemoIndices(file_memo[[file]]),
                 out.get("offset"),
             )
+            self._cache[key] = bytes(row)
         item = _packed(offset) + self._length + _packed(nbytes) + b"ub"
         return self._index + out.get(table.name) + self._cache[key] + item
 
@@ -296,7 +322,7 @@ _Part = bytes | Ints | _MemoIndices
 """Part of each row: constant bytes, or one int per row, or one memoized object per row."""
 
 
-def _rows(count: int, *parts: _Part) -> bytes:
+def _rows(count: int, *parts: _Part) -> bytearray:
     """Encode `count` rows, each of which is its `parts` one after the other."""
     template = bytearray()
     columns: list[tuple[int, str, Ints]] = []
@@ -312,7 +338,7 @@ def _rows(count: int, *parts: _Part) -> bytes:
     for offset, code, numbers in columns:
         # A structured array of all parts would take three times as long.
         np.ndarray(count, f"<{code}", rows, offset, len(template))[:] = numbers
-    return bytes(rows)
+    return rows
 
 
 def _opcode(part: Ints | _MemoIndices) -> tuple[Ints, bytes, str]:

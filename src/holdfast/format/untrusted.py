@@ -20,6 +20,10 @@ SIZE_MAX = (1 << 63) - 1
 KEYS_MAX = 64
 """Most keys in a path."""
 
+_KEY_TYPES = frozenset((str, int))
+
+_ENCODER = json.JSONEncoder(allow_nan=False)
+
 
 def count_of(value: object) -> int:
     """Check a whole number that is not negative: a size, a position, a rank."""
@@ -40,8 +44,8 @@ def number_of(value: object) -> float:
 
 def seconds_of(value: object) -> float:
     """Check a duration."""
-    seconds = number_of(value)
-    if not (math.isfinite(seconds) and seconds >= 0):
+    seconds = value if type(value) is float else number_of(value)
+    if not 0 <= seconds < math.inf:
         raise ValueError(f"need seconds, got {seconds}")
     return seconds
 
@@ -55,8 +59,10 @@ def names_of(value: object) -> tuple[str, ...]:
 
 def json_of(value: dict[str, Any]) -> dict[str, Any]:
     """Check an object of arbitrary JSON: Python's parser accepts infinities, JSON does not."""
-    json.dumps(value, allow_nan=False)
-    return dict(value.items())
+    found = dict(value.items())
+    if found:
+        _ENCODER.encode(found)
+    return found
 
 
 def check_sizes(sizes: object) -> tuple[int, ...]:
@@ -73,7 +79,7 @@ def path_of(path: object) -> tuple[str | int, ...]:
     """Check the path of a leaf: 1 to `KEYS_MAX` texts and numbers."""
     if not isinstance(path, tuple | list) or not 0 < len(path) <= KEYS_MAX:
         raise ValueError(f"a path needs 1 to {KEYS_MAX} keys")
-    if {type(key) for key in path} - {str, int}:
+    if not _KEY_TYPES.issuperset(map(type, path)):
         raise ValueError("a path has a key that is neither text nor a number")
     return tuple(path)
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 
-from holdfast import accelerator
 from holdfast.catalog.arguments import check_to_load
 from holdfast.catalog.open_any import open_in
 from holdfast.catalog.source import Source, read_value
@@ -19,7 +18,7 @@ from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.manifest import TensorEntry, ValueEntry
 from holdfast.loading.fit import fits, needs_check
 from holdfast.loading.opening import read_on_all
-from holdfast.loading.read import Wanted, read_tensors, threads_for
+from holdfast.loading.read import Wanted, read_tensors
 from holdfast.loading.replicas import Place, read_shared
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.spelling import listed
@@ -201,11 +200,12 @@ def _mismatch(source: Source, lines: Sequence[str]) -> MismatchError:
 def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:
     """Fill the tensors. Returns the bytes read. Collective."""
     source, hosts = reading.source, hosts_of(ranks)
-    devices = accelerator.devices_of(want.local for want in reading.wanted.values())
-    threads = threads_for(hosts.count(hosts[ranks.rank]), source, on_device=bool(devices))
+    num_local = hosts.count(hosts[ranks.rank])
 
     def read(wanted: Sequence[Wanted]) -> int:
-        return read_tensors(source, wanted, threads) if fill is None else fill(source, wanted)
+        if fill is not None:
+            return fill(source, wanted)
+        return read_tensors(source, wanted, num_local=num_local)
 
     nbytes = 0
     if ranks.all_reduce_max([reading.has_checks])[0]:
@@ -215,7 +215,7 @@ def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas
     if ranks.size == 1 or fill is not None or not broadcast:
         return nbytes + run_on_all(ranks, lambda: read(reading.unchecked))
     num_shared, reading.containers = read_shared(
-        source, reading.unchecked, reading.entries, ranks, threads
+        source, reading.unchecked, reading.entries, ranks, num_local
     )
     return nbytes + num_shared
 

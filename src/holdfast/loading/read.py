@@ -72,17 +72,19 @@ class Wanted:
     local: torch.Tensor
 
 
-def read_tensors(source: Source, wanted: Sequence[Wanted], threads: int | None = None) -> int:
+def read_tensors(
+    source: Source, wanted: Sequence[Wanted], threads: int | None = None, *, num_local: int = 1
+) -> int:
     """Fill every wanted tensor. Returns the bytes read.
 
-    Files are read in the order of their bytes, by `threads` threads; None for as many as a process
-    alone on its host uses. The first error stops all threads.
+    Files are read in the order of their bytes, by `threads` threads; None for as many as one of
+    `num_local` processes on this host uses. The first error stops all threads.
 
     Raises:
         DamagedError: bytes are missing, or are not the bytes that were written.
     """
     devices = accelerator.devices_of(want.local for want in wanted)
-    threads = threads or threads_for(1, source, on_device=bool(devices))
+    threads = threads or threads_for(num_local, source, on_device=bool(devices))
     return _run(source, plan_reads(source, wanted), threads, devices)
 
 

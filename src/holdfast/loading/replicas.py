@@ -18,7 +18,7 @@ from holdfast.errors import HoldfastError
 from holdfast.format.manifest import Chunk, Span, ValueEntry
 from holdfast.format.region import Region, boxes_of_run
 from holdfast.loading.fit import put
-from holdfast.loading.read import Wanted, read_tensors
+from holdfast.loading.read import Wanted, read_tensors, threads_for
 from holdfast.planning.divide import aligned, divide, grouped
 from holdfast.planning.read_plan import ReadItem, byte_ranges, read_items
 from holdfast.state.layout import box_of
@@ -47,12 +47,13 @@ def read_shared(
     wanted: Sequence[Wanted],
     values: Mapping[str, ValueEntry],
     ranks: Ranks,
-    threads: int,
+    num_local: int,
 ) -> tuple[int, Mapping[Place, bytes]]:
     """Fill every wanted tensor, and fetch values. One rank reads and checks what several want, and
     passes it on. Returns the bytes read by this rank, and the containers that were passed on.
 
-    Needs memory for seven bundles and for the buffers of the reading threads.
+    `num_local`: number of ranks on this host. Needs memory for seven bundles and for the buffers of
+    the reading threads.
 
     Collective: every rank calls this. An error of one rank is raised on all.
 
@@ -65,11 +66,15 @@ def read_shared(
     def read() -> int:
         bundles, alone = _agree(requests, ranks)
         passing = _Passing(source, ranks)
+        # Bundles are read into host memory, also for devices.
+        threads = threads_for(num_local, source)
         with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-read") as pool:
             passing.run(bundles, pool)
         if passing.error is not None:
             raise passing.error
-        num_alone = read_tensors(source, alone, threads) if passing.good else 0
+        num_alone = 0
+        if passing.good:
+            num_alone = read_tensors(source, alone, num_local=num_local)
         return sum(passing.num_read) + num_alone
 
     return run_on_all(ranks, read), containers

@@ -44,13 +44,15 @@ class BufferedWriter:
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
         views = [memoryview(part).cast("B") for part in parts if len(part)]
-        while views:
-            count = os.pwritev(self._file, views[:_BUFFERS_A_CALL], offset)
+        first = 0
+        while first < len(views):
+            count = os.pwritev(self._file, views[first : first + _BUFFERS_A_CALL], offset)
             offset += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
+            while first < len(views) and count >= len(views[first]):
+                count -= len(views[first])
+                first += 1
             if count:
-                views[0] = views[0][count:]
+                views[first] = views[first][count:]
 
 
 class DirectWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
@@ -57,7 +57,13 @@ class LocalStore:
 
     def list(self, folder: str = "") -> Sequence[str]:
         with self._errors_of("list", folder), os.scandir(self._path(folder)) as entries:
-            return sorted(e.name + "/" if _is_folder(e) else e.name for e in entries)
+            return sorted(map(_listed, entries))
+
+    def list_with_links(self, folder: str) -> tuple[Sequence[str], Collection[str]]:
+        with self._errors_of("list", folder), os.scandir(self._path(folder)) as scanned:
+            entries = [*scanned]
+            is_link = os.DirEntry.is_symlink
+            return sorted(map(_listed, entries)), {e.name for e in entries if is_link(e)}
 
     def size(self, key: str) -> int:
         with self._errors_of("look at", key):
@@ -312,31 +318,51 @@ class LocalStore:
                     raise NotFoundError(f"nothing at `{path}`") from None
         return lock is not None
 
-    @contextmanager
-    def _errors_of(self, doing: str, key: str) -> Iterator[None]:
-        """Raise errors of the system as errors of Holdfast."""
-        try:
-            yield
-        except (FileNotFoundError, NotADirectoryError) as error:
-            path = self._path(key)
-            if isinstance(error, NotADirectoryError) or doing not in ("list", "look at", "read"):
-                raise StorageError(
-                    f"cannot {doing} `{path}`: {error.strerror}",
-                    hint=_HINTS.get(
-                        error.errno or 0, f"create the folder first: mkdir -p {self._root}"
-                    ),
-                ) from error
-            raise NotFoundError(f"nothing at `{path}`") from error
-        except MemoryError as error:
+    def _errors_of(self, doing: str, key: str) -> _Errors:
+        """Context that raises errors of the system as errors of Holdfast."""
+        return _Errors(self, doing, key)
+
+    def error_of(self, error: BaseException, doing: str, key: str) -> HoldfastError | None:
+        """Return the error of Holdfast for one of the system; None for other errors."""
+        path = self._path(key)
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            if isinstance(error, FileNotFoundError) and doing in ("list", "look at", "read"):
+                return NotFoundError(f"nothing at `{path}`")
+            hint = f"create the folder first: mkdir -p {self._root}"
+            return StorageError(
+                f"cannot {doing} `{path}`: {error.strerror}",
+                hint=_HINTS.get(error.errno or 0, hint),
+            )
+        if isinstance(error, MemoryError):
             # A sparse file may claim any size.
-            raise StorageError(
-                f"cannot {doing} `{self._path(key)}`: it does not fit into memory"
-            ) from error
-        except OSError as error:
-            raise StorageError(
-                f"cannot {doing} `{self._path(key)}`: {error.strerror or error}",
+            return StorageError(f"cannot {doing} `{path}`: it does not fit into memory")
+        if isinstance(error, OSError):
+            return StorageError(
+                f"cannot {doing} `{path}`: {error.strerror or error}",
                 hint=_HINTS.get(error.errno or 0),
-            ) from error
+            )
+        return None
+
+
+class _Errors:
+    """Context of one operation: see `LocalStore.error_of`.
+
+    A class, since a listing enters five per checkpoint, and a generator takes four times as long.
+    """
+
+    __slots__ = ("_doing", "_key", "_store")
+
+    def __init__(self, store: LocalStore, doing: str, key: str) -> None:
+        self._store, self._doing, self._key = store, doing, key
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:
+            known = self._store.error_of(error, self._doing, self._key)
+            if known is not None:
+                raise known from error
 
 
 class _LocalReader:
@@ -395,11 +421,13 @@ def _remove_folder(path: str) -> None:
         os.rmdir(path)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _listed(entry: os.DirEntry[str]) -> str:
+    """Return the name of an entry in a list: that of a folder ends in `/`."""
     try:
-        return entry.is_dir()
+        return entry.name + "/" if entry.is_dir() else entry.name
     except OSError:
-        return False  # A circular link, or one through a folder without search permission.
+        # A circular link, or one through a folder without search permission.
+        return entry.name
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -227,6 +227,15 @@ class Linking(Protocol):
 
     def evict(self, key: str) -> None:
         """Drop what memory caches of a durable file, so that it is next read from the disk."""
+        ...
+
+
+@runtime_checkable
+class LinkListing(Protocol):
+    """A store of files that may be symbolic links."""
+
+    def list_with_links(self, folder: str) -> tuple[Sequence[str], Collection[str]]:
+        """Return the result of `list`, and the names of those that are symbolic links."""
         ...
 
 
