@@ -11,8 +11,8 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+from holdfast.format.dumper import pickled_int
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry
-from holdfast.format.pickles import pickled_int
 from holdfast.format.region import Region
 from manifest_bytes import encode_metadata, sealed
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from holdfast.format.checksum import block_checksums, checksum, pack
 from holdfast.format.chunks import BLOCK_BYTES, NUM_PLACES, RowFile, Span, Table
 from holdfast.format.dcp import OURS
+from holdfast.format.dumper import Call, Dumper, FileName, Global, Instance, pickled_int
 from holdfast.format.manifest import Path, encode_tensor, encode_tensor_with_rows
-from holdfast.format.pickles import Call, Dumper, FileName, Global, Instance, pickled_int
 
 Ints = NDArray[np.int64]
 

@@ -25,6 +25,7 @@ from holdfast.format.archive import (
     record_names,
 )
 from holdfast.format.dtypes import dtype_of
+from holdfast.format.dumper import pickled_int, pickled_str
 from holdfast.format.git_lfs import check_no_pointer
 from holdfast.format.manifest import (
     Chunk,
@@ -34,7 +35,7 @@ from holdfast.format.manifest import (
     TensorEntry,
     ValueEntry,
 )
-from holdfast.format.pickles import INVALID, AnyGlobal, Other, Plain, pickled_int, pickled_str
+from holdfast.format.pickles import INVALID, AnyGlobal, Other, Plain
 from holdfast.format.region import Region
 from holdfast.format.torchzip import (
     GLOBALS,

@@ -33,8 +33,9 @@ from holdfast.format.archive import (
     windowed,
 )
 from holdfast.format.dtypes import BY_STORAGE, dtype_of
+from holdfast.format.dumper import pickled_int, pickled_str
 from holdfast.format.manifest import Span
-from holdfast.format.pickles import Plain, loads, pickled_int, pickled_str
+from holdfast.format.pickles import Plain, loads
 from holdfast.format.untrusted import check_sizes
 
 PAGE_BYTES = 4096

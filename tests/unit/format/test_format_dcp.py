@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 from holdfast.errors import FormatError
 from holdfast.format.dcp import decode_metadata
 from holdfast.format.dtypes import BY_NAME
+from holdfast.format.dumper import Call, Dumper, Global, Instance
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
-from holdfast.format.pickles import Call, Dumper, Global, Instance
 from holdfast.format.region import Region
 from manifest_bytes import encode_metadata
 

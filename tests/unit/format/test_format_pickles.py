@@ -15,17 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import FormatError
-from holdfast.format.pickles import (
-    Call,
-    DtypeName,
-    Dumper,
-    Global,
-    Instance,
-    Plain,
-    loads,
-    pickled_int,
-    pickled_str,
-)
+from holdfast.format.dumper import Call, Dumper, Global, Instance, pickled_int, pickled_str
+from holdfast.format.pickles import DtypeName, Plain, loads
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")),

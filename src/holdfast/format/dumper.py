@@ -1,0 +1,179 @@
+"""Write pickles byte by byte: equal values always give equal bytes."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A member of a module, by name."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileName:
+    """A text that names a file. It is memoized apart from equal texts, which are no file names."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a global."""
+
+    function: Global
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """An instance made without `__init__` from its state."""
+
+    cls: Global
+    state: Any
+
+
+class Dumper:
+    """Writes a pickle (protocol 4) of plain values, `Global`, `FileName`, `Call` and `Instance`.
+
+    Equal values always give equal bytes. Each global and string is written once and memoized.
+    """
+
+    def __init__(self, start: bytes) -> None:
+        self.parts: list[bytes | bytearray] = [start]
+        """Opcodes after those of `raw_large`."""
+
+        self._finished: list[bytes | bytearray] = []
+        self._memo: dict[object, int] = {}
+
+    def raw(self, opcodes: bytes | bytearray) -> None:
+        """Append opcodes, which must not memoize anything."""
+        self.parts.append(opcodes)
+
+    def raw_large(self, opcodes: bytes | bytearray) -> None:
+        """Append opcodes without ever copying them: see `raw` and `take_all`."""
+        self._finished += [b"".join(self.parts), opcodes]
+        self.parts = []
+
+    @property
+    def num_memoized(self) -> int:
+        return len(self._memo)
+
+    def index(self, value: object) -> int:
+        """Return the index of a memoized global or string."""
+        return self._memo[value]
+
+    def get(self, value: object) -> bytes:
+        """Return the opcode that pushes a memoized global or string."""
+        index = self._memo[value]
+        return b"h" + bytes([index]) if index < 256 else b"j" + _u32(index)
+
+    def take(self) -> bytes:
+        """Remove and return the bytes written since the last `raw_large`. Keeps the memo."""
+        taken = b"".join(self.parts)
+        self.parts = []
+        return taken
+
+    def take_all(self) -> list[bytes | bytearray]:
+        """Remove and return the bytes written so far, in parts. Keeps the memo."""
+        taken = [*self._finished, self.take()]
+        self._finished = []
+        return taken
+
+    def memoize(self, *values: object) -> None:
+        """Memoize globals and strings without adding them to the object."""
+        for value in values:
+            self.put(value)
+            self.parts.append(b"0")
+
+    def put(self, value: Any) -> None:
+        match value:
+            case None:
+                self.parts.append(b"N")
+            case bool():
+                self.parts.append(b"\x88" if value else b"\x89")
+            case int():
+                self.parts.append(pickled_int(value))
+            case str():
+                self._once(value, self._put_str)
+            case FileName():
+                self._once(value, lambda file: self._put_str(file.name))
+            case tuple():
+                self._put_tuple(value)
+            case list():
+                self._put_all(b"](", value, b"e")
+            case dict():
+                self._put_all(b"}(", [part for item in value.items() for part in item], b"u")
+            case Global():
+                self._once(value, self._put_global)
+            case Call():
+                self.put(value.function)
+                self.put(value.args)
+                self.parts.append(b"R")
+            case Instance():
+                self.put(value.cls)
+                self.parts.append(b")\x81")
+                if value.state is not None:
+                    self.put(value.state)
+                    self.parts.append(b"b")
+            case _:
+                raise TypeError(f"no plain value: {type(value)}")
+
+    def _once(self, value: Any, put: Any) -> None:
+        if value in self._memo:
+            self.parts.append(self.get(value))
+        else:
+            put(value)
+            self._memo[value] = len(self._memo)
+            self.parts.append(b"\x94")
+
+    def _put_str(self, value: str) -> None:
+        text = value.encode()
+        short = len(text) < 256
+        self.parts.append(b"\x8c" + bytes([len(text)]) if short else b"X" + _u32(len(text)))
+        self.parts.append(text)
+
+    def _put_global(self, value: Global) -> None:
+        self._once(value.module, self._put_str)
+        self._once(value.name, self._put_str)
+        self.parts.append(b"\x93")
+
+    def _put_tuple(self, value: tuple[Any, ...]) -> None:
+        if 0 < len(value) < 4:
+            for member in value:
+                self.put(member)
+            self.parts.append((b"\x85", b"\x86", b"\x87")[len(value) - 1])
+        else:
+            self._put_all(b"(", value, b"t")
+
+    def _put_all(self, head: bytes, members: Any, tail: bytes) -> None:
+        self.parts.append(head)
+        for member in members:
+            self.put(member)
+        self.parts.append(tail)
+
+
+def pickled_int(value: int) -> bytes:
+    """Pickle an int with its shortest opcode."""
+    if 0 <= value < 1 << 8:
+        return b"K" + bytes([value])
+    if 0 <= value < 1 << 16:
+        return b"M" + struct.pack("<H", value)
+    if -1 << 31 <= value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    digits = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(digits)]) + digits
+
+
+def pickled_str(text: str) -> bytes:
+    """Pickle a string as in protocol 2."""
+    return b"X" + _u32(len(text.encode())) + text.encode()
+
+
+def _u32(value: int) -> bytes:
+    return struct.pack("<I", value)
