@@ -376,10 +376,10 @@ class Dumper:
     """
 
     def __init__(self, start: bytes) -> None:
-        self.parts: list[bytes] = [start]
+        self.parts: list[bytes | bytearray] = [start]
         self._memo: dict[object, int] = {}
 
-    def raw(self, opcodes: bytes) -> None:
+    def raw(self, opcodes: bytes | bytearray) -> None:
         """Append opcodes, which must not memoize anything."""
         self.parts.append(opcodes)
 

@@ -15,7 +15,7 @@ def held(planner: Planner, *shapes: tuple[int, ...]) -> LocalState:
     return planner.hold(StateTree(state).flatten(), None)
 
 
-def stock_parts(planner: Planner, offset: int) -> list[bytes]:
+def stock_parts(planner: Planner, offset: int) -> list[bytes | bytearray]:
     assert planner.index is not None
     return planner.index.encoded().stock.encode({"step": ("__0_0.distcp", Span(offset, 100))})
 
