@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.state_dict_saver import (
 )
 from torch.optim import Optimizer
 
-from benchmarks.disk import WINDOW_BYTES, random_window, raw_write, sync
+from benchmarks.disk import WINDOW_BYTES, sync
 from benchmarks.peers import without_direct_io
+from benchmarks.raw import Way, raw_write
 from holdfast import CheckpointConfig, CheckpointManager
 
 
@@ -222,7 +223,7 @@ class PlainTraffic:
     def __init__(self, model: nn.Module, _optimizer: Optimizer, folder: Path) -> None:
         self._path, nbytes = folder / "raw", 12 * sum(p.numel() for p in model.parameters())
         self._source, self._target = (np.ones(nbytes, np.uint8) for _ in range(2))
-        self._window, self._pool = random_window(), ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(1)
 
     def start(self) -> None:
         self._done = self._pool.submit(self._copy_and_write)
@@ -231,7 +232,7 @@ class PlainTraffic:
         for start in range(0, len(self._target), WINDOW_BYTES):
             window = slice(start, start + WINDOW_BYTES)
             self._target[window] = self._source[window]
-        raw_write(self._path, len(self._target), self._window)
+        raw_write(self._path, len(self._target), Way())
 
     def finish(self) -> None:
         self._done.result()

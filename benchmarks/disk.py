@@ -1,64 +1,16 @@
-"""Raw reads and writes, syncs, and the page cache."""
+"""Syncs, and the page cache."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 WINDOW_BYTES = 8 << 20
-
-
-def raw_write(path: Path, nbytes: int, window: mmap.mmap, threads: int = 2) -> None:
-    """Write `nbytes` past the page cache, repeating `window`, and sync the file."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
-    nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    os.posix_fallocate(file, 0, nbytes)
-
-    def write(offset: int) -> None:
-        os.pwrite(file, memoryview(window)[: min(WINDOW_BYTES, nbytes - offset)], offset)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(write, range(0, nbytes, WINDOW_BYTES)))
-    os.fsync(file)
-    os.close(file)
-
-
-def raw_read(path: Path, targets: Sequence[memoryview], threads: int = 2) -> None:
-    """Read consecutive ranges of a file into `targets`."""
-    file, offset, jobs = os.open(path, os.O_RDONLY), 0, []
-    with ThreadPoolExecutor(threads) as pool:
-        for target in targets:
-            jobs.append(pool.submit(os.preadv, file, [target], offset))
-            offset += len(target)
-    assert sum(job.result() for job in jobs) == offset
-    os.close(file)
-
-
-def raw_read_direct(path: Path, nbytes: int, threads: int = 2) -> None:
-    """Read `nbytes` past the page cache and drop them: the speed of the disk alone."""
-    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    windows = [mmap.mmap(-1, WINDOW_BYTES) for _ in range(threads)]
-
-    def read(thread: int) -> None:
-        for offset in range(thread * WINDOW_BYTES, nbytes, threads * WINDOW_BYTES):
-            os.preadv(file, [windows[thread]], offset)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(read, range(threads)))
-    os.close(file)
-
-
-def random_window() -> mmap.mmap:
-    """Return `WINDOW_BYTES` of page-aligned random bytes."""
-    window = mmap.mmap(-1, WINDOW_BYTES)
-    window.write(os.urandom(WINDOW_BYTES))
-    return window
 
 
 def sync(folder: Path) -> None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import holdfast
 import holdfast.dcp
-from benchmarks.disk import random_window, raw_read, raw_read_direct, raw_write, sync
+from benchmarks.disk import sync
+from benchmarks.raw import Way, Ways, raw_read, raw_read_direct, raw_write
 from benchmarks.states import State, local, local_bytes, rank
 from holdfast.catalog.source import Source
 from holdfast.format import checksum
@@ -55,11 +56,15 @@ class System:
         return self.saved_by or self.name
 
 
-def systems() -> dict[str, System]:
-    """Return the installed systems by name; `raw` is the limit of disk and memory."""
+def systems(ways: Ways | None = None) -> dict[str, System]:
+    """Return the installed systems by name; `raw` is the limit of disk and memory, in these
+    ways."""
+    ways = ways or Ways()
+    raw_saved = partial(raw_save, way=ways.write)
+    raw_read_past_cache = partial(raw_load_direct, way=ways.read_direct)
     installed = [
-        System("raw", _raw_save, _raw_load),
-        System("raw, direct", _raw_save, _raw_load_direct, saved_by="raw"),
+        System("raw", raw_saved, partial(raw_load, way=ways.read)),
+        System("raw, direct", raw_saved, raw_read_past_cache, saved_by="raw"),
         System("holdfast", _holdfast_save, _holdfast_load),
         System("holdfast, unchecked", _unchecked(_holdfast_save), _unchecked(_holdfast_load)),
         System("dcp", _dcp_save(1), _dcp_load),
@@ -82,24 +87,20 @@ def save_and_sync(system: System, folder: Path, state: State) -> None:
         sync(folder)
 
 
-def _raw_threads() -> int:
-    return 1 if dist.is_initialized() else 2
+def raw_save(folder: Path, state: State, way: Way) -> None:
+    """Write as many bytes as the state has on this rank, into a file of its own."""
+    raw_write(folder / f"raw-{rank()}", local_bytes(state), way)
 
 
-def _raw_save(folder: Path, state: State) -> None:
-    raw_write(folder / f"raw-{rank()}", local_bytes(state), _window(), _raw_threads())
-
-
-def _raw_load(folder: Path, state: State) -> None:
+def raw_load(folder: Path, state: State, way: Way) -> None:
+    """Read them into the tensors."""
     views = [local(t).view(-1).view(torch.uint8).numpy().data for t in state.values()]
-    raw_read(folder / f"raw-{rank()}", views, _raw_threads())
+    raw_read(folder / f"raw-{rank()}", views, way)
 
 
-def _raw_load_direct(folder: Path, state: State) -> None:
-    raw_read_direct(folder / f"raw-{rank()}", local_bytes(state), _raw_threads())
-
-
-_window = cache(random_window)
+def raw_load_direct(folder: Path, state: State, way: Way) -> None:
+    """Read them past the page cache, and drop them."""
+    raw_read_direct(folder / f"raw-{rank()}", local_bytes(state), way)
 
 
 def _holdfast_save(folder: Path, state: State) -> None:

@@ -14,7 +14,7 @@ import os
 import pickle
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from benchmarks.simulated import SimulatedRanks, Stopwatch, state_of, write_result
+from benchmarks.simulated import Done, SimulatedRanks, Stopwatch, state_of, write_result
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.source import Source
@@ -129,8 +129,9 @@ class LoadCosts:
     """Bytes of the index that the other rank reads."""
 
 
-def table(sizes: Sequence[int], stock_size_max: int, done: Callable[[int], None]) -> list[str]:
-    """Lines of the table, then a summary of the largest number of ranks up to 2,048."""
+def table(sizes: Sequence[int], stock_size_max: int, done: Done) -> list[str]:
+    """Lines of the table, then a summary of the largest number of ranks up to 2,048. Calls `done`
+    after each size, with the lines so far."""
     lines, summary = [HEAD], ""
     for size in sizes:
         with TemporaryDirectory() as folder:
@@ -141,7 +142,7 @@ def table(sizes: Sequence[int], stock_size_max: int, done: Callable[[int], None]
                 summary = _summary(size, costs)
             if size <= stock_size_max:
                 lines.append(_row(size, "stock DCP", measure_dcp(size, Path(folder))))
-        done(size)
+        done(size, [*lines, summary])
     return [*lines, summary]
 
 

@@ -39,6 +39,7 @@ from benchmarks.meter import machine
 from benchmarks.simulated import (
     NUM_TENSORS,
     SHAPE,
+    Done,
     SimulatedRanks,
     Stopwatch,
     state_of,
@@ -216,22 +217,23 @@ def main() -> None:
     options = parser.parse_args()
     console = Console()
     verb, plan = ("loads", planned_loads.table) if options.load else ("saves", saves)
-    lines = plan(
-        options.sizes,
-        options.stock_size_max,
-        lambda size: console.print(f"{size} ranks: done", highlight=False),
-    )
+
+    def done(size: int, lines: Sequence[str]) -> None:
+        console.print(f"{size} ranks: done", highlight=False)
+        if options.out:
+            # After each size, since the next one may take many minutes, or all memory.
+            head = (
+                f"`python -m benchmarks.planning` plans {verb} of {NUM_TENSORS:,} tensors. "
+                f"Machine: {machine()}.\n\n"
+            )
+            options.out.write_text(head + "\n".join(lines) + "\n")
+
+    lines = plan(options.sizes, options.stock_size_max, done)
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    if options.out:
-        head = (
-            f"`python -m benchmarks.planning` plans {verb} of {NUM_TENSORS:,} tensors. Machine: "
-            f"{machine()}.\n\n"
-        )
-        options.out.write_text(head + "\n".join(lines) + "\n")
 
 
-def saves(sizes: Sequence[int], stock_size_max: int, done: Callable[[int], None]) -> list[str]:
-    """Lines of the table of saves."""
+def saves(sizes: Sequence[int], stock_size_max: int, done: Done) -> list[str]:
+    """Lines of the table of saves. Calls `done` after each size, with the lines so far."""
     lines = [
         "| ranks | system | first save, CPU s | first save until its first byte, CPU s "
         "| later save, CPU s "
@@ -249,7 +251,7 @@ def saves(sizes: Sequence[int], stock_size_max: int, done: Callable[[int], None]
             with TemporaryDirectory() as folder:
                 lines.append(row(size, "stock DCP", measure_dcp(size, state, Path(folder))))
         dist.destroy_process_group()
-        done(size)
+        done(size, lines)
     return lines
 
 

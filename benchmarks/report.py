@@ -25,6 +25,9 @@ HEADS = {
 PLOTTED = {"small": ("cpu_s",), "overlap": ("lost_s", "durable_s"), "listing": ()}
 """Columns to plot by section, where they are not `seconds`."""
 
+WITHOUT_BYTES = ("listing",)
+"""Sections whose work does not grow with the bytes of the state."""
+
 ORDER = (
     "saving",
     "loading",
@@ -48,8 +51,10 @@ depend on the machine and its load.
 * **Figures** are medians of the rounds. Ratios are medians of the rounds' ratios, with minimum and
   maximum.
 * **Saves** are synced.
-* **`raw`** is the limit of the machine: two threads write the same bytes with O_DIRECT and sync
-  them, or read them into the same memory.
+* **`raw`** is the limit of the machine: the same bytes, written with O_DIRECT and synced, or read
+  into the same memory. Before the rounds, the fastest of 1, 2 and 4 threads and of windows of 1, 8
+  and 32 MiB is chosen. Tables that do not name it are of two threads and 8 MiB.
+* **CPU, s per GB** is per GB of the state, or of the part that a rank needs.
 * **Method.** The module of each part in `benchmarks/` describes its method.
 
 [Conversions](convert.md), [planning of saves](planning.md), [planning of
@@ -101,15 +106,20 @@ def table(section: Section, compared: Sequence[str] = ("raw", "holdfast")) -> li
         for column in HEADS
         if max(figure.get(column, 0.0) for figure in figures) >= least.get(column, 1e-3)
     ]
+    per_gb = "cpu_s" in columns and section.name not in WITHOUT_BYTES
     compared = [name for name in compared if name in section.figures]
     head = [
         "system",
         *(HEADS[column] for column in columns),
+        *(["CPU, s per GB"] if per_gb else []),
         *(f"times {name}" for name in compared),
     ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in section.figures:
         cells = [_format(section.median(name, column)) for column in columns]
+        if per_gb:
+            nbytes = section.figures[name][0].get("needed_mb", section.facts["nbytes"] / 1e6) * 1e6
+            cells.append(_format(section.median(name, "cpu_s") / nbytes * 1e9))
         for other in compared:
             cells.append(f"{statistics.median(section.ratios(name, other)):.2f}")
         lines.append(f"| {' | '.join((name, *cells))} |")

@@ -2,8 +2,9 @@
 
 A save ends when every file and folder is synced. Before each save, the disk is idle. Before a warm
 load, the page cache has all files; before a cold load, it has none. Both are checked. `raw` is the
-limit of the disk: two threads write the same bytes past the page cache, or read them into the same
-memory without further work. `raw, direct` reads past the page cache and drops the bytes.
+limit of the disk: threads write the same bytes past the page cache, or read them into the same
+memory without further work. `raw, direct` reads past the page cache and drops the bytes. Before the
+rounds, each chooses the fastest number of threads and bytes of a call: see `benchmarks.raw`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.disk import cool_cache, drop_cache, warm_cache
 from benchmarks.meter import Figure, measure, run_rounds
 from benchmarks.options import BenchmarkOptions
-from benchmarks.peers import System, save_and_sync, save_dcp_cached_plan, systems
+from benchmarks.peers import (
+    System,
+    raw_load,
+    raw_load_direct,
+    raw_save,
+    save_and_sync,
+    save_dcp_cached_plan,
+    systems,
+)
+from benchmarks.raw import Way, Ways, fastest
 from benchmarks.results import Section, measure_parts
 from benchmarks.states import State, llama_like, local_bytes, same_bits, small_tensors
 from holdfast import CheckpointConfig, CheckpointManager
@@ -28,12 +39,14 @@ from holdfast import CheckpointConfig, CheckpointManager
 def saving(options: BenchmarkOptions, folder: Path) -> Section:
     """Measure saves into new files."""
     state = llama_like(options.nbytes)
+    way = fastest(partial(raw_save, folder / "raw", state), partial(renew, folder / "raw"))
     saves = {
         name: partial(save, system, folder / name, state)
-        for name, system in systems().items()
+        for name, system in systems(Ways(write=way)).items()
         if not system.saved_by
     }
-    return _section("saving", "Saving", state, run_rounds(saves, options.rounds))
+    figures = run_rounds(saves, options.rounds)
+    return _section("saving", "Saving", state, figures, f"`raw`: {way}.")
 
 
 def save(system: System, folder: Path, state: State) -> Figure:
@@ -51,14 +64,13 @@ def renew(folder: Path) -> None:
 
 def loading(options: BenchmarkOptions, folder: Path) -> Section:
     """Measure loads from the page cache."""
-    return _loads("loading", "Loading, warm", options, folder, systems().values(), warm_cache)
+    return _loads("loading", "Loading, warm", options, folder, [*systems()], warm_cache)
 
 
 def cold(options: BenchmarkOptions, folder: Path) -> Section:
     """Measure loads from the disk."""
     names = ("raw", "raw, direct", "holdfast", "holdfast, unchecked", "dcp", "safetensors")
-    chosen = [system for name, system in systems().items() if name in names]
-    return _loads("cold", "Loading, cold", options, folder, chosen, cool_cache)
+    return _loads("cold", "Loading, cold", options, folder, names, cool_cache)
 
 
 def _loads(
@@ -66,15 +78,16 @@ def _loads(
     title: str,
     options: BenchmarkOptions,
     folder: Path,
-    chosen: Iterable[System],
+    names: Iterable[str],
     prepare: Callable[[Path], None],
 ) -> Section:
     """Save with each system, check that its load gives the same bits, then measure the loads."""
     state = llama_like(options.nbytes)
     target = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    ways = ways_to_read(folder / "raw", target, prepare)
     loads = {}
-    for system in chosen:
-        if system.load is None:
+    for system in systems(ways).values():
+        if system.name not in names or system.load is None:
             continue
         saved = folder / system.folder_name
         if not system.saved_by:
@@ -83,7 +96,29 @@ def _loads(
         system.load(saved, target)
         assert same_bits(state, target) or system.name.startswith("raw"), system.name
         loads[system.name] = partial(_load, prepare, saved, system.load, target)
-    return _section(name, title, state, run_rounds(loads, options.rounds))
+    figures = run_rounds(loads, options.rounds)
+    return _section(name, title, state, figures, noted(ways))
+
+
+def ways_to_read(folder: Path, target: State, prepare: Callable[[Path], None]) -> Ways:
+    """Return the fastest ways of raw reads into `target`, which is on this rank. Collective.
+
+    `prepare(folder)` runs on each rank before each read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    raw_save(folder, target, Way())
+    if dist.is_initialized():
+        dist.barrier()
+    before = partial(prepare, folder)
+    return Ways(
+        read=fastest(partial(raw_load, folder, target), before),
+        read_direct=fastest(partial(raw_load_direct, folder, target), before),
+    )
+
+
+def noted(ways: Ways) -> str:
+    """Describe the ways of raw reads, for the method of a section."""
+    return f"`raw`: {ways.read}. `raw, direct`: {ways.read_direct}."
 
 
 def _load(
@@ -98,9 +133,11 @@ def _load(
     return figure
 
 
-def _section(name: str, title: str, state: State, figures: dict[str, list[Figure]]) -> Section:
+def _section(
+    name: str, title: str, state: State, figures: dict[str, list[Figure]], note: str
+) -> Section:
     nbytes = local_bytes(state)
-    method = f"One process, {len(state):,} tensors, {nbytes / 1e9:.2f} GB."
+    method = f"One process, {len(state):,} tensors, {nbytes / 1e9:.2f} GB. {note}"
     return Section(name, title, method, figures, {"nbytes": nbytes})
 
 

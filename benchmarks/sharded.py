@@ -2,7 +2,8 @@
 
 The ranks are processes on gloo with one thread each. Tensors are sharded by rows, as FSDP does.
 Times run from one barrier to the next, and include the sync of all files. `raw`: every rank writes
-or reads its bytes in its own file, as one process does in `benchmarks.saving`.
+or reads its bytes in its own file, as one process does in `benchmarks.saving`, in the way that is
+the fastest for all ranks together.
 
 Resharding: a checkpoint of four ranks, sharded by rows, is loaded by two ranks, by one, and by four
 that shard by columns. A checkpoint of one process is loaded by one rank of eight, which reads an
@@ -23,10 +24,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.disk import cool_cache, drop_cache, warm_cache
 from benchmarks.meter import Figure, measure, measure_ranks, run_rounds
 from benchmarks.options import BenchmarkOptions
-from benchmarks.peers import System, save_and_sync, systems
+from benchmarks.peers import System, raw_save, save_and_sync, systems
 from benchmarks.ranks import run_on_ranks
+from benchmarks.raw import Ways, fastest
 from benchmarks.results import Section, measure_parts
-from benchmarks.saving import renew
+from benchmarks.saving import noted, renew, ways_to_read
 from benchmarks.states import (
     State,
     llama_like,
@@ -53,20 +55,21 @@ Figures = dict[str, list[Figure]]
 
 def sharded_saving(options: BenchmarkOptions, folder: Path) -> Section:
     """Measure saves by all ranks into one checkpoint."""
-    figures = run_on_ranks(SIZE, _saves, options, folder)
-    return _section("sharded_saving", f"Saving by {SIZE} ranks", options, figures)
+    figures, note = run_on_ranks(SIZE, _saves, options, folder)
+    return _section("sharded_saving", f"Saving by {SIZE} ranks", options, figures, note=note)
 
 
 def sharded_loading(options: BenchmarkOptions, folder: Path) -> Section:
     """Measure loads by as many ranks as saved, from the page cache."""
-    figures = run_on_ranks(SIZE, _loads, options, folder, warm_cache)
-    return _section("sharded_loading", f"Loading by {SIZE} ranks, warm", options, figures)
+    figures, note = run_on_ranks(SIZE, _loads, options, folder, warm_cache)
+    title = f"Loading by {SIZE} ranks, warm"
+    return _section("sharded_loading", title, options, figures, note=note)
 
 
 def sharded_cold(options: BenchmarkOptions, folder: Path) -> Section:
     """Measure loads by as many ranks as saved, from the disk."""
-    figures = run_on_ranks(SIZE, _loads, options, folder, cool_cache)
-    return _section("sharded_cold", f"Loading by {SIZE} ranks, cold", options, figures)
+    figures, note = run_on_ranks(SIZE, _loads, options, folder, cool_cache)
+    return _section("sharded_cold", f"Loading by {SIZE} ranks, cold", options, figures, note=note)
 
 
 def resharding(options: BenchmarkOptions, folder: Path) -> Section:
@@ -83,21 +86,31 @@ def resharding(options: BenchmarkOptions, folder: Path) -> Section:
 
 
 def _section(
-    name: str, title: str, options: BenchmarkOptions, figures: Figures, method: str = ""
+    name: str,
+    title: str,
+    options: BenchmarkOptions,
+    figures: Figures,
+    method: str = "",
+    note: str = "",
 ) -> Section:
     nbytes = local_bytes(llama_like(options.nbytes, partial(torch.empty, device="meta")))
     method = method or f"{SIZE} processes on gloo, FSDP shards, {nbytes / 1e9:.2f} GB together."
+    if note:
+        method += f" {note}"
     return Section(name, title, method, figures, {"nbytes": nbytes})
 
 
-def _saves(options: BenchmarkOptions, folder: Path) -> Figures:
+def _saves(options: BenchmarkOptions, folder: Path) -> tuple[Figures, str]:
+    """Returns the figures, and a note on the way of raw writes."""
     state = sharded(options.nbytes, mesh_of(SIZE))
+    raw = folder / "raw"
+    way = fastest(partial(raw_save, raw, state), partial(_on_rank_0, renew, raw))
     saves = {
         name: partial(_save, system, folder / name, state)
-        for name, system in systems().items()
+        for name, system in systems(Ways(write=way)).items()
         if system.sharded and not system.saved_by
     }
-    return run_rounds(saves, options.rounds)
+    return run_rounds(saves, options.rounds), f"`raw`, each rank: {way}."
 
 
 def _save(system: System, folder: Path, state: State) -> Figure:
@@ -111,11 +124,15 @@ def _on_rank_0(work: Callable[[Path], None], folder: Path) -> None:
     dist.barrier()
 
 
-def _loads(options: BenchmarkOptions, folder: Path, prepare: Callable[[Path], None]) -> Figures:
+def _loads(
+    options: BenchmarkOptions, folder: Path, prepare: Callable[[Path], None]
+) -> tuple[Figures, str]:
+    """Returns the figures, and a note on the ways of raw reads."""
     state = sharded(options.nbytes, mesh_of(SIZE))
     target = sharded(options.nbytes, mesh_of(SIZE), torch.zeros)
+    ways = ways_to_read(folder / "raw", target, partial(_on_rank_0, prepare))
     loads = {}
-    for name, system in systems().items():
+    for name, system in systems(ways).items():
         if not system.sharded or system.load is None:
             continue
         saved = folder / system.folder_name
@@ -124,7 +141,7 @@ def _loads(options: BenchmarkOptions, folder: Path, prepare: Callable[[Path], No
         system.load(saved, target)
         assert same_bits(state, target) or name.startswith("raw"), name
         loads[name] = partial(_load, system.load, saved, target, prepare)
-    return run_rounds(loads, options.rounds)
+    return run_rounds(loads, options.rounds), f"Each rank: {noted(ways)}"
 
 
 def _load(

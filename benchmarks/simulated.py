@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,9 @@ from holdfast.format.names import data_file
 from holdfast.planning.file_layout import FileLayout
 from holdfast.planning.write_plan import LocalPlan
 from holdfast.saving.write import WriteResult
+
+Done = Callable[[int, Sequence[str]], None]
+"""Called after each number of ranks, with the lines of the table so far."""
 
 NUM_TENSORS = 2000
 SHAPE = (16384, 4)

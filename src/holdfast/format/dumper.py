@@ -46,19 +46,11 @@ class Dumper:
 
     def __init__(self, start: bytes) -> None:
         self.parts: list[bytes | bytearray] = [start]
-        """Opcodes after those of `raw_large`."""
-
-        self._finished: list[bytes | bytearray] = []
         self._memo: dict[object, int] = {}
 
     def raw(self, opcodes: bytes | bytearray) -> None:
         """Append opcodes, which must not memoize anything."""
         self.parts.append(opcodes)
-
-    def raw_large(self, opcodes: bytes | bytearray) -> None:
-        """Append opcodes without ever copying them: see `raw` and `take_all`."""
-        self._finished += [b"".join(self.parts), opcodes]
-        self.parts = []
 
     @property
     def num_memoized(self) -> int:
@@ -74,15 +66,9 @@ class Dumper:
         return b"h" + bytes([index]) if index < 256 else b"j" + _u32(index)
 
     def take(self) -> bytes:
-        """Remove and return the bytes written since the last `raw_large`. Keeps the memo."""
+        """Remove and return the bytes written so far. Keeps the memo."""
         taken = b"".join(self.parts)
         self.parts = []
-        return taken
-
-    def take_all(self) -> list[bytes | bytearray]:
-        """Remove and return the bytes written so far, in parts. Keeps the memo."""
-        taken = [*self._finished, self.take()]
-        self._finished = []
         return taken
 
     def memoize(self, *values: object) -> None:

@@ -161,9 +161,15 @@ def encode_tensor(
     """
     # A list per chunk would be a million objects for the garbage collector to track.
     size = NUM_PLACES + 2 * len(shape)
-    row = "[" + ",".join(["%d"] * size) + "]"
-    rows = ",".join([row] * (len(numbers) // size)) % tuple(numbers)
+    rows = _rows_format(size, len(numbers) // size) % tuple(numbers)
     return _start(name, dtype, shape, path) + b',"chunks":[' + rows.encode() + b"]}"
+
+
+@lru_cache(maxsize=64)
+def _rows_format(size: int, count: int) -> str:
+    """Format of `count` rows of `size` numbers."""
+    row = "[" + ",".join(["%d"] * size) + "]"
+    return ",".join([row] * count)
 
 
 def encode_tensor_with_rows(

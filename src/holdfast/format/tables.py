@@ -142,6 +142,9 @@ class StockIndex:
         self._out = out = Dumper(OURS)
         self._properties_of: dict[str, bytes] = {}
         self._cache: dict[tuple[object, ...], bytes] = {}
+        self._large: list[bytes | bytearray] = []
+        """Bytes up to the last tensor of many chunks. They are never copied."""
+
         self._columns: dict[tuple[object, ...], tuple[TensorTable, bytes]] = {}
         """Bytes of a tensor by its columns, which tensors of one layout share. With the tensor, so
         that no other columns get the same identity."""
@@ -180,7 +183,7 @@ class StockIndex:
         out.raw(b"}(")
         # Thousands of small parts would take longer to write than one.
         one = len(stored) > 1 and sum(map(len, stored)) < _JOINED_BYTES_MAX
-        self._fixed = [*out.take_all(), *([b"".join(stored)] if one else stored)]
+        self._fixed = [*self._large, out.take(), *([b"".join(stored)] if one else stored)]
 
     def encode(self, values: Mapping[str, tuple[str, Span]]) -> list[bytes | bytearray]:
         """Encode `.metadata`, in parts, given the file and the item of each value."""
@@ -201,7 +204,7 @@ class StockIndex:
         out, is_large = self._out, len(table.start) >= _LARGE_CHUNKS_MIN
         columns = (table.dtype, table.shape, id(table.start), id(table.stop))
         if is_large and columns in self._columns:
-            out.raw_large(self._columns[columns][1])
+            self._put_large(self._columns[columns][1])
             return
         key = (table.dtype, table.shape, table.start.tobytes(), table.stop.tobytes())
         encoded = self._cache.get(key)
@@ -217,9 +220,12 @@ class StockIndex:
             del out.parts[num_parts:]
         if is_large:
             self._columns[columns] = table, encoded
-            out.raw_large(encoded)
+            self._put_large(encoded)
         else:
             out.raw(encoded)
+
+    def _put_large(self, encoded: bytes) -> None:
+        self._large += [self._out.take(), encoded]
 
     def _put_new_tensor(self, table: TensorTable) -> None:
         out = self._out

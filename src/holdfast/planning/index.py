@@ -4,7 +4,6 @@ the places of values."""
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -71,12 +70,14 @@ class Index:
     @cached_property
     def nbytes(self) -> Mapping[str | int, int]:
         """Bytes of all tensors below each top-level name, over all ranks."""
-        nbytes: Counter[str | int] = Counter()
+        nbytes: dict[str | int, int] = {}
         for chunks in self.plan.tensors:
-            nbytes[chunks.tensor.path[0]] += chunks.tensor.nbytes
+            tensor = chunks.tensor
+            nbytes[tensor.path[0]] = nbytes.get(tensor.path[0], 0) + tensor.nbytes
         # A tied tensor is stored under its first name. Its other names add no bytes, but are
         # listed.
-        nbytes.update({path[0]: 0 for _, path in self.plan.aliases.values()})
+        for _, path in self.plan.aliases.values():
+            nbytes.setdefault(path[0], 0)
         return nbytes
 
     def variant(self, key: Hashable, make: Callable[[], Index]) -> Index:

@@ -143,7 +143,8 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
             if name in aliases:
                 continue
             tensor = holders[0].local_plan.tensors[name]
-            wrong += _conflicting_shapes(name, holders)
+            if len(holders) > 1:
+                wrong += _conflicting_shapes(name, holders)
             placements = [shared.local_plan.tensors[name].placement for shared in holders]
             # By identity: equal placements share one object, and comparing large meshes is slow.
             key = (tensor.shape, *map(id, placements), *map(id, holders))
@@ -151,7 +152,7 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
                 known[key] = _held_regions(tensor.shape, placements, holders)
             regions = known[key]
             held.append((name, tensor, regions))
-            if regions.num_elements != prod(tensor.shape) or regions.overlap:
+            if not regions.is_whole:
                 wrong.append(
                     f"`{name}`: the ranks hold {regions.num_elements} of {prod(tensor.shape)} "
                     "elements, or some twice"
@@ -280,23 +281,33 @@ def _holders_by_name(
 
 def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[TensorChunks]:
     """Chunks of each tensor: its regions, cut where stretches end."""
-    sizes = [tensor.nbytes for _, tensor, _ in held]
+    known: dict[tuple[str, tuple[int, ...]], int] = {}
+    sizes: list[int] = []
+    for _, tensor, _ in held:
+        described = tensor.dtype, tensor.shape
+        if described not in known:
+            known[described] = tensor.nbytes
+        sizes.append(known[described])
     total: dict[bytes, int] = {}
     for (_, tensor, regions), nbytes in zip(held, sizes, strict=True):
         total[regions.key] = total.get(regions.key, 0) + nbytes * tensor.is_shared
     before = dict.fromkeys(total, 0)
+    # Tensors whose chunks have the same writers share one array, so that each is searched once.
+    ranks_of: dict[tuple[int, int], Ints] = {}
     for (name, tensor, regions), nbytes in zip(held, sizes, strict=True):
-        if not tensor.is_shared:
-            ranks = regions.ranks[:, 0]
-            yield TensorChunks(name, tensor, regions.start, regions.stop, ranks)
-            continue
-        offset, row_bytes = before[regions.key], total[regions.key]
-        before[regions.key] += nbytes
-        num_stretches = max(1, min(regions.ranks.shape[1], row_bytes // STRETCH_BYTES_MIN))
-        stretches = _stretches(offset, nbytes, row_bytes, num_stretches)
+        num_replicas = regions.ranks.shape[1]
+        stretches = [(0, nbytes, 0)]
+        if tensor.is_shared and num_replicas > 1:
+            offset, row_bytes = before[regions.key], total[regions.key]
+            before[regions.key] += nbytes
+            num_stretches = max(1, min(num_replicas, row_bytes // STRETCH_BYTES_MIN))
+            stretches = _stretches(offset, nbytes, row_bytes, num_stretches)
         if len(stretches) == 1:
-            ranks = regions.ranks[:, stretches[0][2]]
-            yield TensorChunks(name, tensor, regions.start, regions.stop, ranks)
+            stretch = stretches[0][2]
+            key = id(regions), stretch
+            if key not in ranks_of:
+                ranks_of[key] = regions.ranks[:, stretch]
+            yield TensorChunks(name, tensor, regions.start, regions.stop, ranks_of[key])
         else:
             yield _divided(name, tensor, regions, stretches)
 
@@ -353,7 +364,9 @@ class _HeldRegions:
     """Ranks that hold each region. Short rows repeat their ranks, so that all have one length."""
 
     num_elements: int
-    overlap: bool
+    is_whole: bool
+    """Whether they are all elements of the tensor, each once."""
+
     key: bytes
     """Equal for tensors whose regions are held by the same ranks."""
 
@@ -381,13 +394,15 @@ def _held_regions(
     ranks_of = np.array(
         [np.resize(held[region], num_ranks) for region in regions], np.int64
     ).reshape(len(regions), num_ranks)
+    num_elements = sum(region.num_elements for region in regions)
+    # Regions of one placement never overlap.
+    overlap = len(merged) > 1 and first_overlap(regions) is not None
     return _HeldRegions(
         start=np.array([r.start for r in regions], np.int64).reshape(dims),
         stop=np.array([r.stop for r in regions], np.int64).reshape(dims),
         ranks=ranks_of,
-        num_elements=sum(region.num_elements for region in regions),
-        # Regions of one placement never overlap.
-        overlap=len(merged) > 1 and first_overlap(regions) is not None,
+        num_elements=num_elements,
+        is_whole=num_elements == prod(shape) and not overlap,
         key=repr(dims[0]).encode() + ranks_of.tobytes(),
     )
 

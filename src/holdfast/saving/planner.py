@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from holdfast.comm import Ranks, gather_and_run, gather_deduplicated, run_on_all, run_on_rank_0
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.format.checksum import checksum
+from holdfast.format.region import Region
 from holdfast.format.structure import Node
 from holdfast.planning.alike import check_alike
 from holdfast.planning.file_layout import FileLayout, TensorItem, lay_out, lay_out_file
@@ -204,11 +205,7 @@ class Planner:
         self._values = frozenset(
             name for name, (rank, _) in write_plan.values.items() if rank == ranks.rank
         )
-        regions = [
-            (chunks.name, chunks.tensor.dtype, region)
-            for chunks in write_plan.tensors
-            for region in chunks.regions_of(ranks.rank)
-        ]
+        regions = [*_regions_of(ranks.rank, write_plan)]
         self._items = run_on_all(ranks, lambda: lay_out(regions))
         layouts = gather_deduplicated(ranks, {"items": columns(self._items)})
         places = None
@@ -288,6 +285,18 @@ class _Previous(NamedTuple):
     local_plans: dict[str, LocalPlan]
 
 
+def _regions_of(rank: int, write_plan: GlobalPlan) -> Iterator[tuple[str, str, Region]]:
+    """Name, dtype and region of each chunk that a rank writes."""
+    # Tensors of one layout share their arrays, of one row per rank: each is searched once.
+    known: dict[tuple[int, int, int], list[Region]] = {}
+    for chunks in write_plan.tensors:
+        key = id(chunks.start), id(chunks.stop), id(chunks.rank)
+        if key not in known:
+            known[key] = [*chunks.regions_of(rank)]
+        for region in known[key]:
+            yield chunks.name, chunks.tensor.dtype, region
+
+
 def _local_plans(
     known: Mapping[str, KnownTensor],
     aliases: Mapping[str, tuple[str, Path]],
@@ -300,7 +309,11 @@ def _local_plans(
     def plan_of(name: str) -> LocalPlan:
         _check_text(name)
         component, dot, _ = name.partition(".")
-        return local_plans.setdefault(component if dot else "", LocalPlan())
+        component = component if dot else ""
+        local_plan = local_plans.get(component)
+        if local_plan is None:
+            local_plan = local_plans[component] = LocalPlan()
+        return local_plan
 
     for name, tensor in known.items():
         if name in aliases:

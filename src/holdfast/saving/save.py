@@ -305,11 +305,14 @@ def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
 def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
     """The item's region of the training tensor."""
     pieces, region = held.known[item.name].layout.pieces, item.region
-    piece = pieces[0]
+    piece, tensor = pieces[0], held.tensors[item.name]
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     # Most tensors are written as a whole by the rank that holds them.
-    if piece.region != region:
-        piece = next(p for p in pieces if p.region & region == region)
-    return box_of(held.tensors[item.name].detach(), piece.local_of(region))
+    if piece.region == region:
+        return box_of(tensor, piece.local)
+    piece = next(p for p in pieces if p.region & region == region)
+    return box_of(tensor, piece.local_of(region))
 
 
 @cache

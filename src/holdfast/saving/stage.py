@@ -32,8 +32,12 @@ def host_windows(box: torch.Tensor, dtype: str) -> Iterable[memoryview]:
     """The bytes of `host_bytes` as one view of the tensor's memory, or else copied in windows of
     `WINDOW_BYTES`, so that no copy of a whole tensor is made."""
     wanted = _dtype(dtype)
-    plain = not (box.is_conj() or box.is_neg())
-    if box.is_cpu and box.dtype == wanted and box.is_contiguous() and plain:
+    if (
+        box.is_cpu
+        and box.dtype == wanted
+        and box.is_contiguous()
+        and not (box.is_neg() or (wanted.is_complex and box.is_conj()))
+    ):
         return (bytes_of(box),)
     return _copied_windows(box, wanted)
 

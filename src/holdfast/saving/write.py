@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -98,9 +98,16 @@ def _write_parts(
     checksums: list[int] = []
     stream = _Stream(writer, pace)
     for item in layout.tensors:
-        stream.put(item.prefix)
-        checksums += _put_windows(stream, windows_of(item), item)
-        stream.put(item.suffix)
+        if 0 < item.data.nbytes <= checksum.BLOCK_BYTES:
+            # Half of the time of the other branch, for states of thousands of small tensors.
+            (data,) = windows_of(item)
+            assert len(data) == item.data.nbytes, f"{item.name}: {len(data)} bytes, {item.data}"
+            checksums.append(checksum.checksum(data))
+            stream.put_all((item.prefix, data, item.suffix), item.item.nbytes)
+        else:
+            stream.put(item.prefix)
+            checksums += _put_windows(stream, windows_of(item), item)
+            stream.put(item.suffix)
     for _, container in layout.containers:
         stream.put(container)
     packed = checksum.pack(checksums)
@@ -194,6 +201,17 @@ class _Stream:
             self._parts.append(part)
         else:
             self._small.append(part)
+        self._pending += nbytes
+        if self._pending >= WINDOW_BYTES:
+            self.flush()
+
+    def put_all(self, parts: Sequence[Buffer], nbytes: int) -> None:
+        """Put parts of `nbytes` together."""
+        if nbytes >= JOINED_BYTES_MAX:
+            for part in parts:
+                self.put(part)
+            return
+        self._small += parts
         self._pending += nbytes
         if self._pending >= WINDOW_BYTES:
             self.flush()

@@ -118,9 +118,12 @@ def _mesh_of(tensor: torch.Tensor) -> tuple[DeviceMesh | None, tuple[Placement, 
 def _odd_kind(tensor: torch.Tensor) -> str:
     """Return the property of a tensor whose memory does not contain its elements as they are; ""
     for any other tensor."""
-    for kind in ("meta", "quantized", "nested"):
-        if getattr(tensor, f"is_{kind}"):
-            return kind
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantized"
+    if tensor.is_nested:
+        return "nested"
     return "" if tensor.layout is torch.strided else str(tensor.layout)
 
 

@@ -1,0 +1,113 @@
+"""Raw writes and reads of the bytes of a state, in the fastest of several ways."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch.distributed as dist
+
+from benchmarks.meter import measure, measure_ranks
+
+MIB = 1 << 20
+WINDOW_BYTES_MAX = 32 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Number of threads of a process, and the bytes of each call."""
+
+    threads: int = 2
+    window_bytes: int = 8 * MIB
+
+    def __str__(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{threads}, windows of {self.window_bytes // MIB} MiB"
+
+
+WAYS = tuple(Way(threads, mib * MIB) for threads in (1, 2, 4) for mib in (1, 8, 32))
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """Way of each kind of raw work."""
+
+    write: Way = Way()
+    read: Way = Way()
+    read_direct: Way = Way()
+
+
+def fastest(run: Callable[[Way], object], prepare: Callable[[], object], rounds: int = 2) -> Way:
+    """Return the way of `WAYS` with the least time in any of the rounds. Collective.
+
+    `prepare` runs before each measurement, on all ranks.
+    """
+    meter = measure_ranks if dist.is_initialized() else measure
+    seconds = dict.fromkeys(WAYS, float("inf"))
+    for _ in range(rounds):
+        for way in WAYS:
+            prepare()
+            seconds[way] = min(seconds[way], meter(lambda way=way: run(way))["seconds"])  # type: ignore[misc]
+    return min(seconds, key=seconds.__getitem__)
+
+
+def raw_write(path: Path, nbytes: int, way: Way) -> None:
+    """Write `nbytes` random bytes past the page cache, and sync the file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
+    nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    os.posix_fallocate(file, 0, nbytes)
+    window = memoryview(_window())
+
+    def write(offset: int) -> None:
+        os.pwrite(file, window[: min(way.window_bytes, nbytes - offset)], offset)
+
+    with ThreadPoolExecutor(way.threads) as pool:
+        list(pool.map(write, range(0, nbytes, way.window_bytes)))
+    os.fsync(file)
+    os.close(file)
+
+
+def raw_read(path: Path, targets: Sequence[memoryview], way: Way) -> None:
+    """Read consecutive ranges of a file into `targets`."""
+    file = os.open(path, os.O_RDONLY)
+
+    def pieces() -> Iterator[tuple[memoryview, int]]:
+        offset = 0
+        for target in targets:
+            for start in range(0, len(target), way.window_bytes):
+                piece = target[start : start + way.window_bytes]
+                yield piece, offset + start
+            offset += len(target)
+
+    with ThreadPoolExecutor(way.threads) as pool:
+        jobs = [pool.submit(os.preadv, file, [piece], offset) for piece, offset in pieces()]
+    assert sum(job.result() for job in jobs) == sum(map(len, targets))
+    os.close(file)
+
+
+def raw_read_direct(path: Path, nbytes: int, way: Way) -> None:
+    """Read `nbytes` past the page cache and drop them: the speed of the disk alone."""
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    windows = [mmap.mmap(-1, way.window_bytes) for _ in range(way.threads)]
+
+    def read(thread: int) -> None:
+        first, stride = thread * way.window_bytes, way.threads * way.window_bytes
+        for offset in range(first, nbytes, stride):
+            os.preadv(file, [windows[thread]], offset)
+
+    with ThreadPoolExecutor(way.threads) as pool:
+        list(pool.map(read, range(way.threads)))
+    os.close(file)
+
+
+@cache
+def _window() -> mmap.mmap:
+    """Page-aligned random bytes."""
+    window = mmap.mmap(-1, WINDOW_BYTES_MAX)
+    window.write(os.urandom(WINDOW_BYTES_MAX))
+    return window
