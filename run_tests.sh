@@ -16,9 +16,9 @@ if [ "${1:-}" = --all ]; then
     export HOLDFAST_TESTS_COLD=1
     shift
 fi
-# More processes than cores, since tests wait for processes and disks, which those of --fast do not;
-# tests/conftest.py divides the tests. One process if the caller chooses the tests.
-count=$(($(nproc) + 2))
+# One process more than cores, since tests wait for processes and disks, which those of --fast do
+# not; tests/conftest.py divides the tests. One process if the caller chooses the tests.
+count=$(($(nproc) + 1))
 [ "${1:-}" != --fast ] || count=$(nproc)
 workers=(--numprocesses "$count" --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 for argument in "$@"; do
