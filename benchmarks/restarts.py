@@ -1,4 +1,5 @@
-"""What a failure costs a run with a fast tier: `python -m benchmarks.restarts`.
+"""Measure steps lost and seconds to restart after failures of a run with a fast tier:
+`python -m benchmarks.restarts`.
 
 Three processes are three hosts, each with a local folder of its own. They train until all are
 killed, at the same step or at the same place of the code, and files are lost or changed. Then they

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from buckets import CHANGES, Dead
 from holdfast.storage.bucket import UnansweredError
 
 Mode = Literal["before", "after", "failed", "lost"]
-"""What happens at one request: the process dies before it or after it; the store does not execute
-it, or does and the answer is lost, so that the process goes on with an error."""
+"""Fault at one request.
 
-MODES: tuple[Mode, ...] = ("before", "after", "failed", "lost")
+* `before`, `after`: the process dies before or after the request;
+* `failed`: the store does not execute it, and the process gets an error;
+* `lost`: the store executes it, and the process gets an error, since the answer is lost.
+"""
+
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass

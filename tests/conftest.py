@@ -12,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
-# Assertions of the helpers tell the values they compare, as those of test files do.
-pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*.py")))
+HELPERS = [path.stem for path in Path(__file__).parent.glob("*.py")]
+
+# A failed assertion in a helper then shows the values that it compares, as in a test file.
+pytest.register_assert_rewrite(*HELPERS)
 
 import warm  # noqa: E402 - rewritten too
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from s3_server import App
 
 Mode = Literal["500", "503", "refused", "late", "lost", "cut", "half"]
-"""What happens to a request.
+"""Fault at a request.
 
 * `500`, `503`: it has no effect, and the answer is that error, `503` with the code `SlowDown`;
 * `refused`: it has no effect, and the connection is closed;

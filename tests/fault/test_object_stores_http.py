@@ -121,10 +121,10 @@ class Case:
     """Reads what is there."""
 
     done: object
-    """What `found` returns once the operation has returned."""
+    """Result of `found` after a success."""
 
     failed: tuple[object, ...]
-    """What `found` may return once the operation has raised."""
+    """Results that `found` may have after an error."""
 
 
 def held_at_5(url: str) -> int | None:

@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     holds_many = format_of(store, name) is None and is_folder(store, name)
     steps = steps_in(store, name) if holds_many else []
     others = other_checkpoints(store, name) if holds_many else []
-    checkpoints = [*steps, *(f"{name}/{other}" for other in others)]
+    checkpoints = steps + [f"{name}/{other}" for other in others]
     if options.mark:
         _check_markable(location(store, name), steps if checkpoints else [name])
     if checkpoints:

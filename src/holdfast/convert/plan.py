@@ -150,7 +150,8 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     notes += value_notes(opened, config, config_from, to_hf=to_hf)
     if keeps_names and config is not None:
         outputs, complete = _with_own_names(opened, model, config, options)
-        notes += [no_table(config), *(_packed_notes(outputs) if to_hf else ())]
+        notes.append(no_table(config))
+        notes += _packed_notes(outputs) if to_hf else []
     elif both is not None and config is not None and to_hf:
         is_hf = opened.dialect == "hf"
         lost = other_names(both.family, [*left_out], hf=is_hf)

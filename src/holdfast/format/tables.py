@@ -181,9 +181,10 @@ class StockIndex:
         out.raw(b"u")
         out.put("storage_data")
         out.raw(b"}(")
-        # Thousands of small parts would take longer to write than one.
-        one = len(stored) > 1 and sum(map(len, stored)) < _JOINED_BYTES_MAX
-        self._fixed = [*self._large, out.take(), *([b"".join(stored)] if one else stored)]
+        if len(stored) > 1 and sum(map(len, stored)) < _JOINED_BYTES_MAX:
+            # Thousands of small parts would take longer to write than one.
+            stored = [b"".join(stored)]
+        self._fixed = [*self._large, out.take(), *stored]
 
     def encode(self, values: Mapping[str, tuple[str, Span]]) -> list[bytes | bytearray]:
         """Encode `.metadata`, in parts, given the file and the item of each value."""

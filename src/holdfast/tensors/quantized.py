@@ -168,7 +168,7 @@ class Dequantized:
         if outer < 0:
             return None
         sizes = zip(weight[outer:], self._block, strict=True)
-        return (*weight[:outer], *(-(-size // block) for size, block in sizes))
+        return weight[:outer] + tuple(-(-size // block) for size, block in sizes)
 
     def _read_broadcast(
         self, name: str, region: Region, bits: Array, shape: tuple[int, ...]

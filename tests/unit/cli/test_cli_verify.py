@@ -171,6 +171,6 @@ def test_checkpoints_under_other_names_are_verified_and_listed(
     assert (status, said.count(": good, ")) == (0, 2)
     assert said.endswith("none is named step-N: a resume takes none\n")
     assert "`--mark` needs folders named step-N" in run(capsys, "verify", kept, "--mark")[2]
-    for command in ("show", "convert"):
-        error = run(capsys, command, kept, *(["x.pt"] * (command == "convert")))[2]
+    for arguments in (["show", str(kept)], ["convert", str(kept), "x.pt"]):
+        error = run(capsys, *arguments)[2]
         assert f"hint: checkpoints in it: `first`, `second`; {kept}/second" in error

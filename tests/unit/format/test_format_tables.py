@@ -35,7 +35,7 @@ def some_tables() -> list[TensorTable]:
             [("float32", 9), ("float32", 1), ("float32", 9), ("int64", 9), ("float32", 700)]
         )
     ]
-    return [*made, *(replace(made[0], name=name, path=(name,)) for name in ("a", "b"))]
+    return made + [replace(made[0], name=name, path=(name,)) for name in ("a", "b")]
 
 
 def encoded() -> list[bytes | bytearray]:
