@@ -25,7 +25,7 @@ from holdfast.loading.load import load_tree
 from holdfast.loading.opening import read_on_all
 from holdfast.saving.save import Saved, save_in
 from holdfast.state.objects import StateTree
-from holdfast.storage import claims
+from holdfast.storage import bucket as requests_of_bucket
 from holdfast.storage.objects import ObjectStore
 from holdfast.storage.store import Store
 
@@ -37,13 +37,13 @@ OLD, NEW = 1, 2
 @contextmanager
 def quiet() -> Iterator[None]:
     """Turn logging and pauses off: thousands of runs would log and wait."""
-    pause_s, claims.PAUSE_S = claims.PAUSE_S, 0.0
+    pause_s, requests_of_bucket.PAUSE_S = requests_of_bucket.PAUSE_S, 0.0
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        claims.PAUSE_S = pause_s
+        requests_of_bucket.PAUSE_S = pause_s
         logging.disable(logging.NOTSET)
 
 

@@ -6,13 +6,21 @@ change; `list` may lag behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from holdfast.errors import StorageError
 from holdfast.storage.store import Buffer
+
+T = TypeVar("T")
+
+PAUSE_S = 0.5
+"""Longest pause before a request is sent again."""
 
 Version = Mapping[str, str]
 """Identifies one content of an object, for `put_over`: an ETag, a generation, or both."""
@@ -44,6 +52,25 @@ class TakenError(Exception):
 
 class UnansweredError(StorageError):
     """The store failed, or its answer was lost: the request may have taken effect, or not."""
+
+
+def until_answered(request: Callable[[], T], tries: int) -> T:
+    """Send a request up to `tries` times, until it is answered. It must have the same effect again.
+
+    Raises:
+        UnansweredError: it was never answered.
+    """
+    for _ in range(tries - 1):
+        with suppress(UnansweredError):
+            return request()
+        pause()
+    return request()
+
+
+def pause() -> None:
+    """Wait before a request is sent again: for a random time, so that clients do not send theirs
+    together."""
+    time.sleep(random.uniform(0, PAUSE_S))
 
 
 class Bucket(Protocol):

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import secrets
 import threading
 import time
@@ -34,6 +33,7 @@ from holdfast.storage.bucket import (
     TakenError,
     UnansweredError,
     Version,
+    until_answered,
 )
 from holdfast.storage.processes import runs, this_process
 
@@ -52,9 +52,6 @@ _RENEWALS = 6
 
 _TRIES = 5
 """Most times that a lease is put before it counts as contended."""
-
-_PAUSE_S = 0.5
-"""Longest pause before a put that was not answered is sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +220,8 @@ class BucketLeases:
                 "If-Match": partial(self._bucket.put_over, probe, b"3", first),
             }
             for condition, put in conditions.items():
-                if not _is_refused(put):
+                # A store that heeds the condition has not changed if it does not answer.
+                if until_answered(partial(_takes, put), _TRIES):
                     raise UsageError(
                         f"`{self._bucket.url}`: this store ignores the condition `{condition}` of "
                         "a put, so two runs could not be kept apart",
@@ -271,17 +269,8 @@ class BucketLeases:
                 lease.renew()
 
 
-def _is_refused(put: Callable[[], object]) -> bool:
-    """Whether the store refuses a put, whose condition does not hold."""
-    for _ in range(_TRIES - 1):
-        # A store that heeds the condition has not changed if it does not answer.
-        with contextlib.suppress(UnansweredError):
-            return not _takes(put)
-        time.sleep(random.uniform(0, _PAUSE_S))
-    return not _takes(put)
-
-
 def _takes(put: Callable[[], object]) -> bool:
+    """Whether the store makes a put, whose condition does not hold."""
     try:
         put()
     except TakenError:

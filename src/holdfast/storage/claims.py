@@ -15,8 +15,6 @@ versions are equal, so the condition of a request that is still on its way never
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,12 +22,9 @@ from dataclasses import dataclass
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import MANIFEST
 from holdfast.format.pointer import encode_pointer, encode_reservation
-from holdfast.storage.bucket import Bucket, TakenError, UnansweredError
+from holdfast.storage.bucket import Bucket, TakenError, UnansweredError, pause
 from holdfast.storage.pointers import Pointer, Pointers
 from holdfast.storage.store import Check
-
-PAUSE_S = 0.5
-"""Longest pause before a conditional request is sent again."""
 
 _TRIES = 5
 """Most times that a conditional request is sent."""
@@ -85,7 +80,7 @@ class Claims:
                     raise ExistsError(f"`{self._where(claim.name)}` exists already") from error
                 is_ours = claim.replaced or (found is not None and found.id == claim.attempt_id)
                 expected = found if is_ours else None
-                time.sleep(random.uniform(0, PAUSE_S))
+                pause()
         raise StorageError(f"`{self._where(claim.name)}` could not be published: the store is busy")
 
     def _is_open(
@@ -137,7 +132,7 @@ class Claims:
                 self._bucket.put_over(_marker(name), encode_pointer(found.id), found.version)
                 self._pointers.forget(name)
                 return
-            time.sleep(random.uniform(0, PAUSE_S))
+            pause()
         raise StorageError(f"`{self._where(name)}` could not be changed: the store is busy")
 
     def _found_after(self, name: str, error: Exception) -> Pointer | None:

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
-from holdfast.storage.bucket import Listing, StoredObject, TakenError, UnansweredError, Version
+from holdfast.storage.bucket import (
+    Listing,
+    StoredObject,
+    TakenError,
+    UnansweredError,
+    Version,
+    pause,
+    until_answered,
+)
 from holdfast.storage.bucket_leases import REQUEST_S
 from holdfast.storage.store import Buffer
 from holdfast.storage.streams import PART_BYTES
@@ -30,8 +36,6 @@ try:
     from obstore.store import from_url
 except ImportError:
     obstore = None  # type: ignore[assignment]
-
-T = TypeVar("T")
 
 CONCURRENT_PARTS = 4
 """Parts of one upload that are sent at the same time: with the part that is being filled, they are
@@ -46,9 +50,6 @@ _PATIENCE_S = 180.0
 _TRIES = 3
 """Most times that a listing or a deletion is sent: obstore does not send it again if the answer is
 cut."""
-
-_PAUSE_S = 0.5
-"""Longest pause between them."""
 
 _RETRIES_MAX = 50
 """Most times that a request is sent again: so many that its patience ends first."""
@@ -203,7 +204,7 @@ class CloudBucket:
             obstore.copy(self._data, source, target)
 
     def list(self, prefix: str) -> Listing:
-        return _until_answered(partial(self._list, prefix))
+        return until_answered(partial(self._list, prefix), _TRIES)
 
     def _list(self, prefix: str) -> Listing:
         with self._errors_of("list", prefix):
@@ -224,12 +225,12 @@ class CloudBucket:
             except UnansweredError:
                 if number == _TRIES:
                     raise
-                time.sleep(random.uniform(0, _PAUSE_S))
+                pause()
 
     def delete(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), 1000):
             some = [*keys[start : start + 1000]]
-            _until_answered(partial(self._delete, some))
+            until_answered(partial(self._delete, some), _TRIES)
 
     def _delete(self, keys: Sequence[str]) -> None:
         with self._errors_of("remove", keys[0]):
@@ -263,15 +264,6 @@ class CloudBucket:
             ) from error
         except exceptions.BaseError as error:
             raise _failed(doing, where, error) from error
-
-
-def _until_answered(request: Callable[[], T]) -> T:
-    """Send a request again if its answer is cut. It must have the same effect again."""
-    for _ in range(_TRIES - 1):
-        with suppress(UnansweredError):
-            return request()
-        time.sleep(random.uniform(0, _PAUSE_S))
-    return request()
 
 
 def _failed(doing: str, where: str, error: Exception) -> StorageError:
