@@ -15,7 +15,7 @@ from itertools import zip_longest
 
 from holdfast.catalog.findings import Finding
 from holdfast.errors import HoldfastError
-from holdfast.format.archive import Record, read_records, windowed
+from holdfast.format.archive import RECORD, Record, read_records, windowed
 from holdfast.format.checksum import block_checksums, checksum, checksum_of_parts, num_blocks
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
@@ -266,7 +266,7 @@ def _check_tensor(
 
 def _check_value(reader: RecordReader, name: str, item: Span) -> list[Finding]:
     try:
-        if reader.fetch(item.offset, 4) != b"PK\3\4":
+        if reader.fetch(item.offset, len(RECORD)) != RECORD:
             return [Finding("data", reader.file, "is no container of torch.save", name)]
         records = read_records(windowed(reader.fetch, item), item.nbytes)
         findings = []

@@ -16,9 +16,9 @@ from holdfast.catalog.source import Source, fetcher
 from holdfast.catalog.steady import UNREADABLE, fingerprint, read_steadily
 from holdfast.catalog.zero_folder import open_zero_folder
 from holdfast.errors import HoldfastError, NotFoundError, StorageError
-from holdfast.format import safetensors, torchfile
+from holdfast.format import archive, safetensors, torchfile
 from holdfast.format.manifest import Manifest
-from holdfast.format.names import hidden_folder_of, step_of_folder
+from holdfast.format.names import step_of_folder
 from holdfast.format.seal import SEAL
 from holdfast.format.torchfile import TorchFile
 from holdfast.storage.store import ReadStore
@@ -165,15 +165,18 @@ def checked_format(store: ReadStore, name: str) -> Format:
     the newest checkpoint below `name`, if there is one."""
     form = format_of(store, name)
     if form is None:
-        steps = steps_in(store, name) if is_folder(store, name) else []
-        others = other_checkpoints(store, name) if is_folder(store, name) else []
-        hint = "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
-        if steps:
-            hint = f"its newest step: {location(store, steps[-1])}"
-        elif others:
-            hint = f"checkpoints in it: {named(others)}; {location(store, name)}/{others[-1]}"
-        raise no_checkpoint(store, name, hint=hint)
+        raise no_checkpoint(store, name, hint=_hint_to_a_checkpoint(store, name))
     return form
+
+
+def _hint_to_a_checkpoint(store: ReadStore, name: str) -> str:
+    """The hint for `name`, which is no checkpoint: the newest one below it."""
+    if is_folder(store, name):
+        if steps := steps_in(store, name):
+            return f"its newest step: {location(store, steps[-1])}"
+        if others := other_checkpoints(store, name):
+            return f"checkpoints in it: {named(others)}; {location(store, name)}/{others[-1]}"
+    return "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
 
 
 def format_of(store: ReadStore, name: str) -> Format | None:
@@ -184,7 +187,7 @@ def format_of(store: ReadStore, name: str) -> Format | None:
     if last in names:
         check_whole_checkpoint(store, name)
         start = store.read(name, 0, 9)
-        if start[:4] == b"PK\3\4" or start[:1] == b"\x80":
+        if start.startswith(archive.RECORD) or start[:1] == b"\x80":
             return "torch"
         return "safetensors" if name.endswith(safetensors.SUFFIX) or start[8:] == b"{" else None
     if f"{last}/" not in names:
@@ -226,7 +229,7 @@ def other_checkpoints(store: ReadStore, name: str) -> list[str]:
     steps = {key.rpartition("/")[2] for key in steps_in(store, name)}
     others = []
     for folder in (entry.rstrip("/") for entry in store.list(name) if entry.endswith("/")):
-        if folder in steps or folder.startswith(".") or hidden_folder_of(folder) is not None:
+        if folder in steps or folder.startswith("."):
             continue
         with suppress(HoldfastError):
             # Not `format_of`, which lists the folder above too: that may be long.

@@ -20,6 +20,9 @@ Fetch = Callable[[int, int], bytes]
 DIRECTORY_BYTES_MAX = 64 << 20
 """Largest directory: half a million records."""
 
+RECORD = b"PK\3\4"
+"""First bytes of each record, and so of an archive."""
+
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
@@ -186,7 +189,7 @@ def _data_span(fetch: Fetch, path: str, header: int, nbytes: int) -> Span:
     """Return the position of the content of a record, after its header and its path."""
     fields = _LOCAL.unpack(fetch(header, _LOCAL.size))
     start = header + _LOCAL.size
-    if fields[0] != b"PK\3\4" or fields[3] or fetch(start, fields[9]) != path.encode():
+    if fields[0] != RECORD or fields[3] or fetch(start, fields[9]) != path.encode():
         raise ValueError(f"record `{path[:200]}` has no valid header at {header}")
     return Span(start + fields[9] + fields[10], nbytes)
 
@@ -207,7 +210,7 @@ def local_header(
         padding = -(position + _LOCAL.size + len(name) + len(extra) + 4) % align
         extra += b"FB" + struct.pack("<H", padding) + b"Z" * padding
     size, version = min(nbytes, _FULL), 45 if nbytes >= _FULL else 0
-    fields = (b"PK\3\4", version, _UTF8, 0, 0, 0, crc32, size, size, len(name), len(extra))
+    fields = (RECORD, version, _UTF8, 0, 0, 0, crc32, size, size, len(name), len(extra))
     return _LOCAL.pack(*fields) + name + extra
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from holdfast.errors import FormatError
 from holdfast.format import torchstream
 from holdfast.format.archive import (
+    RECORD,
     Fetch,
     Record,
     directory_end,
@@ -78,8 +79,8 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
     Raises:
         FormatError: it is no `.pt` file, or everything in it could be rebuilt only by running code.
     """
-    check_kind(fetch, nbytes, where=where)
-    if fetch(0, len(_ZIP)) == _ZIP and record_names(fetch, nbytes) is None:
+    names = check_kind(fetch, nbytes, where=where)
+    if names is None and fetch(0, len(RECORD)) == RECORD:
         raise FormatError(
             f"`{where}` is a ZIP archive without its directory, which is at the end: it was cut "
             "short or changed",
@@ -118,15 +119,17 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
     return TorchFile(manifest, read.strides, read.values, read.left_out)
 
 
-def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> None:
+def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> set[str] | None:
     """Refuse files that begin like one of `torch.save`, but that another function or program wrote.
+
+    Returns the names of the records of an archive; None for a file without a directory of them.
 
     Raises:
         FormatError: it is such a file.
     """
     if fetch(0, 1) == b"\x80":
         if torchstream.is_stream(fetch):
-            return
+            return None
         raise FormatError(
             f"`{where}` is a pickle that torch.save did not write",
             hint="if you trust its writer, load it with `pickle`, and torch.save its tensors",
@@ -134,7 +137,7 @@ def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> None:
     check_no_pointer(fetch, where=where)
     names = record_names(fetch, nbytes)
     if names is None or ("data.pkl" in names and "constants.pkl" not in names):
-        return
+        return names
     for record, kind, way in _OTHER_ARCHIVES:
         if record in names:
             raise FormatError(f"`{where}` is {kind}, which holds a program", hint=way)
@@ -143,9 +146,6 @@ def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> None:
 
 _AGAIN = "copy or download it again"
 """Hint for a file that lacks its end."""
-
-_ZIP = b"PK\3\4"
-"""First bytes of an archive."""
 
 _OTHER_ARCHIVES = (
     (
