@@ -9,6 +9,7 @@ from typing import Any
 from holdfast.catalog.hf_folder import of_language_model
 from holdfast.catalog.open_any import OpenCheckpoint
 from holdfast.hf.dialects import dialect_of
+from holdfast.hf.values import ROPE
 
 _SIZES = (
     "num_hidden_layers",
@@ -30,9 +31,6 @@ _SIZES = (
 
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
 """Keys of `adapter_config.json` that are printed."""
-
-_ROPE = ("rope_parameters", "rope_scaling")
-"""Keys with the values of rotary positions."""
 
 _NAMES = {
     "hf": "of Hugging Face",
@@ -61,7 +59,7 @@ def description(checkpoint: OpenCheckpoint) -> list[str]:
     if config is not None:
         text = of_language_model(config)
         sizes = [_spelled(key, text[key]) for key in _SIZES if text.get(key) is not None]
-        rope = [_spelled(key, text[key]) for key in _ROPE if isinstance(text.get(key), Mapping)]
+        rope = [_spelled(key, text[key]) for key in ROPE if isinstance(text.get(key), Mapping)]
         rows = [f"configuration: {_class_of(config)}", f"  {', '.join(sizes)}", *rope]
         lines += [row.rstrip() for row in rows if row.strip()]
     dialect = dialect_of([str(entry.path[-1]) for entry in checkpoint.manifest.tensors.values()])

@@ -33,7 +33,7 @@ from holdfast.hf.family import HF_EMBEDDING, Config, fused_experts, mapping_for,
 from holdfast.hf.shards import main_dtype
 from holdfast.storage.store import ReadStore
 from holdfast.tensors.lazy import Tensors, only
-from holdfast.tensors.quantized import Dequantized
+from holdfast.tensors.quantized import QUANTIZED, Dequantized
 from holdfast.tensors.stored import StoredTensors
 
 TOKENIZERS = (
@@ -147,7 +147,7 @@ def _config(folder: _Folder) -> Iterator[str]:
     if type(words) is int and rows is not None and rows < words:
         yield f"`vocab_size` is {words}, but the embedding has {rows} rows"
     quantization = quantization_of(config)
-    packed = [n for n, d in folder.tensors.items() if d.startswith(("float8", "float4", "int8"))]
+    packed = [n for n, d in folder.tensors.items() if d.startswith(QUANTIZED)]
     if packed and not quantization:
         yield (
             f"{len(packed)} tensors such as `{packed[0]}` are {folder.tensors[packed[0]]}, but "

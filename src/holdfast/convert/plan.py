@@ -33,6 +33,7 @@ from holdfast.hf.family import Config, Family, fused_experts, mapping_of
 from holdfast.hf.shards import SHARD_BYTES
 from holdfast.tensors.lazy import Mapped, Renamed, Tensors, Zeros, only
 from holdfast.tensors.mapping import TensorMapping
+from holdfast.tensors.quantized import QUANTIZED
 from holdfast.tensors.relation import SideName
 from holdfast.tensors.renames import spelled, suggested
 
@@ -236,7 +237,7 @@ def _packed_notes(outputs: Outputs) -> list[str]:
     packed = [
         output
         for output in outputs.values()
-        if len(output.shape) > 1 and output.dtype.startswith(("int8", "float8", "float4"))
+        if len(output.shape) > 1 and output.dtype.startswith(QUANTIZED)
     ]
     if not packed:
         return []

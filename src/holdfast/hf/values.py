@@ -66,7 +66,7 @@ heads are among them: four heads of 8 have the shape of eight heads of 4."""
 _HEADS = ("num_key_value_heads", "head_dim")
 """Keys that may be null, for a value that follows from others."""
 
-_ROPE = ("rope_parameters", "rope_scaling")
+ROPE = ("rope_parameters", "rope_scaling")
 """Keys with the values of rotary positions, of transformers 5 and 4."""
 
 
@@ -187,7 +187,7 @@ def _values(config: Config) -> dict[str, Any]:
     }
     if not known.get("use_sliding_window", True):
         values["sliding_window"] = None
-    if {"rope_theta", *_ROPE} & config.keys() or str(config.get("model_type")) in _DEFAULTS:
+    if {"rope_theta", *ROPE} & config.keys() or str(config.get("model_type")) in _DEFAULTS:
         values |= _rope_values(known)
     return values
 
@@ -196,7 +196,7 @@ def _rope_values(known: Config) -> dict[str, Any]:
     """Return the values of rotary positions by name, the same for all versions of transformers."""
     # `rope_of` refuses null, and a part of a head that is rotated.
     given = {key: value for key, value in known.items() if value is not None}
-    found: Any = next((given.pop(key) for key in _ROPE if given.get(key)), {})
+    found: Any = next((given.pop(key) for key in ROPE if given.get(key)), {})
     if not isinstance(found, Mapping):
         return {"rope_scaling": found}
     by_layer = {str(k): v for k, v in found.items() if isinstance(v, Mapping)}
@@ -205,21 +205,21 @@ def _rope_values(known: Config) -> dict[str, Any]:
         return {
             f"{key} of {kind}": value
             for kind, one in by_layer.items()
-            for key, value in _rope_values({**given, _ROPE[0]: one}).items()
+            for key, value in _rope_values({**given, ROPE[0]: one}).items()
         }
     rope = {key: value for key, value in found.items() if value is not None}
     part = rope.pop("partial_rotary_factor", given.pop("partial_rotary_factor", None))
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta: Any = rope.get("rope_theta", given.get("rope_theta"))
     try:
-        theta, scaling = rope_of({**given, _ROPE[0]: rope})
+        theta, scaling = rope_of({**given, ROPE[0]: rope})
         scales = {} if scaling is None else asdict(scaling)
     except FormatError:
         # Of a kind that native models do not compute.
         scales = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type", "type")}
     values: dict[str, Any] = {
         "rope_type": kind,
-        **{f"{_ROPE[1]}.{key}": one for key, one in scales.items()},
+        **{f"{ROPE[1]}.{key}": one for key, one in scales.items()},
     }
     # Classes have defaults of their own for these.
     if "rope_theta" in rope or "rope_theta" in given or known.get("model_type") in _DEFAULTS:

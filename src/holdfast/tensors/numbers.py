@@ -50,9 +50,13 @@ def is_floating(dtype: str) -> bool:
     return dtype.startswith(("float", "bfloat"))
 
 
+QUANTIZED_FLOATS = ("float8", "float4")
+"""First letters of the floating-point dtypes that mean nothing without factors."""
+
+
 def is_packed(dtype: str) -> bool:
     """Return whether weights of this dtype are quantized, and mean nothing without factors."""
-    return not is_floating(dtype) or dtype.startswith(("float8", "float4"))
+    return not is_floating(dtype) or dtype.startswith(QUANTIZED_FLOATS)
 
 
 def convert(elements: Array, source: str, target: str) -> Array:

@@ -20,7 +20,7 @@ from holdfast.errors import FormatError
 from holdfast.format.region import Region
 from holdfast.spelling import listed
 from holdfast.tensors.lazy import TensorInfo, Tensors
-from holdfast.tensors.numbers import Array, Floats, floats
+from holdfast.tensors.numbers import QUANTIZED_FLOATS, Array, Floats, floats
 
 PREFERRED = "bfloat16"
 """Dtype to write dequantized tensors in: these models were trained in it."""
@@ -54,7 +54,10 @@ LISTED_MAX = 10
 READABLE = (None, "fp8", "mxfp4")
 """Values of `quant_method` whose tensors can be read."""
 
-_PACKED = ("int8", "uint8", "int32", "float8", "float4")
+QUANTIZED = ("int8", *QUANTIZED_FLOATS)
+"""First letters of the dtypes that quantized weights alone have."""
+
+_PACKED = ("uint8", "int32", *QUANTIZED)
 """First letters of the dtypes that quantized weights have."""
 
 GROUP = 32
@@ -97,7 +100,7 @@ class Dequantized:
                 experts, rows, groups, _ = (*shape, 0, 0, 0, 0)[:4]
                 name, shape = name.removesuffix(BLOCKS), (experts, groups * GROUP, rows)
             else:
-                if info.dtype.startswith(("float8", "float4")) and not keeps_fp8:
+                if info.dtype.startswith(QUANTIZED_FLOATS) and not keeps_fp8:
                     unsupported.append(f"`{name}` is {info.dtype}, without its `{name}{SCALE}`")
                 self.infos[name] = info
                 continue
@@ -242,15 +245,15 @@ def _check_method(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) ->
 
 def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Return the name of the factors of each fp8 weight that has some."""
-    scales = {n.removesuffix(SCALE): n for n in infos if n.endswith(SCALE)}
-    scales |= {
-        n.removesuffix(PLAIN_SCALE): n
-        for n in infos
-        if n.endswith(_WEIGHT + PLAIN_SCALE)
-        and n.removesuffix(PLAIN_SCALE) in infos
-        and infos[n.removesuffix(PLAIN_SCALE)].dtype.startswith("float8")
+    found = {name: name + SCALE for name in infos if name + SCALE in infos}
+    plain = {
+        name: name + PLAIN_SCALE
+        for name, info in infos.items()
+        if name.endswith(_WEIGHT)
+        and info.dtype.startswith("float8")
+        and name + PLAIN_SCALE in infos
     }
-    return {name: scale for name, scale in scales.items() if name in infos}
+    return found | plain
 
 
 def _block_in(config: Mapping[str, Any]) -> tuple[int, int]:
