@@ -88,7 +88,7 @@ def run(arguments: Sequence[str]) -> int:
         reports = [replace(report, notes=(note, *report.notes)) if note is not None else report]
     if options.mark:
         # Retention and resumes look at steps alone.
-        _mark([r for r in reports if step_of(r.where.rpartition("/")[2]) is not None])
+        _mark([report for report in reports if _step_of(report.where) is not None])
     marked = damaged_steps(store, name) if checkpoints else {}
     resume = resumable(reports, marked) if checkpoints else None
     export = None
@@ -118,7 +118,7 @@ def run(arguments: Sequence[str]) -> int:
 def _raise_if_damaged(reports: Sequence[VerifyReport], *, in_folder: bool, marked: bool) -> None:
     damaged = [report for report in reports if not report.good]
     if damaged and in_folder:
-        markable = any(step_of(report.where.rpartition("/")[2]) is not None for report in damaged)
+        markable = any(_step_of(report.where) is not None for report in damaged)
         hint = "with `--mark` retention and `holdfast list` skip them too"
         raise DamagedError(
             f"{len(damaged)} of {len(reports)} checkpoints are damaged",
@@ -156,8 +156,13 @@ def _verified(store: ReadStore, name: str, quick: bool) -> VerifyReport:
             return failed(target, error)
 
 
+def _step_of(path: str) -> int | None:
+    """Return the step in the last name of a path; None if that is no name of a step."""
+    return step_of(path.rpartition("/")[2])
+
+
 def _check_markable(where: str, checkpoints: Sequence[str]) -> None:
-    if not checkpoints or any(step_of(name.rpartition("/")[2]) is None for name in checkpoints):
+    if not checkpoints or any(_step_of(name) is None for name in checkpoints):
         raise UsageError(
             f"`{where}` is not a checkpoint of a run, nor a folder of them",
             hint="`--mark` needs folders named step-N; without it, `verify` reads any checkpoint",
