@@ -29,7 +29,7 @@ from torch import multiprocessing
 from benchmarks.meter import Figure, measure, run_rounds
 from benchmarks.object_systems import SYSTEMS, State
 from benchmarks.options import BenchmarkOptions, parse_options, silence_warnings
-from benchmarks.report import table
+from benchmarks.report import OUTCOMES, table
 from benchmarks.results import Section, load_sections, save_section
 from benchmarks.s3_server import delete_bucket, new_bucket, running_server
 from benchmarks.states import llama_like, local_bytes
@@ -180,19 +180,15 @@ def page(sections: Sequence[Section]) -> str:
         spread = f"{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times"
         lines += [
             f"| {section.title}: against the plain transfer | at most {TIMES_MAX} | {spread} "
-            f"| {_result(median <= TIMES_MAX)} |",
+            f"| {OUTCOMES[median <= TIMES_MAX]} |",
             f"| {section.title}: extra memory | at most {EXTRA_MIB_MAX:.0f} MiB | {memory:.1f} MiB "
-            f"| {_result(memory <= EXTRA_MIB_MAX)} |",
+            f"| {OUTCOMES[memory <= EXTRA_MIB_MAX]} |",
         ]
     for section in sections:
         rounds = len(section.figures[OURS])
         lines += ["", f"{section.title}: {section.method} Rounds: {rounds}.", ""]
         lines += table(section, compared=(PLAIN,))
     return "\n".join(lines) + "\n"
-
-
-def _result(met: bool) -> str:
-    return "met" if met else "**missed**"
 
 
 def main() -> None:

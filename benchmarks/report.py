@@ -25,6 +25,9 @@ HEADS = {
 PLOTTED = {"small": ("cpu_s",), "overlap": ("lost_s", "durable_s"), "listing": ()}
 """Columns to plot by section, where they are not `seconds`."""
 
+OUTCOMES = {True: "met", False: "**missed**", None: "-"}
+"""Cell of a table of targets, by whether the target was met; None: not measured."""
+
 WITHOUT_BYTES = ("listing",)
 """Sections whose work does not grow with the bytes of the state."""
 
@@ -91,7 +94,7 @@ def _summary(sections: dict[str, Section]) -> list[str]:
     lines = ["| figure | target | measured | result |", "|---|---|---|---|"]
     for target in TARGETS:
         result = verdict(target, sections)
-        outcome = {True: "met", False: "**missed**", None: "-"}[result.met]
+        outcome = OUTCOMES[result.met]
         lines.append(f"| {target.figure} | {target.target} | {result.measured} | {outcome} |")
     return lines
 
