@@ -35,7 +35,6 @@ class S3Server:
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._app = DomainDispatcherApplication(create_backend_app)
-        self._answer: Answer = lambda _: None
         self._around: Around = _plainly
         server = make_server("127.0.0.1", 0, self._serve, threaded=True)
         self.url = f"http://127.0.0.1:{server.server_port}"
@@ -43,12 +42,7 @@ class S3Server:
         Thread(target=server.serve_forever, name="s3", daemon=True).start()
 
     def _serve(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        answer = self._answer(environ)
-        if answer is None:
-            return self._around(self._app, environ, start_response)
-        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        start_response(answer[0], [("Content-Length", str(len(answer[1])))])
-        return [answer[1]]
+        return self._around(self._app, environ, start_response)
 
     def new_bucket(self, name: str = "") -> str:
         """Make a bucket. Returns its name, which is new by default."""
@@ -65,11 +59,18 @@ class S3Server:
     @contextmanager
     def answering(self, answer: Answer) -> Iterator[None]:
         """Answer requests by `answer` instead."""
-        self._answer = answer
-        try:
+
+        def answered(app: App, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            found = answer(environ)
+            if found is None:
+                return app(environ, start_response)
+            status, body = found
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response(status, [("Content-Length", str(len(body)))])
+            return [body]
+
+        with self.handled(answered):
             yield
-        finally:
-            self._answer = lambda _: None
 
     @contextmanager
     def handled(self, around: Around) -> Iterator[None]:

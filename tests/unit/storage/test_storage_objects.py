@@ -151,37 +151,49 @@ class TestModelBucket(BucketSuite):
         return ModelBucket().client()
 
 
-class TestS3(BucketSuite):
+class ServedBucketSuite(BucketSuite):
+    """Tests of a bucket on a server."""
+
+    url: str
+    """URL of a new bucket."""
+
+    def new_bucket(self) -> Bucket:
+        return CloudBucket(f"{self.url}/a/prefix")
+
+
+class ServedStoreSuite(StoreSuite):
+    """Tests of a store in a bucket on a server."""
+
+    stride = 7
+    url: str
+    """URL of a new bucket."""
+
+    def new_store(self) -> Store:
+        return ObjectStore(CloudBucket(f"{self.url}/run"))
+
+
+class TestS3(ServedBucketSuite):
     """A real server, through obstore."""
 
     @pytest.fixture(autouse=True)
     def _url(self, s3_url: str) -> None:
         self.url = s3_url
 
-    def new_bucket(self) -> Bucket:
-        return CloudBucket(f"{self.url}/a/prefix")
 
-
-class TestAzure(BucketSuite):
+class TestAzure(ServedBucketSuite):
     """Azurite, through obstore."""
 
     @pytest.fixture(autouse=True)
     def _url(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.url = new_azure_url(monkeypatch)
 
-    def new_bucket(self) -> Bucket:
-        return CloudBucket(f"{self.url}/a/prefix")
 
-
-class TestGoogle(BucketSuite):
+class TestGoogle(ServedBucketSuite):
     """The requests that obstore sends to Google, translated for a server of S3."""
 
     @pytest.fixture(autouse=True)
     def _url(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.url = new_google_url(monkeypatch)
-
-    def new_bucket(self) -> Bucket:
-        return CloudBucket(f"{self.url}/a/prefix")
 
 
 class TestObjectStoreInMemory(StoreSuite):
@@ -191,43 +203,28 @@ class TestObjectStoreInMemory(StoreSuite):
         return ObjectStore(ModelBucket().client())
 
 
-class TestObjectStoreOnS3(StoreSuite):
+class TestObjectStoreOnS3(ServedStoreSuite):
     """The store on a real server."""
-
-    stride = 7
 
     @pytest.fixture(autouse=True)
     def _url(self, s3_url: str) -> None:
         self.url = s3_url
 
-    def new_store(self) -> Store:
-        return ObjectStore(CloudBucket(f"{self.url}/run"))
 
-
-class TestObjectStoreOnAzure(StoreSuite):
+class TestObjectStoreOnAzure(ServedStoreSuite):
     """The store on Azurite."""
-
-    stride = 7
 
     @pytest.fixture(autouse=True)
     def _url(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.url = new_azure_url(monkeypatch)
 
-    def new_store(self) -> Store:
-        return ObjectStore(CloudBucket(f"{self.url}/run"))
 
-
-class TestObjectStoreOnGoogle(StoreSuite):
+class TestObjectStoreOnGoogle(ServedStoreSuite):
     """The store on the requests that obstore sends to Google."""
-
-    stride = 7
 
     @pytest.fixture(autouse=True)
     def _url(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.url = new_google_url(monkeypatch)
-
-    def new_store(self) -> Store:
-        return ObjectStore(CloudBucket(f"{self.url}/run"))
 
 
 def test_a_large_file_is_streamed_and_read_by_parts(
