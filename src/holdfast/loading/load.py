@@ -17,9 +17,10 @@ from holdfast.comm import Ranks, all_ranks, gather_deduplicated, hosts_of, run_o
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.manifest import TensorEntry, ValueEntry
 from holdfast.loading.fit import fits, needs_check
+from holdfast.loading.items import Place
 from holdfast.loading.opening import read_on_all
 from holdfast.loading.read import Wanted, read_tensors
-from holdfast.loading.replicas import Place, read_shared
+from holdfast.loading.replicas import read_shared
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.spelling import listed
 from holdfast.state.layout import Layouts, local_of
@@ -111,10 +112,11 @@ Fetch = Callable[[Source, Sequence[Wanted], Iterable[ValueEntry]], object]
 """
 
 Replicas = Literal["auto", "read", "broadcast"]
-"""How several ranks get the same data. `read`: each rank reads it. `broadcast`: one rank reads and
-checks it and passes it on, so no byte is read twice. `auto`: `broadcast` if the checkpoint is
-behind a URL or the ranks are on several hosts, since each would fetch the data over the network.
-Ranks of one host share its page cache, so reading is faster there than waiting for each other."""
+"""How several ranks get the same data, or columns of the same rows. `read`: each rank reads it.
+`broadcast`: one rank reads and checks it and sends each rank what it wants, so no byte is read
+twice. `auto`: `broadcast` if the checkpoint is behind a URL or the ranks are on several hosts,
+since each would fetch the data over the network. Ranks of one host share its page cache, so reading
+is faster there than waiting for each other."""
 
 
 def load_tree(

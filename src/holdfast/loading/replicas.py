@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
 import torch
 from xxhash import xxh3_128_digest
 
-from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, read_value
+from holdfast.catalog.source import Source
 from holdfast.comm import Ranks, Sending, capture, run_on_all
 from holdfast.errors import HoldfastError
-from holdfast.format.manifest import Chunk, Span, ValueEntry
-from holdfast.format.region import Region, boxes_of_run
-from holdfast.loading.fit import put
+from holdfast.format.manifest import ValueEntry
+from holdfast.format.region import Region
+from holdfast.loading.items import (
+    BUNDLE_BYTES,
+    Item,
+    Place,
+    place_of,
+    room_bytes,
+    rows_items,
+    tensor_items,
+    value_items,
+)
 from holdfast.loading.read import Wanted, read_tensors, threads_for
-from holdfast.planning.divide import aligned, divide, grouped
-from holdfast.planning.read_plan import ReadItem, byte_ranges, read_items
-from holdfast.state.layout import box_of
+from holdfast.planning.divide import grouped
+from holdfast.planning.read_plan import ReadItem, read_items, rows_around
 from holdfast.state.shard import Piece
-
-BUNDLE_BYTES = 4 << 20
-"""Largest message: whole blocks."""
 
 AHEAD = 4
 """Number of bundles that a rank reads in advance."""
@@ -33,13 +38,7 @@ AHEAD = 4
 SENDING = 2
 """Number of bundles that may still be on their way while the next one is handled."""
 
-_ALIGNMENT = 16
-"""Alignment of the items in a bundle: itemsize of the widest dtype."""
-
 _DIGEST_BYTES = 16
-
-Place = tuple[str, int]
-"""A file, and an offset in it."""
 
 
 def read_shared(
@@ -49,10 +48,11 @@ def read_shared(
     ranks: Ranks,
     num_local: int,
 ) -> tuple[int, Mapping[Place, bytes]]:
-    """Fill every wanted tensor, and fetch values. One rank reads and checks what several want, and
-    passes it on. Returns the bytes read by this rank, and the containers that were passed on.
+    """Fill every wanted tensor, and fetch values. One rank reads and checks what several want, or
+    the rows of which they want different columns, and passes to each what it wants. Returns the
+    bytes read by this rank, and the containers that were passed on.
 
-    `num_local`: number of ranks on this host. Needs memory for seven bundles and for the buffers of
+    `num_local`: number of ranks on this host. Needs memory for ten bundles and for the buffers of
     the reading threads.
 
     Collective: every rank calls this. An error of one rank is raised on all.
@@ -61,7 +61,9 @@ def read_shared(
         DamagedError: as for `read_tensors`.
     """
     containers: dict[Place, bytes] = {}
-    requests = run_on_all(ranks, lambda: list(_requests(source, wanted, values, containers)))
+    requests = run_on_all(
+        ranks, lambda: [*_requests(source, wanted, values, containers, ranks.rank)]
+    )
 
     def read() -> int:
         bundles, alone = _agree(requests, ranks)
@@ -82,17 +84,21 @@ def read_shared(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
-    """A piece of a tensor, or a value, that this rank wants."""
+    """A piece of a tensor, columns of rows, or a value, that this rank wants."""
 
     digest: bytes | None
-    """Hash of the request: equal on all ranks that want the same. None if this rank reads it for
-    itself even if others want it too."""
+    """Hash of the request: equal on all ranks that want the same, or columns of the same rows. None
+    if this rank reads it for itself even if others want it too."""
 
-    items: Callable[[], Iterable[_Item]]
+    items: Callable[[], Iterable[Item]]
     """Makes the items, if the request is shared."""
 
     alone: Wanted | None = None
     """The piece to read if no other rank wants it. None for a value: it is read when decoded."""
+
+    cuts: dict[int, Region] = field(default_factory=dict)
+    """Columns that each rank wants: a box in the rows, by rank. Empty if all want the same;
+    `_exchange_cuts` adds those of the other ranks."""
 
 
 def _requests(
@@ -100,21 +106,62 @@ def _requests(
     wanted: Sequence[Wanted],
     values: Mapping[str, ValueEntry],
     containers: dict[Place, bytes],
+    rank: int,
 ) -> Iterator[_Request]:
+    repeats: Counter[bytes] = Counter()
     for want in wanted:
         entry = source.manifest.tensors[want.name]
         dtype: torch.dtype = getattr(torch, entry.dtype)
         for piece in want.pieces:
-            read = read_items(want.name, entry, piece.region)
-            if read:
-                part = Wanted(want.name, [piece], want.local)
-                is_alone = any(_is_read_whole(item, dtype) for item in read)
+            alike = []
+            for item in read_items(want.name, entry, piece.region):
+                rows = _rows_of(item, dtype)
+                if rows is None:
+                    alike.append(item)
+                else:
+                    of_item = [Piece(item.region, piece.local_of(item.region))]
+                    columns = Wanted(want.name, of_item, want.local)
+                    yield _columns(columns, dtype, item, rows, rank, repeats)
+            if alike:
+                parts = [Piece(item.region, piece.local_of(item.region)) for item in alike]
+                part = Wanted(want.name, parts, want.local)
+                is_alone = any(_is_read_whole(item, dtype) for item in alike)
                 digest = _digest(want.name, *piece.region.start, *piece.region.stop)
-                items = partial(_tensor_items, part, dtype, read)
+                whole = Wanted(want.name, [piece], want.local)
+                items = partial(tensor_items, whole, dtype, alike)
                 yield _Request(None if is_alone else digest, items, part)
     distinct = {(entry.file, entry.item.offset): (name, entry) for name, entry in values.items()}
     for place, (name, value) in distinct.items():
-        yield _Request(_digest(*place), partial(_value_items, name, value, containers))
+        yield _Request(_digest(*place), partial(value_items, name, value, containers))
+
+
+def _rows_of(item: ReadItem, dtype: torch.dtype) -> Region | None:
+    """Rows to read at once for all ranks that want columns of them, as a box of the whole tensor.
+    None if the item is none of columns, or is known only from a container that is too large."""
+    chunk = item.chunk
+    rows = rows_around(item.region.within(chunk.region), chunk.region.shape, dtype.itemsize)
+    if rows is None:
+        return None
+    is_large = rows.num_elements * dtype.itemsize > BUNDLE_BYTES
+    return None if is_large and chunk.data_offset is None else rows.moved(chunk.region.start)
+
+
+def _columns(
+    want: Wanted,
+    dtype: torch.dtype,
+    item: ReadItem,
+    rows: Region,
+    rank: int,
+    repeats: Counter[bytes],
+) -> _Request:
+    """Request of a rank for columns of `rows`. `repeats`: number of its requests for the same
+    rows."""
+    digest = _digest("rows", want.name, *place_of(item.chunk), *rows.start, *rows.stop)
+    repeats[digest] += 1
+    cuts = {rank: item.region.within(rows)}
+    items = partial(rows_items, want, dtype, item, rows, cuts, rank)
+    # Each of several is shared with one of every other rank.
+    return _Request(_digest(digest, repeats[digest]), items, want, cuts)
 
 
 def _is_read_whole(item: ReadItem, dtype: torch.dtype) -> bool:
@@ -151,25 +198,26 @@ class _Passing:
         rank = self._ranks.rank
         to_read = (bundle for bundle in bundles if bundle.members[0] == rank)
         reading = deque(pool.submit(self._read, bundle) for bundle in islice(to_read, AHEAD))
-        sending: deque[Sending] = deque()
+        sending: deque[list[Sending]] = deque()
         for bundle in bundles:
-            position = bundle.members.index(rank)
-            if position == 0:
+            if bundle.members[0] == rank:
                 memory = reading.popleft().result()
                 reading.extend(pool.submit(self._read, after) for after in islice(to_read, 1))
+                message = bundle.message(memory, rank)
             else:
-                memory = torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu")
-                self._ranks.receive(bundle.members[position - 1], memory)
-            if position + 1 < len(bundle.members):
-                sending.append(self._ranks.send(bundle.members[position + 1], memory))
-            self._note(capture(partial(self._take, bundle, memory)))
+                memory = torch.empty(bundle.nbytes_for(rank), dtype=torch.uint8, device="cpu")
+                self._ranks.receive(bundle.sender(rank), memory)
+                message = memory
+            receivers = bundle.receivers(rank)
+            sending.append([self._ranks.send(r, bundle.message(memory, r)) for r in receivers])
+            self._note(capture(partial(self._take, bundle, message)))
             while len(sending) > SENDING:
-                sending.popleft()()
-        for wait in sending:
-            wait()
+                _wait(sending.popleft())
+        for waits in sending:
+            _wait(waits)
 
     def _read(self, bundle: _Bundle) -> torch.Tensor:
-        """Read a bundle, in a thread of the pool. Returns the message."""
+        """Read a bundle, in a thread of the pool. Returns its memory."""
         memory = torch.empty(bundle.nbytes, dtype=torch.uint8, device="cpu")
         if self.good:
             self._note(capture(partial(self._fill, bundle, memory)))
@@ -178,7 +226,7 @@ class _Passing:
 
     def _fill(self, bundle: _Bundle, memory: torch.Tensor) -> None:
         boxes: list[Wanted] = []
-        for item, room in bundle.rooms(memory):
+        for item, room in _rooms(memory, bundle.items, [item.nbytes for item in bundle.items]):
             read = item.read(self._source, room)
             if isinstance(read, int):
                 self.num_read.append(read)
@@ -186,11 +234,12 @@ class _Passing:
                 boxes.append(read)
         self.num_read.append(read_tensors(self._source, boxes, threads=1))
 
-    def _take(self, bundle: _Bundle, memory: torch.Tensor) -> None:
+    def _take(self, bundle: _Bundle, message: torch.Tensor) -> None:
         """Copy the items of a good message to their targets."""
-        self.good = self.good and bool(memory[-1])
+        self.good = self.good and bool(message[-1])
         if self.good:
-            for item, room in bundle.rooms(memory):
+            sizes = [item.nbytes_for(self._ranks.rank) for item in bundle.items]
+            for item, room in _rooms(message, bundle.items, sizes):
                 item.take(room)
 
     def _note(self, outcome: object) -> None:
@@ -199,73 +248,150 @@ class _Passing:
             self.error = self.error or outcome
 
 
+def _wait(sending: Sequence[Sending]) -> None:
+    for wait in sending:
+        wait()
+
+
 # ---------------------------------------------------------------------------- which rank reads what
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bundle:
-    """Items of one message."""
+    """Items that one rank reads together.
 
-    turn: tuple[int, int, int]
+    If all ranks want the same, the message is what was read, and each rank passes it on to the
+    next. If they want columns, the reader sends a message to each, with its columns. The last byte
+    of a message is 1 if the rest is good.
+    """
+
+    turn: tuple[int, int, int, int]
     """Position among all bundles: every rank handles its bundles in this order."""
 
     members: Sequence[int]
-    """Ranks that want it. The first reads it, and each passes it on to the next."""
+    """Ranks that want it. The first reads it."""
 
-    items: Sequence[_Item]
+    items: Sequence[Item]
 
     @property
     def nbytes(self) -> int:
-        """Size of the message. Its last byte is 1 if the rest is good."""
-        return sum(map(_room_bytes, self.items)) + 1
+        """Size of what is read, and one byte."""
+        return sum(room_bytes(item.nbytes) for item in self.items) + 1
 
-    def rooms(self, memory: torch.Tensor) -> Iterator[tuple[_Item, torch.Tensor]]:
-        """Each item, with its bytes of the message."""
-        offset = 0
-        for item in self.items:
-            yield item, memory[offset : offset + item.nbytes]
-            offset += _room_bytes(item)
+    def nbytes_for(self, rank: int) -> int:
+        """Size of the message to a rank."""
+        return sum(room_bytes(item.nbytes_for(rank)) for item in self.items) + 1
+
+    def sender(self, rank: int) -> int:
+        """The rank that sends the message to `rank`."""
+        return self.members[0 if self._is_cut else self.members.index(rank) - 1]
+
+    def receivers(self, rank: int) -> Sequence[int]:
+        """Ranks that `rank` sends a message to."""
+        position = self.members.index(rank)
+        if self._is_cut:
+            return () if position else self.members[1:]
+        return self.members[position + 1 : position + 2]
+
+    def message(self, memory: torch.Tensor, rank: int) -> torch.Tensor:
+        """The message to `rank`, of what was read or received."""
+        if not self._is_cut:
+            return memory
+        packed = torch.empty(self.nbytes_for(rank), dtype=torch.uint8, device="cpu")
+        rooms = _rooms(packed, self.items, [item.nbytes_for(rank) for item in self.items])
+        read = _rooms(memory, self.items, [item.nbytes for item in self.items])
+        for (item, stored), (_, room) in zip(read, rooms, strict=True):
+            assert item.rows is not None, "a bundle has rows only, or none"
+            item.rows.pack(stored, rank, room)
+        packed[-1] = memory[-1]
+        return packed
+
+    @property
+    def _is_cut(self) -> bool:
+        return self.items[0].rows is not None
 
 
-def _room_bytes(item: _Item) -> int:
-    return -(-item.nbytes // _ALIGNMENT) * _ALIGNMENT
+def _rooms(
+    memory: torch.Tensor, items: Sequence[Item], sizes: Sequence[int]
+) -> Iterator[tuple[Item, torch.Tensor]]:
+    """Each item, with its bytes of `memory`, in which the items have these sizes."""
+    offset = 0
+    for item, nbytes in zip(items, sizes, strict=True):
+        yield item, memory[offset : offset + nbytes]
+        offset += room_bytes(nbytes)
 
 
 def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], list[Wanted]]:
     """Returns the bundles of this rank, in an order that all ranks keep to, and the tensors that it
     reads for itself.
 
-    Ranks that want the same data share the reading by bytes: each reads one contiguous share of it,
-    in file order, and the ranks take turns.
-
-    Collective: one message from each rank, and one back.
+    Collective: one message from each rank, one back, and one between each two that want columns of
+    the same rows.
     """
     digests = [request.digest for request in requests if request.digest]
     groups, numbers = ranks.scatter(_grouped(ranks.gather(b"".join(digests))))
     number_of = dict(zip(digests, numbers, strict=True))
-    items: dict[int, list[_Item]] = {}
+    shared: dict[int, list[_Request]] = {}
     alone: list[Wanted] = []
     for request in requests:
         number = number_of[request.digest] if request.digest else None
         if number is not None and len(groups[number]) > 1:
-            items.setdefault(number, []).extend(request.items())
+            shared.setdefault(number, []).append(request)
         elif request.alone is not None:
             alone.append(request.alone)
     bundles: list[_Bundle] = []
-    for number, wanted in items.items():
-        in_order = sorted(wanted, key=lambda item: item.sort_key)
-        members = groups[number]
-        total, before = sum(item.nbytes for item in wanted), 0
-        num_taken = [0] * len(members)
-        for bundled in grouped(in_order, _room_bytes, BUNDLE_BYTES):
-            share = before * len(members) // max(1, total)
-            before += sum(item.nbytes for item in bundled)
-            # Without the group's number, low ranks would read the first share of every group.
-            first = (share + number) % len(members)
-            in_turn = (*members[first:], *members[:first])
-            bundles.append(_Bundle((num_taken[share], number, share), in_turn, bundled))
-            num_taken[share] += 1
+    for number, of_group in sorted(shared.items()):
+        columns = [request for request in of_group if request.cuts]
+        _exchange_cuts(columns, groups[number], ranks)
+        alike = [request for request in of_group if not request.cuts]
+        for kind, wanted in enumerate((alike, columns)):
+            items = [item for request in wanted for item in request.items()]
+            bundles += _bundles(items, groups[number], number, kind)
     return sorted(bundles, key=lambda bundle: bundle.turn), alone
+
+
+def _exchange_cuts(requests: Sequence[_Request], members: Sequence[int], ranks: Ranks) -> None:
+    """Tell the other members which columns this rank wants, and learn which they want.
+
+    Collective over `members`, which all have these requests.
+    """
+    if not requests:
+        return
+    # The same order on all members.
+    requests = sorted(requests, key=lambda request: request.digest or b"")
+    own = [request.cuts[ranks.rank] for request in requests]
+    numbers = torch.tensor([n for cut in own for n in cut.start + cut.stop], device="cpu")
+    others = [member for member in members if member != ranks.rank]
+    sending = [ranks.send(other, numbers) for other in others]
+    for other in others:
+        theirs = torch.empty_like(numbers)
+        ranks.receive(other, theirs)
+        received = iter(theirs.tolist())
+        for request, cut in zip(requests, own, strict=True):
+            start = tuple(islice(received, len(cut.start)))
+            request.cuts[other] = Region(start, tuple(islice(received, len(cut.start))))
+    _wait(sending)
+
+
+def _bundles(
+    items: Sequence[Item], members: Sequence[int], number: int, kind: int
+) -> Iterator[_Bundle]:
+    """Bundles of the items that the members of group `number` want.
+
+    They share the reading by bytes: each reads one contiguous share, in file order, and they take
+    turns.
+    """
+    in_order = sorted(items, key=lambda item: item.sort_key)
+    total, before = sum(item.nbytes for item in items), 0
+    num_taken = [0] * len(members)
+    for bundled in grouped(in_order, lambda item: room_bytes(item.nbytes), BUNDLE_BYTES):
+        share = before * len(members) // max(1, total)
+        before += sum(item.nbytes for item in bundled)
+        # Without the group's number, low ranks would read the first share of every group.
+        first = (share + number) % len(members)
+        in_turn = (*members[first:], *members[:first])
+        yield _Bundle((num_taken[share], number, kind, share), in_turn, bundled)
+        num_taken[share] += 1
 
 
 _Groups = dict[int, tuple[int, ...]]
@@ -297,109 +423,3 @@ def _grouped(sent: Sequence[bytes]) -> list[tuple[_Groups, list[int]]]:
 
 def _digests(data: bytes) -> Iterator[bytes]:
     return (data[at : at + _DIGEST_BYTES] for at in range(0, len(data), _DIGEST_BYTES))
-
-
-# ------------------------------------------------------------------------------ items of a message
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Item:
-    """Part of a request that fits into one message."""
-
-    sort_key: tuple[Place, tuple[int, ...], tuple[int, ...], str]
-    """Place of the chunk or container, region or range of bytes, and name: gives all ranks the same
-    order."""
-
-    nbytes: int
-    read: Callable[[Source, torch.Tensor], Wanted | int]
-    """`read(source, room)`: reads the item into `room`, its bytes of the message, checks it, and
-    returns the bytes read. Or returns `room` as a tensor to fill, so that boxes close to each other
-    are read together."""
-
-    take: Callable[[torch.Tensor], None]
-    """`take(room)`: copies the item from the message to its target."""
-
-
-def _tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterator[_Item]:
-    """Items of at most `BUNDLE_BYTES` that make up one piece. They depend only on the checkpoint
-    and the piece, so all ranks that want the piece make equal ones."""
-    (piece,) = want.pieces
-    for item in read:
-        target = box_of(want.local, piece.local_of(item.region))
-        box, shape = item.region.within(item.chunk.region), item.chunk.region.shape
-        stored = next(byte_ranges(box, shape, dtype.itemsize, WINDOW_BYTES))
-        if item.region.num_elements * dtype.itemsize <= BUNDLE_BYTES:
-            yield _box_item(want.name, dtype, item, target)
-        elif stored.contiguous and stored.box.shape == box.shape:
-            for start, stop in aligned(stored.start, stored.stop, BUNDLE_BYTES):
-                first = (start - stored.start) // dtype.itemsize
-                yield _run_item(want.name, dtype, item.chunk, (start, stop), target, first)
-        else:
-            for region in divide(item.region, BUNDLE_BYTES // dtype.itemsize):
-                rows = box_of(target, region.within(item.region))
-                yield _box_item(want.name, dtype, ReadItem(item.chunk, region), rows)
-
-
-def _box_item(name: str, dtype: torch.dtype, item: ReadItem, target: torch.Tensor) -> _Item:
-    """Box of a tensor that lies in one chunk."""
-    region, shape = item.region, item.region.shape
-    piece = Piece(region, Region.whole(shape))
-
-    def read(_: Source, room: torch.Tensor) -> Wanted:
-        return Wanted(name, [piece], room.view(dtype).view(shape))
-
-    def take(room: torch.Tensor) -> None:
-        put(target, room.view(dtype).view(shape), name)
-
-    sort_key = (_place(item.chunk), region.start, region.stop, name)
-    return _Item(sort_key, region.num_elements * dtype.itemsize, read, take)
-
-
-def _run_item(
-    name: str,
-    dtype: torch.dtype,
-    chunk: Chunk,
-    run: tuple[int, int],
-    target: torch.Tensor,
-    first: int,
-) -> _Item:
-    """Bytes `run` of a chunk's data: elements from number `first` on of `target`."""
-    start, stop = run
-
-    def read(source: Source, room: torch.Tensor) -> int:
-        assert chunk.data_offset is not None
-        span = Span(chunk.data_offset, chunk.region.num_elements * dtype.itemsize)
-        checksums = source.checksums(chunk, span.nbytes)
-        spare = torch.empty(ROOM_BYTES, dtype=torch.uint8, device="cpu").numpy().data
-        with source.store.open(source.key(chunk.file)) as reader:
-            data = ChunkData(source, name, (chunk.file, span), checksums, reader, spare)
-            data.read(start, stop, room.numpy().data)
-        return data.num_read
-
-    def take(room: torch.Tensor) -> None:
-        elements, position = room.view(dtype), 0
-        for box in boxes_of_run(target.shape, first, len(elements)):
-            end = position + box.num_elements
-            put(target[box.slices()], elements[position:end].view(box.shape), name)
-            position = end
-
-    return _Item((_place(chunk), (start,), (stop,), name), stop - start, read, take)
-
-
-def _value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) -> list[_Item]:
-    """Container of a value. `take` adds it to `containers`."""
-    place = (entry.file, entry.item.offset)
-
-    def read(source: Source, room: torch.Tensor) -> int:
-        room.numpy().data[:] = read_value(source, name, entry)
-        return entry.item.nbytes
-
-    def take(room: torch.Tensor) -> None:
-        containers[place] = room.numpy().tobytes()
-
-    # Without the name: ranks may use different names for one container.
-    return [_Item((place, (), (), ""), entry.item.nbytes, read, take)]
-
-
-def _place(chunk: Chunk) -> Place:
-    return chunk.file, chunk.item.offset

@@ -17,6 +17,11 @@ RUN_BYTES_MIN = BLOCK_BYTES
 the gaps between them."""
 
 
+COLUMN_BYTES_MAX = 8 * BLOCK_BYTES
+"""Length below which runs of contiguous bytes make a box one of columns: a longer run, read alone,
+reads at most two blocks more than it needs."""
+
+
 @dataclass(frozen=True, slots=True)
 class ReadItem:
     """Box of elements to read from one chunk."""
@@ -89,7 +94,7 @@ def _ranges(
     start = sum(i * s for i, s in zip(box.start, strides, strict=True))
     stop = sum((i - 1) * s for i, s in zip(box.stop, strides, strict=True)) + itemsize
     contiguous = stop - start == box.num_elements * itemsize
-    short_runs = _has_short_runs(box, strides, itemsize)
+    short_runs = _run_bytes(box, strides, itemsize) < RUN_BYTES_MIN
     if contiguous or (short_runs and stop - start <= window_bytes):
         yield ByteRange(start, stop, box.within(Region(origin, box.stop)), contiguous)
         return
@@ -99,12 +104,28 @@ def _ranges(
         yield from _ranges(rows, origin, strides, itemsize, window_bytes)
 
 
-def _has_short_runs(box: Region, strides: list[int], itemsize: int) -> bool:
-    """Whether the contiguous runs of the box are shorter than `RUN_BYTES_MIN`."""
+def _run_bytes(box: Region, strides: list[int], itemsize: int) -> int:
+    """Length of the contiguous runs of the box."""
     run = itemsize
     for size, stride in zip(reversed(box.shape), reversed(strides), strict=True):
         if stride == run:
             run *= size
         elif size > 1:
             break
-    return run < RUN_BYTES_MIN
+    return run
+
+
+def rows_around(box: Region, shape: tuple[int, ...], itemsize: int) -> Region | None:
+    """Smallest contiguous box that contains `box`, in a row-major chunk of `shape`. None if `box`
+    is not one of columns: it is contiguous, or its runs are long.
+
+    >>> rows_around(Region((2, 4), (8, 6)), (10, 10), 4)
+    Region(start=(2, 0), stop=(8, 10))
+    """
+    strides = [stride * itemsize for stride in contiguous_strides(shape)]
+    if box.num_elements < 2 or _run_bytes(box, strides, itemsize) >= COLUMN_BYTES_MAX:
+        return None
+    inner = dim_of_rows(box) + 1
+    start = (*box.start[:inner], *[0] * (len(shape) - inner))
+    rows = Region(start, (*box.stop[:inner], *shape[inner:]))
+    return None if rows == box else rows

@@ -1,0 +1,238 @@
+"""Items of the messages between ranks that want the same data, or columns of the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from holdfast.catalog.source import ROOM_BYTES, WINDOW_BYTES, ChunkData, Source, read_value
+from holdfast.format.manifest import Chunk, Span, ValueEntry
+from holdfast.format.region import Region, boxes_of_run
+from holdfast.loading.fit import put
+from holdfast.loading.read import Wanted
+from holdfast.planning.divide import aligned, divide
+from holdfast.planning.read_plan import ReadItem, byte_ranges
+from holdfast.state.layout import box_of
+from holdfast.state.shard import Piece
+
+BUNDLE_BYTES = 4 << 20
+"""Largest message: whole blocks."""
+
+_ALIGNMENT = 16
+"""Alignment of the items in a message: itemsize of the widest dtype."""
+
+Place = tuple[str, int]
+"""A file, and an offset in it."""
+
+Read = Callable[[Source, torch.Tensor], "Wanted | int"]
+"""`read(source, room)`: reads an item into `room`, its bytes of the bundle, checks it, and returns
+the bytes read. Or returns `room` as a tensor to fill, so that boxes close to each other are read
+together."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """Part of a request that fits into one message."""
+
+    sort_key: tuple[Place, tuple[int, ...], tuple[int, ...], str]
+    """Place of the chunk or container, region or range of bytes, and name: gives all ranks the same
+    order."""
+
+    nbytes: int
+    read: Read
+    take: Callable[[torch.Tensor], None]
+    """`take(room)`: copies this rank's part from its bytes of the message to its target."""
+
+    rows: Rows | None = None
+    """The columns that each rank wants of it. None if each wants all of it."""
+
+    def nbytes_for(self, rank: int) -> int:
+        """Bytes of the part that `rank` wants."""
+        return self.nbytes if self.rows is None else self.rows.nbytes_for(rank)
+
+
+def room_bytes(nbytes: int) -> int:
+    """Bytes that an item of `nbytes` occupies in a message."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Consecutive elements of rows, of which each rank wants some columns."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Shape of all the rows."""
+
+    first: int
+    """Number of the first element, in row-major order."""
+
+    count: int
+    """Number of elements."""
+
+    cuts: Mapping[int, Region]
+    """Columns that each rank wants: a box in the rows, by rank."""
+
+    def nbytes_for(self, rank: int) -> int:
+        elements = sum(part.num_elements for _, _, part in self._parts(rank))
+        return elements * self.dtype.itemsize
+
+    def pack(self, room: torch.Tensor, rank: int, packed: torch.Tensor) -> None:
+        """Copy the part of `rank` from `room`, the bytes of all the elements, to `packed`."""
+        elements, packed = room.view(self.dtype), packed.view(self.dtype)
+        position = 0
+        for start, box, part in self._parts(rank):
+            stored = elements[start : start + box.num_elements].view(box.shape)
+            stop = position + part.num_elements
+            packed[position:stop].view(part.shape).copy_(stored[part.within(box).slices()])
+            position = stop
+
+    def unpack(self, packed: torch.Tensor, rank: int, target: torch.Tensor, name: str) -> None:
+        """Copy the packed part of `rank` to `target`, which has all its columns."""
+        packed, cut, position = packed.view(self.dtype), self.cuts[rank], 0
+        for _, _, part in self._parts(rank):
+            stop = position + part.num_elements
+            columns = packed[position:stop].view(part.shape)
+            put(target[part.within(cut).slices()], columns, name)
+            position = stop
+
+    def _parts(self, rank: int) -> Iterator[tuple[int, Region, Region]]:
+        """Boxes that make up the elements and hold some for `rank`: number of the first element,
+        the box, and the part for `rank`."""
+        start, cut = 0, self.cuts[rank]
+        for box in boxes_of_run(self.shape, self.first, self.count):
+            part = box & cut
+            if part.num_elements:
+                yield start, box, part
+            start += box.num_elements
+
+
+def tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterator[Item]:
+    """Items of at most `BUNDLE_BYTES` that make up one piece. They depend only on the checkpoint
+    and the piece, so all ranks that want the piece make equal ones."""
+    (piece,) = want.pieces
+    for item in read:
+        target = box_of(want.local, piece.local_of(item.region))
+        box, shape = item.region.within(item.chunk.region), item.chunk.region.shape
+        stored = next(byte_ranges(box, shape, dtype.itemsize, WINDOW_BYTES))
+        if item.region.num_elements * dtype.itemsize <= BUNDLE_BYTES:
+            yield _box_item(want.name, dtype, item, target)
+        elif stored.contiguous and stored.box.shape == box.shape:
+            for start, stop in aligned(stored.start, stored.stop, BUNDLE_BYTES):
+                first = (start - stored.start) // dtype.itemsize
+                yield _run_item(want.name, dtype, item.chunk, (start, stop), target, first)
+        else:
+            for region in divide(item.region, BUNDLE_BYTES // dtype.itemsize):
+                rows = box_of(target, region.within(item.region))
+                yield _box_item(want.name, dtype, ReadItem(item.chunk, region), rows)
+
+
+def _box_item(name: str, dtype: torch.dtype, item: ReadItem, target: torch.Tensor) -> Item:
+    """Box of a tensor that lies in one chunk."""
+    region, shape = item.region, item.region.shape
+
+    def take(room: torch.Tensor) -> None:
+        put(target, room.view(dtype).view(shape), name)
+
+    sort_key = (place_of(item.chunk), region.start, region.stop, name)
+    nbytes = region.num_elements * dtype.itemsize
+    return Item(sort_key, nbytes, _box_reader(name, dtype, region), take)
+
+
+def _run_item(
+    name: str,
+    dtype: torch.dtype,
+    chunk: Chunk,
+    run: tuple[int, int],
+    target: torch.Tensor,
+    first: int,
+) -> Item:
+    """Bytes `run` of a chunk's data: elements from number `first` on of `target`."""
+    start, stop = run
+
+    def take(room: torch.Tensor) -> None:
+        elements, position = room.view(dtype), 0
+        for box in boxes_of_run(target.shape, first, len(elements)):
+            end = position + box.num_elements
+            put(target[box.slices()], elements[position:end].view(box.shape), name)
+            position = end
+
+    sort_key = (place_of(chunk), (start,), (stop,), name)
+    return Item(sort_key, stop - start, _run_reader(name, dtype, chunk, run), take)
+
+
+def rows_items(
+    want: Wanted,
+    dtype: torch.dtype,
+    item: ReadItem,
+    rows: Region,
+    cuts: Mapping[int, Region],
+    rank: int,
+) -> Iterator[Item]:
+    """Items of at most `BUNDLE_BYTES` that make up `rows`, a box of the whole tensor in one chunk.
+    `rank`, this one, wants `item` of them. `cuts`: see `Rows`."""
+    (piece,) = want.pieces
+    name, chunk = want.name, item.chunk
+    target = box_of(want.local, piece.local_of(item.region))
+
+    def part(first: int, count: int) -> tuple[Callable[[torch.Tensor], None], Rows]:
+        elements = Rows(dtype, rows.shape, first, count, cuts)
+        return lambda room: elements.unpack(room, rank, target, name), elements
+
+    nbytes = rows.num_elements * dtype.itemsize
+    if nbytes <= BUNDLE_BYTES:
+        sort_key = (place_of(chunk), rows.start, rows.stop, name)
+        reader = _box_reader(name, dtype, rows)
+        yield Item(sort_key, nbytes, reader, *part(0, rows.num_elements))
+        return
+    box = rows.within(chunk.region)
+    (stored,) = byte_ranges(box, chunk.region.shape, dtype.itemsize, WINDOW_BYTES)
+    for start, stop in aligned(stored.start, stored.stop, BUNDLE_BYTES):
+        sort_key = (place_of(chunk), (start,), (stop,), name)
+        reader = _run_reader(name, dtype, chunk, (start, stop))
+        first, count = (start - stored.start) // dtype.itemsize, (stop - start) // dtype.itemsize
+        yield Item(sort_key, stop - start, reader, *part(first, count))
+
+
+def _box_reader(name: str, dtype: torch.dtype, region: Region) -> Read:
+    """Reads a box of a tensor."""
+    piece = Piece(region, Region.whole(region.shape))
+    return lambda _, room: Wanted(name, [piece], room.view(dtype).view(region.shape))
+
+
+def _run_reader(name: str, dtype: torch.dtype, chunk: Chunk, run: tuple[int, int]) -> Read:
+    """Reads bytes `run` of a chunk's data."""
+    start, stop = run
+
+    def read(source: Source, room: torch.Tensor) -> int:
+        assert chunk.data_offset is not None
+        span = Span(chunk.data_offset, chunk.region.num_elements * dtype.itemsize)
+        checksums = source.checksums(chunk, span.nbytes)
+        spare = torch.empty(ROOM_BYTES, dtype=torch.uint8, device="cpu").numpy().data
+        with source.store.open(source.key(chunk.file)) as reader:
+            data = ChunkData(source, name, (chunk.file, span), checksums, reader, spare)
+            data.read(start, stop, room.numpy().data)
+        return data.num_read
+
+    return read
+
+
+def value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) -> list[Item]:
+    """Container of a value. `take` adds it to `containers`."""
+    place = (entry.file, entry.item.offset)
+
+    def read(source: Source, room: torch.Tensor) -> int:
+        room.numpy().data[:] = read_value(source, name, entry)
+        return entry.item.nbytes
+
+    def take(room: torch.Tensor) -> None:
+        containers[place] = room.numpy().tobytes()
+
+    # Without the name: ranks may use different names for one container.
+    return [Item((place, (), (), ""), entry.item.nbytes, read, take)]
+
+
+def place_of(chunk: Chunk) -> Place:
+    return chunk.file, chunk.item.offset
