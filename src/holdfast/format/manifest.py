@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum, timings
@@ -318,7 +318,7 @@ def decode(
     try:
         if entries and last is not None and (manifest := _with_last(body, last, where)):
             return manifest
-        members = (None if entries else _without_tensors(body)) or json.loads(body)
+        members = (None if entries else _without_entries(body)) or json.loads(body)
         if not entries:
             keys = (entry.get("path", [name])[0] for name, entry in members["tensors"].items())
             members |= {"kind": members["kind"] or kind_with(keys), "tensors": {}, "values": []}
@@ -328,24 +328,50 @@ def decode(
         raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
 
 
-_TENSORS = b',"tensors":{'
+_TENSORS, _VALUES = b',"tensors":{', b',"values":['
 
-_NEEDED = {"holdfast", "step", "kind", "created", "layout", "checksums", "files", "values"}
+_NEEDED = {
+    "holdfast",
+    "step",
+    "kind",
+    "created",
+    "versions",
+    "layout",
+    "checksums",
+    "metadata",
+    "files",
+}
 
 
-def _without_tensors(body: bytes) -> dict[str, Any] | None:
-    """Parse a manifest up to its tensors, which are its last and by far its largest member.
+def _without_entries(body: bytes) -> dict[str, Any] | None:
+    """Parse a manifest up to its values and tensors, which are its last and by far its largest
+    members.
 
     Returns None if they are elsewhere, or if they must be read to find the kind.
     """
-    head, separator, _ = body.partition(_TENSORS)
+    members = _before(_VALUES, body)
+    return {**members, "values": [], "tensors": {}} if members and members["kind"] else None
+
+
+def _without_tensors(body: bytes) -> dict[str, Any] | None:
+    """Parse a manifest up to its tensors, which are its last member. Returns None if they are
+    elsewhere."""
+    members = _before(_TENSORS, body)
+    return {**members, "tensors": {}} if members and "values" in members else None
+
+
+def _before(separator: bytes, body: bytes) -> dict[str, Any] | None:
+    """Parse the members of a manifest before `separator`. None if that is inside of a member, or
+    if a member that every manifest has is not among them."""
+    head, found, _ = body.partition(separator)
     try:
         members = json.loads(head + b"}")
     except ValueError:
-        # The separator is inside another member, which has a `tensors` of its own.
         return None
-    is_complete = separator and isinstance(members, dict) and members.keys() >= _NEEDED
-    return {**members, "tensors": {}} if is_complete and members["kind"] else None
+    is_complete = found and isinstance(members, dict) and members.keys() >= _NEEDED
+    if not is_complete or (members["holdfast"] != VERSIONS[0] and "index" not in members):
+        return None
+    return cast("dict[str, Any]", members)
 
 
 def _with_last(body: bytes, last: LastTensors, where: str) -> Manifest | None:
