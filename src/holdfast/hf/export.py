@@ -112,11 +112,38 @@ class ExportSnapshot:
     @property
     def infos(self) -> dict[str, TensorInfo]:
         """Dtype and shape of each tensor of the model, on all ranks together. On rank 0 only."""
-        return {
-            placed.name: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
-            for placed in self.plan.tensors
-            if placed.tensor.path[0] not in self.others
-        }
+        return _infos(self.plan, self.others)
+
+
+def check_live(plan: GlobalPlan, others: Collection[str], model: HFModel) -> None:
+    """Check that a live model can be exported. `plan` is that of its save, for all ranks; `others`
+    as in `ExportSnapshot`.
+
+    Raises:
+        MismatchError: its tensors are not those of its configuration. All differences are listed.
+        UsageError: no table knows the configuration, and the names are none of Hugging Face.
+    """
+    infos, config = _infos(plan, others), of_language_model(model.config)
+    if keeps_names(infos, config):
+        check_own_names(infos, config)
+    else:
+        _check_native(plan, infos, model.mapping)
+
+
+def _check_native(
+    plan: GlobalPlan, infos: Mapping[str, TensorInfo], mapping: TensorMapping
+) -> None:
+    names = renamed([*(placed.name for placed in plan.tensors), *plan.aliases], "meta")
+    check_exportable({names[name]: info for name, info in infos.items()}, mapping, "native")
+
+
+def _infos(plan: GlobalPlan, others: Collection[str]) -> dict[str, TensorInfo]:
+    """Dtype and shape of each tensor of the model, on all ranks together."""
+    return {
+        placed.name: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
+        for placed in plan.tensors
+        if placed.tensor.path[0] not in others
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,11 +250,8 @@ class _Job:
 
     def create_files(self) -> None:
         """Check that the model fits the mapping, and create every file with its header."""
-        plan = self.snapshot.plan
-        names = [placed.name for placed in plan.tensors]
-        native_names = self._native_names([*names, *plan.aliases])
-        infos = {native_names[name]: info for name, info in self.snapshot.infos.items()}
-        check_exportable(infos, self.mapping, "native")
+        if self.renames:
+            _check_native(self.snapshot.plan, self.snapshot.infos, self.mapping)
         for file, layout in self.layout.files.items():
             with self.store.create(f"{self.attempt}/{file}", layout.nbytes) as writer:
                 writer.write(0, [layout.header])

@@ -8,16 +8,17 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.findings import named
 from holdfast.catalog.hf_folder import of_language_model
-from holdfast.comm import Ranks, run_on_all, run_on_rank_0
+from holdfast.comm import Ranks, capture, run_on_all, run_on_rank_0
 from holdfast.errors import MismatchError, UsageError
+from holdfast.format.components import MODEL
 from holdfast.format.names import step_name
-from holdfast.hf.export import ExportSnapshot, HFModel, export
+from holdfast.hf.export import ExportSnapshot, HFModel, check_live, export
 from holdfast.hf.load import load_folder
 from holdfast.hf.own_names import check_no_adapters
 from holdfast.hf.values import no_class, untrained_positions, value_differences
@@ -27,7 +28,9 @@ from holdfast.manager.context import RunContext
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending
 from holdfast.spelling import rate
+from holdfast.state.model import ModelState
 from holdfast.state.objects import StateTree
+from holdfast.state.subclass import UNINITIALIZED
 from holdfast.storage.opening import folder_store, is_url
 
 FOLDER = "hf"
@@ -66,6 +69,10 @@ def _class_of(module: nn.Module) -> str | None:
     return classes[0].__name__
 
 
+def _is_without_memory(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, UNINITIALIZED)
+
+
 class HFFormat:
     """Reads and writes the model in HF format.
 
@@ -100,6 +107,29 @@ class HFFormat:
         # Known only at the first export otherwise, after hours of training.
         names = [name for part in live for name, _ in part.named_parameters()]
         run_on_all(run.ranks, lambda: check_no_adapters(names))
+
+    def check_live(self, model: ModelState) -> None:
+        """Check that the live model can be exported, if the settings ask for exports: an error at
+        the first export would come after hours of training. Without a check if a part of the model
+        has no memory yet. Collective.
+
+        Raises:
+            MismatchError: it has other tensors than its configuration.
+        """
+        exports = self._config.last_save_in_hf or self._config.hf_export_interval
+        if self._model is None or not exports:
+            return
+        tensors = (value for value in model.state_dict().values() if isinstance(value, Tensor))
+        if self._ranks.all_reduce_max([any(map(_is_without_memory, tensors))])[0]:
+            return
+        tree, known = StateTree({MODEL: model}, flat=MODEL), self._model
+        self.planner.agree(capture(lambda: self.planner.hold(tree.flatten(), None)))
+
+        def check() -> None:
+            assert self.planner.index is not None, "rank 0 has it"
+            check_live(self.planner.index.plan, self._run.others, known)
+
+        run_on_rank_0(self._ranks, check)
 
     @cached_property
     def catalog(self) -> Catalog:

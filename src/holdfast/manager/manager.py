@@ -111,6 +111,8 @@ class CheckpointManager:
         Raises:
             UsageError: an argument of another type, two components of one name, or a `folder` that
                 is a URL to which Holdfast cannot write. Nothing was changed.
+            MismatchError: the settings ask for exports, and the model has other tensors than `hub`
+                says. Nothing was changed.
             ExistsError: another run, or another manager of this process, saves to this folder.
             StorageError: the folder cannot be written.
         """
@@ -167,6 +169,8 @@ class CheckpointManager:
         )
         self._loader = Loader(self._run, components, whole_model, hf=hf, saver=self._saver)
         try:
+            if self._run.saves:
+                hf.check_live(saved_model)
             self._open(hf)
         except BaseException:
             with self._lifetime:

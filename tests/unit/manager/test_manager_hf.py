@@ -233,14 +233,26 @@ def test_a_failed_load_or_export_changes_nothing(tmp_path: Path) -> None:
 
     for layers, told in ((3, r"2\.attention\.wq\.weight` is missing"), (1, r"1\..*` is beyond")):
         hub = HFModel({**CONFIG, "num_hidden_layers": layers})
-        with (
-            manager_of(tmp_path / "run", model, hub, last_save_in_hf=True) as manager,
-            pytest.raises(MismatchError, match=rf"cannot be exported:\n(.*\n)* .`layers\.{told}"),
+        with pytest.raises(
+            MismatchError, match=rf"cannot be exported:\n(.*\n)* .`layers\.{told}"
         ):
-            manager.save(2, last_step=True)
+            manager_of(tmp_path / "run", model, hub, last_save_in_hf=True)
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
     with pytest.raises(UsageError, match="need to know the model"):
         manager_of(tmp_path / "run", model, None, hf_export_interval=1)
+
+
+def test_a_model_that_gets_its_memory_later_is_checked_at_the_export(tmp_path: Path) -> None:
+    """Method: the manager is made while the model is on the meta device. The model has a layer
+    fewer than the configuration."""
+    with torch.device("meta"):
+        model = Transformer(FLAVOR, vocab_size=64, seq_len=8)
+    hub = HFModel({**CONFIG, "num_hidden_layers": 3})
+    with manager_of(tmp_path, model, hub, last_save_in_hf=True) as manager:
+        model.to_empty(device="cpu")
+        with pytest.raises(MismatchError, match="cannot be exported"):
+            manager.save(2, last_step=True)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(
