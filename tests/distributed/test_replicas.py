@@ -99,8 +99,8 @@ def save_rows_and_load_columns(rank: int, size: int, path: Path) -> list[int]:
 
 
 def test_rows_are_read_once_for_ranks_that_load_columns(tmp_path: Path) -> None:
-    """G6, G9. Method: save a matrix by rows on four ranks, and load it by columns. With `read`, each
-    rank reads all rows; with `broadcast`, all ranks together read each byte once."""
+    """G6, G9. Method: save a matrix by rows on four ranks, and load it by columns. With `read`,
+    each rank reads all rows; with `broadcast`, all ranks together read each byte once."""
     nbytes = 4 * 3000 * 1201
     by_itself, for_each_other = zip(
         *run_processes(4, save_rows_and_load_columns, tmp_path / "step-1"), strict=True

@@ -318,7 +318,7 @@ def _check_torch_file(target: VerifyTarget, file: str) -> _TorchFileCheck:
     reader = target.reader(file)
     nbytes = target.store.size(reader.key)
     where = f"{target.where}/{file}".rstrip("/")
-    torchfile.check_kind(reader.fetch, nbytes, where=where)
+    names = torchfile.check_kind(reader.fetch, nbytes, where=where)
     read = partial(torchfile.read_file, reader.fetch, nbytes, file=reader.file, where=where)
     nothing = Manifest({}, {})
     if reader.fetch(0, 1) == b"\x80":
@@ -328,6 +328,8 @@ def _check_torch_file(target: VerifyTarget, file: str) -> _TorchFileCheck:
         records = read_records(windowed(reader.fetch, Span(0, nbytes)), nbytes)
     except (ValueError, LookupError, struct.error) as error:
         what = f"is not a whole file of torch.save: {error}"
+        if names is None:
+            what = f"is {torchfile.CUT_SHORT}"
         return _TorchFileCheck(nothing, [Finding("file", reader.file, what)], is_read=False)
     findings: list[Finding] = []
     checked = has_checksums(records)

@@ -73,6 +73,9 @@ class TorchFile:
     """Class of each object that is left out, and the number of tensors in it, by name."""
 
 
+CUT_SHORT = "a ZIP archive without its directory, which is at the end: it was cut short or changed"
+
+
 def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
     """Read the contents of a `.pt` file of `nbytes`. Fetches only its directory and its pickle.
 
@@ -81,11 +84,7 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
     """
     names = check_kind(fetch, nbytes, where=where)
     if names is None and fetch(0, len(RECORD)) == RECORD:
-        raise FormatError(
-            f"`{where}` is a ZIP archive without its directory, which is at the end: it was cut "
-            "short or changed",
-            hint=_AGAIN,
-        )
+        raise FormatError(f"`{where}` is {CUT_SHORT}", hint=_AGAIN)
     allowed = AnyGlobal(GLOBALS)
     try:
         if fetch(0, 1) == b"\x80":
@@ -256,6 +255,9 @@ class _Reader:
         self.tensors[name] = TensorEntry(stored.dtype, stored.shape, (chunk,), path)
 
 
+_NESTED = "its objects are nested too deep, or in one another"
+
+
 def _leaves(value: object, num_max: int) -> Iterator[tuple[Path, object]]:
     """Yield tensors and values by path, depth first.
 
@@ -273,24 +275,34 @@ def _leaves(value: object, num_max: int) -> Iterator[tuple[Path, object]]:
             members = list(zip(node.members[::2], node.members[1::2], strict=True))
         elif isinstance(node, list | tuple):
             members = list(enumerate(node))
-        if not members or _is_plain(members):
+        if not members or not _holds_entries(node, KEYS_MAX - len(path)):
             yield path or ("value",), node
             continue
         num_max -= len(members)
         if len(path) >= KEYS_MAX or num_max < 0:
-            raise ValueError("its objects are nested too deep, or in one another")
+            raise ValueError(_NESTED)
         waiting += [((*path, _key(key)), member) for key, member in reversed(members)]
 
 
 _DICTS = frozenset({"collections.defaultdict", "collections.Counter"})
 
 
-def _is_plain(members: list[tuple[Any, object]]) -> bool:
-    """Whether a list has only numbers and texts, like a shape or the betas of an optimizer."""
-    return all(
-        type(key) is int and not isinstance(member, dict | list | tuple | Plain)
-        for key, member in members
-    )
+def _holds_entries(node: object, num_keys_max: int) -> bool:
+    """Whether a container has entries of its own. A list or tuple without a tensor, dict or object,
+    at any depth, is one value, as in a save. Raises `ValueError` if it is nested deeper than
+    `num_keys_max`."""
+    waiting, seen = [(node, 0)], set[int]()
+    while waiting:
+        member, depth = waiting.pop()
+        if isinstance(member, dict | Plain):
+            return True
+        # A list may be shared, or contain itself.
+        if isinstance(member, list | tuple) and id(member) not in seen:
+            if depth > num_keys_max:
+                raise ValueError(_NESTED)
+            seen.add(id(member))
+            waiting += [(inner, depth + 1) for inner in member]
+    return False
 
 
 def _key(key: object) -> str | int:

@@ -93,6 +93,19 @@ def test_every_tensor_of_a_training_state_is_found() -> None:
     assert contents.manifest.tensors["model.0.weight"].path == ("model", "0.weight")
 
 
+def test_lists_without_entries_of_their_own_are_one_value() -> None:
+    """Method: the state of a random number generator and nested shapes are values, as in a save; a
+    list with a dict or a tensor at some depth is not."""
+    shapes = [[1, 2], [3, (4, 5)]]
+    state = {"rng": (3, (1, 2), None), "shapes": shapes, "groups": [{"lr": 0.1}, ([3], {"lr": 1})]}
+    manifest = read(saved({**state, "tensors": [[torch.ones(1)]]})).manifest
+    assert {*manifest.values} == {"rng", "shapes", "groups.0.lr", "groups.1.0", "groups.1.1.lr"}
+    assert {*manifest.tensors} == {"tensors.0.0"}
+    shapes.append(shapes)
+    with pytest.raises(FormatError, match="nested in one another"):
+        read(saved({"shapes": shapes}))
+
+
 @pytest.mark.parametrize("value", [3, None, [], {}, torch.ones(2), [torch.ones(1)], "text"])
 def test_a_file_of_one_value_is_read(value: object) -> None:
     """Method: files that contain no dict."""

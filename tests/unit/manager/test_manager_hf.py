@@ -233,9 +233,7 @@ def test_a_failed_load_or_export_changes_nothing(tmp_path: Path) -> None:
 
     for layers, told in ((3, r"2\.attention\.wq\.weight` is missing"), (1, r"1\..*` is beyond")):
         hub = HFModel({**CONFIG, "num_hidden_layers": layers})
-        with pytest.raises(
-            MismatchError, match=rf"cannot be exported:\n(.*\n)* .`layers\.{told}"
-        ):
+        with pytest.raises(MismatchError, match=rf"cannot be exported:\n(.*\n)* .`layers\.{told}"):
             manager_of(tmp_path / "run", model, hub, last_save_in_hf=True)
     assert not [path for path in (tmp_path / "run").iterdir() if path.is_dir()]
     with pytest.raises(UsageError, match="need to know the model"):
