@@ -18,3 +18,9 @@ DATALOADER_KEYS = (DATALOADER, "data_loader")
 MODEL_KEYS = (MODEL, "state_dict", "model_state_dict", "module")
 """First keys of a whole model in files of Accelerate and torchtune (`model`), of Lightning, of
 torch's tutorials, and of DeepSpeed (`module`)."""
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Parts of parameter names that torch.compile, activation checkpointing and FSDP add."""
+
+OUTER_WRAPPER = "module"
+"""Part that DDP and others add around the whole model. Inside a model, it may be a name."""

@@ -16,7 +16,7 @@ from holdfast.catalog.findings import named
 from holdfast.catalog.hf_folder import of_language_model
 from holdfast.comm import Ranks, capture, run_on_all, run_on_rank_0
 from holdfast.errors import MismatchError, UsageError
-from holdfast.format.components import MODEL
+from holdfast.format.components import MODEL, OUTER_WRAPPER, WRAPPERS
 from holdfast.format.names import step_name
 from holdfast.hf.export import ExportSnapshot, HFModel, check_live, export
 from holdfast.hf.load import load_folder
@@ -36,8 +36,8 @@ from holdfast.storage.opening import folder_store, is_url
 FOLDER = "hf"
 """Folder of the exports at an interval, below the folder of the checkpoints."""
 
-WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
-"""Names of the module inside that of torch.compile, DDP and FSDP."""
+_INNER = (*WRAPPERS, OUTER_WRAPPER)
+"""Names that wrappers give to the module inside."""
 
 Export = Literal["as_step", "beside", "alone"]
 """Place of an export: in the folder `step-N` itself, in addition to a checkpoint, or without a
@@ -58,9 +58,7 @@ def _with_class(model: HFModel, live: Sequence[nn.Module]) -> HFModel:
 
 def _class_of(module: nn.Module) -> str | None:
     """Return the name of a class of transformers, inside any wrappers; None for other classes."""
-    while (
-        inner := next((m for n, m in module.named_children() if n in WRAPPERS), None)
-    ) is not None:
+    while (inner := next((m for n, m in module.named_children() if n in _INNER), None)) is not None:
         module = inner
     # FSDP makes a class of its own from each class.
     classes = [kind for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP")]

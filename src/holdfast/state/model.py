@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from holdfast.errors import UsageError
+from holdfast.format.components import WRAPPERS
 from holdfast.format.structure import Node
 from holdfast.state.layout import same_memory
 from holdfast.state.match import Match
@@ -20,9 +21,6 @@ from holdfast.state.stateful import hand_over
 from holdfast.state.stored import Values
 from holdfast.state.subclass import UNINITIALIZED, is_plain_tensor
 from holdfast.state.tree import Flattener, Path, dotted, type_name
-
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Path elements that `torch.compile` and activation checkpointing add to parameter names."""
 
 _TRANSPARENT = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 """Wrappers with the model as `module`, a path element that checkpoints leave out."""
@@ -36,7 +34,7 @@ def canonical(name: str) -> str:
     >>> canonical("layers.0._checkpoint_wrapped_module.attention.wq.weight")
     'layers.0.attention.wq.weight'
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 class Names:

@@ -6,12 +6,10 @@ import re
 from collections.abc import Collection, Sequence
 
 from holdfast.errors import UsageError
+from holdfast.format.components import OUTER_WRAPPER, WRAPPERS
 
-_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that torch.compile, DDP, FSDP and checkpointing add."""
-
-_LEADING = re.compile(rf"(?:(?:{'|'.join(_WRAPPERS)}|base_model\.model)\.)+")
-_WITHIN = re.compile(rf"(.*?)\.((?:(?:{'|'.join(_WRAPPERS[2:])}|_orig_mod)\.)+)")
+_LEADING = re.compile(rf"(?:(?:{'|'.join(WRAPPERS)}|{OUTER_WRAPPER}|base_model\.model)\.)+")
+_WITHIN = re.compile(rf"(.*?)\.((?:(?:{'|'.join(WRAPPERS)})\.)+)")
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)", re.ASCII)
 
 _SUGGESTED_MAX = 8
