@@ -109,7 +109,7 @@ def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
 
 
 def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
-    """Yield the regions whose elements must be compared: chunks without known, equal checksums.
+    """Yield the regions to compare element by element: all chunks but those with equal checksums.
 
     If the two tensors are not divided into the same chunks, yield the whole tensor.
     """

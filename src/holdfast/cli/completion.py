@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def options_of_commands() -> dict[str, type[Any]]:
-    """Return the dataclass of the options of each command, and of each command of `skills`."""
+    """Return the dataclass of options of each command except `train`, and of those of `skills`."""
     from holdfast.cli import main, skills
 
     kinds = {}

@@ -154,7 +154,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _uploaded(folder: str, name: str | None) -> str | None:
-    """Upload an export to the repository `name`, if there is one. Return the URL of the commit."""
+    """Upload an export to the repository `name`. Return the commit's URL; None without a name."""
     if name is None:
         return None
     try:

@@ -104,7 +104,7 @@ def comparable_tensors(
 def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
     """Return stored name -> name to compare by.
 
-    For tensors of the model, the second is the name in the state dict of the model.
+    A tensor of the model is compared by its name in the state dict of the model.
     """
     names, components = {}, components_of(manifest)
     for name, entry in manifest.tensors.items():

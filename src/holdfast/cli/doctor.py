@@ -218,8 +218,8 @@ def _damaged(folder: ExaminedFolder) -> Iterator[Trouble]:
 def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None:
     """Return the command that fixes a damaged checkpoint; None if no command does.
 
-    If Holdfast can load the checkpoint, the command copies it. Else, if a resume can load another
-    checkpoint, the command removes this one. Else it copies the model, if the model is undamaged.
+    If Holdfast can load the checkpoint, the command converts it to a new one. Else, if a resume can
+    load another checkpoint, the command removes this one. Else it copies an undamaged model.
     """
     if report.loads:
         # Holdfast can load it: only bytes that stock torch needs are damaged. A conversion to a new
@@ -259,8 +259,8 @@ def _space(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
     Files that a checkpoint shares with others do not count.
     """
     free = store.free_bytes()
-    # A checkpoint without its shared files is not larger than with them. So only those that are
-    # larger than the free space need the slow search for shared files.
+    # A checkpoint that is smaller than the free space cannot need more. Skip it, since the search
+    # for shared files is slow.
     large = [report for report in folder.reports if free is not None and report.nbytes > free]
     needed = max((_own_bytes(store, report) for report in large), default=0)
     if free is not None and free < needed:
@@ -288,7 +288,7 @@ def _rights(folder: ExaminedFolder) -> Iterator[Trouble]:
 
 
 def _left_over(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
-    """Yield the leftovers of killed saves, and the lock. While a run holds it, yield only the lock."""
+    """Yield leftovers of killed saves, and the lock. While a run holds it, yield only the lock."""
     lock = f"{folder.name}/{LOCK}"
     holder = store.holder(lock) if LOCK in folder.names else None
     actions = plan_cleanup(folder.names)
@@ -352,7 +352,7 @@ def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
             yield Trouble("unknown", name, f"not a checkpoint; {error.what}")
             continue
         if any(step_of(listed.rstrip("/")) is not None for listed in below):
-            continue  # Another folder of checkpoints, such as `hf/`.
+            continue  # This is another folder of checkpoints, such as `hf/`.
         if SEAL in below:
             continue
         if any(report.format == "sealed" for report in folder.reports):

@@ -45,7 +45,7 @@ def numbers(elements: Array, dtype: str) -> NDArray[np.float64 | np.complex128]:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Statistics of a tensor's elements. For complex elements, they are of the absolute values."""
+    """Statistics of a tensor's elements. Complex elements count by their absolute values."""
 
     num_elements: int
     num_zeros: int

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
         finally:
-            # If the flush failed later, at the exit of Python, Python would print a traceback.
+            # Flush here, where an error is reported. At its exit, Python would print a traceback.
             sys.stdout.flush()
     except OSError as error:
         return _failed(given, unwritten(error))

@@ -121,7 +121,7 @@ def run(arguments: Sequence[str]) -> int:
 def _folders(catalog: Catalog) -> dict[int, str]:
     """Return the folder of each step of a run.
 
-    If there is none, return the sealed folder of each number that only one sealed folder has.
+    If there is none, return number -> sealed folder, without numbers that several folders have.
     """
     folders = catalog.folders()
     if folders:
@@ -212,7 +212,7 @@ def _kept_bytes(store: Store, going: Sequence[Decision]) -> int:
     """Return how many bytes of these folders their removal does not free.
 
     A file that a remaining checkpoint shares is not freed. A file that several of these folders
-    share is freed once, but is in the size of each.
+    share is counted in each folder, but freed only once.
     """
     names: Counter[Links] = Counter()
     sizes: dict[Links, int] = {}

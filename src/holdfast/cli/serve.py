@@ -115,8 +115,8 @@ def run(arguments: Sequence[str]) -> int:
 def token_of(options: ServeArguments, environment: Mapping[str, str]) -> str | None:
     """Return the token that requests must have; None if they need no token.
 
-    If the environment has no token, make one where other machines can reach the address, unless
-    `--open` is given.
+    If the environment has no token, generate one for an address that other machines can reach,
+    unless `--open` is given.
 
     Raises:
         UsageError: the token in the environment is too short, or contradicts `--open`.

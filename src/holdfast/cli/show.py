@@ -123,7 +123,8 @@ def _data(
     if not options.stats and not options.values and not single:
         return {}
     if options.name in checkpoint.manifest.values and not options.stats:
-        return {}  # The caller prints values with or without `--values`.
+        # A value is not a tensor: the caller prints it with or without `--values`.
+        return {}
     if entry is None:
         raise UsageError(
             "`--stats` and `--values` read one tensor",

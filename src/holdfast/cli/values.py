@@ -16,7 +16,7 @@ MEMBERS_MAX = 100_000
 
 
 def below(checkpoint: OpenCheckpoint, name: str) -> list[str]:
-    """Return the name of the value `name`, or of all values below it; empty if `name` is empty."""
+    """Return the names of the values at or below `name`; empty if `name` is empty."""
     values = checkpoint.manifest.values
     if not name:
         return []
@@ -29,7 +29,7 @@ def spelled(value: object) -> str:
 
 
 def as_json(value: object) -> Any:
-    """Convert a result of `read` to types of JSON. Text replaces what JSON has no type for."""
+    """Convert a result of `read` to types of JSON. Values that JSON cannot express become text."""
     if isinstance(value, FormatError):
         return value.what
     try:
@@ -42,7 +42,7 @@ def read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[tuple[str
     """Yield each name with its value, or with the error that says why it cannot be decoded.
 
     Raises:
-        DamagedError: bytes that do not match their checksum.
+        DamagedError: the bytes of a value do not match their checksum.
     """
     decoded: dict[tuple[str, Span], object] = {}
     for name in names:

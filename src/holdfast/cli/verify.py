@@ -129,7 +129,7 @@ def _raise_if_damaged(reports: Sequence[VerifyReport], *, in_folder: bool, marke
 
 
 def verified(store: ReadStore, names: Sequence[str], quick: bool) -> dict[str, VerifyReport]:
-    """Verify checkpoints, with progress on stderr. Return the report of each by its name.
+    """Verify checkpoints, with progress on stderr. Return the report of each, by name.
 
     An error becomes a finding of the report. A checkpoint that another process deletes meanwhile is
     left out, with a note on stderr.
@@ -198,7 +198,10 @@ def stored_bytes(store: ReadStore, name: str) -> int:
 
 
 def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int | None:
-    """Return the newest step that a resume could load, by the reports and the marks; else None."""
+    """Return the newest step that a resume would load; None if there is none.
+
+    `marked`: steps that are marked as damaged, which a resume skips.
+    """
     steps = [
         report.step
         if report.format == "sealed"
