@@ -45,7 +45,7 @@ def numbers(elements: Array, dtype: str) -> NDArray[np.float64 | np.complex128]:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Statistics of a tensor's elements. Complex elements count by their absolute values."""
+    """Statistics of a tensor's elements; for complex elements, of their absolute values."""
 
     num_elements: int
     num_zeros: int

@@ -41,7 +41,7 @@ def check_replaceable(target: Path) -> None:
         with target.open("rb") as file:
             is_report = GENERATOR.encode() in file.read(HEAD_BYTES)
     except OSError:
-        # If the file does not exist, there is nothing to protect. The write below reports other errors.
+        # If there is no such file, there is nothing to protect. The write reports other errors.
         return
     if not is_report:
         raise ExistsError(

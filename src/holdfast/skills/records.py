@@ -62,7 +62,7 @@ def _digest_of(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SyncRecord:
-    """Content of a receipt: what was installed. The receipt is in the copy, so both move together."""
+    """Content of a receipt: what was installed. It is stored in the copy, so both move together."""
 
     version: str
     """Version of Holdfast that installed the copy."""
