@@ -197,7 +197,7 @@ class Deduplicator:
         earlier: RankFiles | None,
         newest: RankFiles | None,
     ) -> tuple[set[ItemKey], set[ItemKey]]:
-        """Return the keys of the items that are equal in `earlier`, and those for `newest`."""
+        """Return two sets of keys: of the items that are equal in `earlier`, and in `newest`."""
         saved = [one for one in (earlier, newest) if one is not None]
         damaged = {m.step for m in marks_in(self._store) if m.role == "damaged"} if saved else set()
         known = [
