@@ -41,7 +41,7 @@ class ConvertResult:
     """Bytes of the target's files."""
 
     kept_bytes: int
-    """Bytes among them that an earlier, killed conversion had already written."""
+    """Bytes of the target that an earlier, killed conversion had already written."""
 
     seconds: float
     num_tensors: int
@@ -90,7 +90,7 @@ def convert_to(
 
 
 def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance) -> int:
-    """Write the target. Returns its bytes."""
+    """Write the target. Returns the size of its files in bytes."""
     outputs, options = planned.outputs, planned.options
     if options.to == "hf":
         infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
@@ -112,8 +112,8 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
 
 
 def _facts(target: ConvertTarget, planned: ConvertPlan) -> Manifest:
-    """Return the manifest without entries and files. A step number in the target's name overrides
-    the source's."""
+    """Return the target's manifest, without entries and files. A step number in the target's name
+    overrides the step of the source."""
     manifest = planned.opened.checkpoint.manifest
     step = step_of(target.name)
     components = manifest.components
@@ -138,7 +138,7 @@ def _kind(planned: ConvertPlan) -> Kind:
 
 
 def _structure(planned: ConvertPlan, values: Values) -> dict[Path, Node] | None:
-    """Return the source's structure without the containers from which an entry is left out."""
+    """Return the source's structure. Leave out the nodes of dicts and lists that lose an entry."""
     manifest = planned.opened.checkpoint.manifest
     if manifest.structure is None:
         return None
