@@ -176,7 +176,7 @@ class Catalog:
             raise
 
     def publish(self, attempt: HiddenFolder) -> None:
-        """Give a complete attempt its name.
+        """Give a complete attempt the name of its checkpoint.
 
         Raises:
             ExistsError: another checkpoint has taken the name meanwhile.

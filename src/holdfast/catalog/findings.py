@@ -59,7 +59,7 @@ class VerifyReport:
 
     where: str
     format: Format | None
-    """None if no index can be read."""
+    """Format of the checkpoint; None if no index can be read."""
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
@@ -76,7 +76,8 @@ class VerifyReport:
     """Parts that can still be used, for messages."""
 
     why_not: str | None = None
-    """Reason why no run could resume from the checkpoint even without damage; None if one could."""
+    """Reason why no run could resume from the checkpoint even without damage; None if a run
+    could."""
 
     @property
     def good(self) -> bool:

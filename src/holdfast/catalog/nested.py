@@ -49,7 +49,7 @@ class Nested:
     """Reason why no checkpoint in the folder can be read; empty if they can be read."""
 
     hint: str | None = None
-    """Hint for the error with this reason."""
+    """Hint for the error that states `why_not`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class _Folder:
     store: ReadStore
     name: str
     names: Collection[str]
-    """Names of its files and folders."""
+    """Names of the files and folders in it."""
 
     def text(self, file: str) -> str:
         """Return the text of a small file, such as one that names a folder."""

@@ -171,8 +171,8 @@ def checked_format(store: ReadStore, name: str) -> Format:
 
 
 def _hint_to_a_checkpoint(store: ReadStore, name: str) -> str:
-    """Return the hint for a `name` that is not a checkpoint. It names the newest checkpoint
-    below."""
+    """Return the hint for a `name` that is not a checkpoint. It names the newest checkpoint below
+    `name`."""
     if is_folder(store, name):
         if steps := steps_in(store, name):
             return f"its newest step: {location(store, steps[-1])}"

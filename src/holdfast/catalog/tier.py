@@ -1,7 +1,7 @@
 """Finds the fast tier of a run, by a record in the run's durable folder.
 
 The record `.tier.json` holds the name of the run's folder on every host, and the path of the folder
-above it. The name is random, so that two runs can use one disk.
+around it. The name is random, so that two runs can use one disk.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class TierRecord:
     """Name of the run's folder below `local_folder`."""
 
     local_folder: str
-    """Absolute path of the folder above, on every host. `{host}` in the path stands for the name of
-    the host."""
+    """Absolute path of the folder around the run's folder, on every host. `{host}` in the path
+    stands for the name of the host."""
 
     def folder_on(self, host: str) -> str:
         """Return the path of the run's folder on a host."""
@@ -88,8 +88,8 @@ def read_tier(store: ReadStore, folder: str = "") -> TierRecord | None:
 
 
 def claim_tier(store: Store, local_folder: str) -> TierRecord:
-    """Return the record of a run. Write a new one if it is missing, malformed, or has another
-    `local_folder`.
+    """Return the record of a run. Write a new record if the stored one is missing, is malformed or
+    has another `local_folder`.
 
     Only the run that has locked the durable folder may call this.
     """
@@ -146,13 +146,13 @@ class TierView:
     have written it."""
 
     num_files: int = 0
-    """Number of data files of that step, on all hosts."""
+    """Number of data files of `step`, on all hosts."""
 
     num_seen: int = 0
-    """Number of these files that are on `hosts`."""
+    """Number of data files of `step` that are on `hosts`."""
 
     copies: int = 0
-    """Number of `hosts` that have the file with the fewest copies."""
+    """Number of copies on `hosts` of the data file with the fewest copies."""
 
 
 def view_tier(stores: Mapping[str, ReadStore]) -> TierView:

@@ -38,7 +38,7 @@ class ConvertResult:
     """Path of the target."""
 
     nbytes: int
-    """Bytes of the target's files."""
+    """Bytes of the target; for an export, bytes of its weights."""
 
     kept_bytes: int
     """Bytes of the target that an earlier, killed conversion had already written."""
@@ -49,7 +49,7 @@ class ConvertResult:
 
 def convert(planned: ConvertPlan, target: str, advance: Advance = lambda _: None) -> ConvertResult:
     """Convert to the path `target`: see `convert_to`."""
-    # Encode values first: if one cannot be converted, no folder has been created.
+    # Encode values before a folder is created, since a value may be impossible to convert.
     values = values_of(planned)
     if planned.options.to == "dcp":
         check_number(target, _kind(planned), planned.opened.checkpoint.manifest.step)
@@ -90,7 +90,7 @@ def convert_to(
 
 
 def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance) -> int:
-    """Write the target. Returns the size of its files in bytes."""
+    """Write the target. Returns its size in bytes; for an export, the size of the weights."""
     outputs, options = planned.outputs, planned.options
     if options.to == "hf":
         infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}

@@ -313,7 +313,7 @@ def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
 
 def check_number(path: str, kind: Kind, step: int | None) -> None:
     """Check that `path` does not give a full checkpoint the number of another step: a resume would
-    take it for that step. A model-only checkpoint may have any number."""
+    load the checkpoint as that step. A model-only checkpoint may have any number."""
     folder, name = split_path(full_path(path))
     if kind != "full" or step is None or step_of(name) in (None, step):
         return

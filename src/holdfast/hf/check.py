@@ -56,8 +56,8 @@ def check_fit(
     config_from: str,
     hint: str = HINT,
 ) -> list[str]:
-    """Check that `tensors` are exactly the tensors of one side. All differences are listed in one
-    error. Returns notes.
+    """Check that `tensors` are exactly the tensors of one side of `mapping`. All differences are
+    listed in one error. Returns notes.
 
     `config_from`: origin of the sizes, for messages.
     """

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 Dialect = Literal["meta", "titan", "hf"]
-"""`meta` and `titan` are native dialects, `hf` is not."""
+"""Naming scheme of a model's tensors. `meta` and `titan` are native dialects, `hf` is not."""
 
 _RENAMED: Mapping[str, str] = {
     "output.weight": "lm_head.weight",
@@ -46,7 +46,8 @@ _EMBEDDING = re.compile(r"(?:^|\.)tok_embeddings\.weight$")
 
 def dialect_of(names: Collection[str]) -> Dialect | None:
     """Return the dialect of these names, or None if it is unknown."""
-    # The other parts of a multimodal model have Hugging Face's names in every dialect.
+    # Look for native names first: the other parts of a multimodal model have Hugging Face's names
+    # in every dialect.
     native = any(_EMBEDDING.search(name) for name in names)
     if not native and any("embed_tokens." in name or ".self_attn." in name for name in names):
         return "hf"

@@ -49,7 +49,7 @@ BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class HFModel:
-    """Description of a live model for Hugging Face."""
+    """Description of a live model for its export as a Hugging Face folder."""
 
     config: Mapping[str, Any]
     """Contents of `config.json`."""

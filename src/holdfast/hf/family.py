@@ -1,4 +1,5 @@
-"""Model families: a table that relates Hugging Face tensors to ours, and the sizes of its axes."""
+"""Model families: a table that relates Hugging Face tensors to native tensors, and sizes of
+axes."""
 
 from __future__ import annotations
 
