@@ -1,1 +1,1 @@
-"""Conversion between all formats, tensor by tensor, in bounded memory, on one process."""
+"""Conversion between all formats, tensor by tensor, in bounded memory, in one process."""

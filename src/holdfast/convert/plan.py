@@ -150,8 +150,7 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     if config is not None and opened.dialect is not None and not keeps_names:
         both = _both_dialects(opened, model, of_language_model(config), config_from)
         notes += both.notes
-    # Compare values after tensors: if the configuration is of another model, both differ, and the
-    # error about the tensors is clearer.
+    # Values come after tensors, since errors about tensors show a wrong configuration better.
     notes += value_notes(opened, config, config_from, to_hf=to_hf)
     if keeps_names and config is not None:
         outputs, complete = _with_own_names(opened, model, config, options)
