@@ -170,7 +170,7 @@ def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int, bool]]:
 
 
 def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
-    """Return size and offset. Take from the ZIP64 field those that need more than 32 bits."""
+    """Return size and offset of a record. Numbers of more than 32 bits are in the ZIP64 field."""
     position = 0
     while position + 4 <= len(extra):
         tag, length = struct.unpack_from("<2H", extra, position)
@@ -224,7 +224,7 @@ def directory_entry(name: bytes, nbytes: int, header: int, *, crc32: int = 0) ->
 
 
 def _field64(nbytes: int, header: int = 0) -> bytes:
-    """Encode the numbers that need more than 32 bits as a ZIP64 field. Empty if no number does."""
+    """Encode the numbers that need more than 32 bits as a ZIP64 field; empty if there are none."""
     numbers = [nbytes, nbytes] if nbytes >= _FULL else []
     numbers += [header] if header >= _FULL else []
     data = struct.pack(f"<{len(numbers)}Q", *numbers)

@@ -124,7 +124,7 @@ def item_of(number: int, offset: int, nbytes: int, files: Sequence[DataFile]) ->
 @sent_by_fields
 @dataclass(frozen=True, slots=True)
 class ChunkDecoder:
-    """Decodes the chunks of one tensor, and checks them against its shape and the data files."""
+    """Decodes a tensor's chunks, and checks them against the tensor's shape and the data files."""
 
     name: str
     shape: tuple[int, ...]

@@ -95,9 +95,9 @@ class Manifest:
     """Table of block checksums of each data file. Only files that Holdfast wrote have one."""
 
     shared: Mapping[str, int] | None = None
-    """Data files that earlier checkpoints of the run contain too. The number counts the saves that
-    have linked the file since it was written, or since it was last read and found undamaged. None
-    if the run does not deduplicate."""
+    """Data files that earlier checkpoints of the run contain too. The value of each is the number
+    of saves that have linked the file since it was written, or since it was last read and found
+    undamaged. None if the run does not deduplicate."""
 
     block_bytes: int = checksum.BLOCK_BYTES
     """Bytes of raw data under one checksum."""

@@ -61,7 +61,7 @@ class HiddenFolder:
 
     role: HiddenRole
     name: str
-    """Name of the checkpoint that it will become, or was."""
+    """Name of the checkpoint that the folder will become, or was."""
 
     id: str
     """Eight random hexadecimal digits."""
@@ -120,8 +120,8 @@ def step_of(name: str) -> int | None:
 def steps_among(names: Iterable[str]) -> dict[int, str]:
     """Return the folder of each step, oldest first, given the names in the folder of a run.
 
-    In `names`, a folder ends in `/`. The folder of step N is called `step-N`. Its name begins with
-    `.replaced-` if a save that was replacing the checkpoint died between its two renames.
+    In `names`, a folder ends in `/`. The folder of step N is called `step-N`, or
+    `.replaced-step-N-ID` if a save that was replacing the checkpoint died between its two renames.
 
     >>> steps_among(["step-20/", "step-9/", ".replaced-step-30-1f2e3d4c/", "step-4"])
     {9: 'step-9', 20: 'step-20', 30: '.replaced-step-30-1f2e3d4c'}
@@ -169,8 +169,8 @@ def step_of_folder(folder: str) -> int | None:
 
 
 def number_of_folder(folder: str) -> int | None:
-    """Return the `number_of` the name of a sealed folder, which may begin with `.replaced-`; None
-    if there is no number.
+    """Return the last number in the name of a sealed folder, which may begin with `.replaced-`;
+    None if there is no number.
 
     >>> number_of_folder("epoch-3"), number_of_folder(".replaced-epoch-3-1f2e3d4c")
     (3, 3)
@@ -181,8 +181,8 @@ def number_of_folder(folder: str) -> int | None:
 def folder_among(names: Collection[str], name: str) -> str | None:
     """Return the folder of checkpoint `name`; None if it is not among `names`.
 
-    The folder is called `name`. Its name begins with `.replaced-` if a save that was replacing the
-    checkpoint died between its two renames.
+    The folder is called `name`, or `.replaced-NAME-ID` if a save that was replacing the checkpoint
+    died between its two renames.
 
     >>> folder_among([".replaced-best-1f2e3d4c/"], "best"), folder_among(["best/"], "best")
     ('.replaced-best-1f2e3d4c', 'best')

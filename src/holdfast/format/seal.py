@@ -111,5 +111,5 @@ def _check(name: str, file: SealedFile) -> None:
 
 
 def _tail(body: bytes) -> bytes:
-    """Encode the end of the file: the checksum of `body`, which is the object without it."""
+    """Encode the end of the file: the checksum of `body`, the object without its last member."""
     return b',"checksum":"' + checksum.to_hex([checksum.checksum(body)]).encode() + b'"}'

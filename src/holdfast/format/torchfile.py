@@ -121,7 +121,7 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
 
 
 def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> set[str] | None:
-    """Refuse files that look like those of `torch.save`, but that it did not write.
+    """Refuse files that look like those of `torch.save`, but that something else wrote.
 
     Returns the names of an archive's records. None if the file is a stream, or has no directory of
     records that can be read.
@@ -292,8 +292,8 @@ _DICTS = frozenset({"collections.defaultdict", "collections.Counter"})
 
 def _holds_entries(node: object, num_keys_max: int) -> bool:
     """Return whether the members of a container are separate entries. A list or tuple that has no
-    tensor, dict or object at any depth is one value, as in a save. Raises a `ValueError` if it is
-    nested deeper than `num_keys_max`."""
+    tensor, dict or object at any depth is one value, as in a save. Raises a `ValueError` if
+    lists and tuples are nested deeper than `num_keys_max`."""
     waiting, seen = [(node, 0)], set[int]()
     while waiting:
         member, depth = waiting.pop()

@@ -62,7 +62,7 @@ class Holder:
 
     note: str
     version: Version
-    """Changes whenever the holder renews the lease."""
+    """Version of the lease, which changes whenever the holder renews the lease."""
 
     is_alive: bool
     """Whether the holder is known to run, since it is a process of this machine."""
@@ -256,7 +256,7 @@ class BucketLeases:
                 threading.Thread(target=renew, name="holdfast-lease", daemon=True).start()
 
     def held(self, key: str) -> BucketLease | None:
-        """Return the lease that this store holds on `key`; None if it holds none."""
+        """Return the lease that this store holds on `key`; None if it holds no such lease."""
         with self._mutex:
             return self._held.get(key)
 

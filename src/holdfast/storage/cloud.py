@@ -62,7 +62,8 @@ _ENDPOINTS = {
     "az": ("endpoint", ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")),
     "gs": ("base_url", ("GOOGLE_BASE_URL",)),
 }
-"""For each kind of store, obstore's option for the endpoint, and environment variables with it."""
+"""For each kind of store, obstore's option for the endpoint, and the environment variables that set
+the option."""
 
 _NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|specified bucket does not exist")
 
@@ -141,7 +142,7 @@ class CloudBucket:
             except exceptions.GenericError as error:
                 if not _is_past_the_end(error):
                     raise
-                return b"", self.head(key)  # An empty object has no first byte.
+                return b"", self.head(key)  # The object is empty, so it has no range at all.
             return data, _described(result.meta)
 
     def get_range(self, key: str, start: int, stop: int) -> Buffer:
@@ -240,7 +241,7 @@ class CloudBucket:
                 if _NO_BUCKET.search(str(error)):
                     raise
                 # S3 ignores missing objects. With other stores, the first missing object ends the
-                # whole deletion.
+                # whole deletion, so delete the objects one by one.
                 for key in keys:
                     with suppress(FileNotFoundError):
                         obstore.delete(self._control, key)

@@ -85,7 +85,7 @@ class Lease:
             os.close(descriptor)
 
     def release_and_remove(self, path: str) -> None:
-        """Delete the file at its new path. Does nothing in a forked child."""
+        """Release the lease, and delete its file at `path`. Does nothing in a forked child."""
         self._path = path
         self.release()
 

@@ -58,7 +58,7 @@ class ListedStore:
 
     def leads_out(self, folder: str, file: str) -> bool:
         if folder in self._links and file in self._listed[folder]:
-            # A file in the folder that is not a link cannot lead out of it.
+            # A file that is not a link cannot lead out of its folder.
             return file in self._links[folder] and self.store.leads_out(folder, file)
         return self.store.leads_out(folder, file)
 

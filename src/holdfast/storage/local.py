@@ -42,7 +42,7 @@ _HINTS = {
 
 
 class LocalStore:
-    """A local folder, or one of a mounted network file system."""
+    """A folder of a local disk, or of a mounted network file system."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = os.path.abspath(root)
@@ -256,7 +256,7 @@ class LocalStore:
         with self._errors_of("lock", key):
             lock = locks.lock_file(path)
             if lock is None:
-                # The holder may be an unreferenced manager of this process, in a reference cycle.
+                # Collect garbage, since an unreferenced manager of this process may hold the lock.
                 gc.collect()
                 lock = locks.lock_file(path, waits=True)
             if lock is None:

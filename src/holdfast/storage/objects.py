@@ -366,7 +366,7 @@ class ObjectStore:
         lease = self._leases.new(key, note)
         holder = lease.take()
         if holder is not None:
-            # The holder may be an unreferenced manager of this process, in a reference cycle.
+            # Collect garbage, since an unreferenced manager of this process may hold the lock.
             gc.collect()
             holder = lease.take()
         if holder is not None:

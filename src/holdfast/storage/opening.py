@@ -1,7 +1,7 @@
 """Open the store for a path or URL.
 
-Other modules must not make a `LocalStore` themselves. If the user passes a URL, it would save to a
-local folder called `s3:`.
+Other modules must not make a `LocalStore` themselves. Given a URL, a `LocalStore` saves to a local
+folder called `s3:`.
 """
 
 from __future__ import annotations

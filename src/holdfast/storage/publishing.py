@@ -38,8 +38,8 @@ def publish_by_rename(store: FolderStore, folder: str, name: str, *, replace: bo
         with suppress(HoldfastError):
             store.rename(str(replaced), name)
         raise
-    # Rename the old checkpoint while this process holds it. Otherwise a cleanup could give it its
-    # name back during the next save.
+    # Rename the old checkpoint while this process holds it. Otherwise a cleanup could rename it
+    # back during the next save.
     with suppress(HoldfastError):
         store.rename(str(replaced), str(removing))
 

@@ -196,7 +196,7 @@ class Joining(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The names of one file."""
+    """Identity of one file, and the number of its names."""
 
     file: str
     """Identity of the file: equal for all of its names."""
