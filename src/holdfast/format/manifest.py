@@ -127,8 +127,7 @@ class Manifest:
     """Contents of the model's `config.json` in HF format; empty if unknown."""
 
     timings: Mapping[str, Stage] = field(default_factory=dict)
-    """Time of each stage of the save, over all ranks. The commit is not included, since it writes
-    this manifest."""
+    """Time of each stage of the save, over all ranks. The commit is missing: it writes this."""
 
     metadata: tuple[int, int] | None = None
     """Size in bytes and checksum of the `.metadata` beside the manifest."""
@@ -161,8 +160,7 @@ def encode_tensor(
     `numbers` has, for each chunk: index of its file, offset and bytes of its item, offset of its
     data, index of its first block, then start and stop along each dim.
     """
-    # Format all chunks at once: with a list per chunk, the garbage collector would have to track a
-    # million objects.
+    # With one list per chunk, the garbage collector would have to track a million objects.
     size = NUM_PLACES + 2 * len(shape)
     rows = _rows_format(size, len(numbers) // size) % tuple(numbers)
     return _start(name, dtype, shape, path) + b',"chunks":[' + rows.encode() + b"]}"
@@ -190,8 +188,7 @@ def _start(name: str, dtype: str, shape: tuple[int, ...], path: Path) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Encode dtype and shape, the first members of an entry of `tensors`. Cached, since thousands
-    of entries have the same ones."""
+    """Encode the first members of an entry. Cached: thousands have the same dtype and shape."""
     return _json({"dtype": dtype, "shape": shape})[:-1]
 
 
