@@ -1,4 +1,4 @@
-"""Write pickles byte by byte: equal values always give equal bytes."""
+"""Write pickles opcode by opcode, so that equal values always give equal bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A member of a module, by name."""
+    """A reference to a member of a module, by name."""
 
     module: str
     name: str
@@ -17,14 +17,14 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class FileName:
-    """A text that names a file. It is memoized apart from equal texts, which are no file names."""
+    """A string that names a file. Equal strings that are not file names are memoized separately."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a global."""
+    """A call of a global with positional arguments."""
 
     function: Global
     args: tuple[Any, ...]
@@ -32,7 +32,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """An instance made without `__init__` from its state."""
+    """An instance that readers make from its state, without `__init__`."""
 
     cls: Global
     state: Any
@@ -49,7 +49,7 @@ class Dumper:
         self._memo: dict[object, int] = {}
 
     def raw(self, opcodes: bytes | bytearray) -> None:
-        """Append opcodes, which must not memoize anything."""
+        """Append opcodes. They must not memoize anything."""
         self.parts.append(opcodes)
 
     @property
@@ -72,7 +72,7 @@ class Dumper:
         return taken
 
     def memoize(self, *values: object) -> None:
-        """Memoize globals and strings without adding them to the object."""
+        """Memoize globals and strings without adding them to the pickled object."""
         for value in values:
             self.put(value)
             self.parts.append(b"0")
@@ -157,7 +157,7 @@ def pickled_int(value: int) -> bytes:
 
 
 def pickled_str(text: str) -> bytes:
-    """Pickle a string as in protocol 2."""
+    """Pickle a string with the opcode of protocol 2."""
     return b"X" + _u32(len(text.encode())) + text.encode()
 
 

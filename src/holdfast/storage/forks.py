@@ -1,7 +1,8 @@
 """Make forked children give up the locks, pipes and signal handlers of their parent.
 
 A child made by `os.fork` or `multiprocessing` has a copy of every open file. A lock or a pipe lives
-until its last copy is closed, so that a data worker that outlives its parent would keep both.
+until its last copy is closed. So a data worker that outlives its parent would keep the parent's
+locks and pipes.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class Leaver(Protocol):
         ...
 
 
-# Module state, since `os.register_at_fork` has no opposite: one hook serves all objects.
+# Module state, so that one hook serves all objects: `os.register_at_fork` cannot be undone.
 _mutex = threading.RLock()
 _waited = False
 _leavers: WeakSet[Leaver] = WeakSet()
-"""Weak references, so that a lock without other references is still released."""
+"""Registered objects. References are weak, so that a lock without other references is released."""
 
 
 @contextmanager
@@ -64,7 +65,8 @@ def _in_parent() -> None:
 
 def _in_child() -> None:
     global _mutex
-    # The parent's mutex may be held by a thread that does not exist in the child.
+    # A thread of the parent may hold the old mutex. It does not run in the child, and would never
+    # release the mutex there.
     _mutex = threading.RLock()
     for leaver in list(_leavers):
         # The child may have closed all its files already, as daemons do.

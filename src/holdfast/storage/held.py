@@ -13,22 +13,22 @@ class HeldFile:
     def __init__(self, descriptor: int) -> None:
         """Call this in the block of `no_fork_between` that opens the file."""
         self.descriptor: int = descriptor
-        """Open file; -1 once it is given up."""
+        """Descriptor of the open file; -1 once the file is given up."""
 
         self._pid = os.getpid()
         status = os.fstat(descriptor)
         self.file: tuple[int, int] = (status.st_dev, status.st_ino)
-        """Device and inode."""
+        """Device and inode of the file."""
 
         leave_in_children(self)
 
     @property
     def is_held(self) -> bool:
-        """Whether this process holds the file: False once given up, and in a forked child."""
+        """Whether this process holds the file. False after `give_up`, and in a forked child."""
         return self.descriptor >= 0 and self._pid == os.getpid()
 
     def is_at(self, path: str) -> bool:
-        """Whether the file still has this path."""
+        """Return whether the file still has this path."""
         return self.file == file_at(path)
 
     def give_up(self) -> int:
@@ -44,7 +44,7 @@ class HeldFile:
 
 
 def file_at(path: str) -> tuple[int, int] | None:
-    """Return device and inode of what has this path; None if nothing has."""
+    """Return device and inode of the file or folder at this path; None if there is nothing."""
     try:
         status = os.lstat(path)
     except OSError:
