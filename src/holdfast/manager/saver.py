@@ -44,10 +44,10 @@ Target = Literal["durable", "local", "drained"]
 the fast tier, from which it is copied to the folder of the run."""
 
 AHEAD_SPARE_BYTES = 16 << 20
-"""Bytes of memory for the first snapshot that are reserved in addition to those of its file."""
+"""Bytes reserved for snapshots ahead of the first save, in addition to the size of its file."""
 
 LOGGED_WAIT_S = 0.1
-"""Duration from which on a wait for the background save is logged."""
+"""Longest wait for the background save that is not logged."""
 
 
 class Saver:
@@ -188,7 +188,7 @@ class Saver:
         if export == "alone":
             return begin(self._hf.catalog, name, state, planner=self._hf.planner)
         if local is None:
-            # Other programs may change the files of a model after the run, so none are shared.
+            # A model alone shares no files, since other programs may change them after the run.
             deduplicator = self.deduplicator if facts.kind == "full" else None
             begin = partial(begin, deduplicator=deduplicator)
             return begin(self._catalog, name, state, planner=self._planner)
@@ -318,14 +318,15 @@ class Saver:
             left = "" if free is None else f", {spelled_bytes(free)} free"
             kind = "page-locked host memory" if devices else "host memory"
             self._run.info(f"needs {spelled_bytes(nbytes)} of {kind} for snapshots{left}")
-        # All ranks check first: later, memory that one counts as free may belong to another.
+        # All ranks check before any of them takes memory that another one counts as free.
         run_on_all(self._ranks, lambda: check_memory(growth, others))
         threads = threads_to_touch(1 + len(others))
         run_on_all(self._ranks, lambda: reserve(nbytes, devices, threads))
 
     def _finish_in_background(self, pending: Pending, step: int, export: Export | None) -> None:
         """Take a snapshot, and finish the save from it in the background."""
-        # Training waits for the tensors in `now`. Optimizers change and wait for those in `later`.
+        # Training waits for copies of the tensors in `now`. Only optimizers change the tensors in
+        # `later`, so only optimizers wait for those copies.
         items, stepped = pending.file_layout.tensors, pending.stepped
         later = [item for item in items if self._overlapping and item.name in stepped]
         now = [item for item in items if not self._overlapping or item.name not in stepped]
@@ -395,7 +396,7 @@ class Saver:
             self._note_durable(step, where, pending.facts.metrics)
 
     def _drained(self, drained: Drained) -> None:
-        """Log a durable copy, and record its duration. The drain calls this in its thread."""
+        """Log and record a copy that the drain has finished. Called in the thread of the drain."""
         if drained.times is not None:
             self._goodput.saves.append(drained.times)
             speed = rate(drained.manifest.nbytes, drained.times.seconds)
@@ -434,6 +435,7 @@ class Saver:
 
 def _hosts_with_files(run: RunContext) -> list[str] | None:
     """Return the host of each rank if the ranks of a host write one file together, else None.
+    Collective.
 
     Raises:
         UsageError: in the store of the run, several ranks cannot write one file.

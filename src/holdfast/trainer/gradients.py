@@ -81,9 +81,9 @@ class Gradients:
 
 @contextmanager
 def loss_context(parallel: ParallelContext) -> Iterator[None]:
-    """Context for forward, loss and backward.
+    """Context for the forward pass, the loss and the backward pass.
 
-    With tensor parallelism the loss is computed from logits that stay sharded by vocabulary. On a
+    With tensor parallelism, the loss is computed from logits that stay sharded by vocabulary. On a
     GPU without FSDP, autocast computes in bfloat16, as FSDP's policy does.
     """
     kind = parallel.device.type
