@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
 @cache
 def _manager_class() -> Any:
     base: Any = import_module("torchtitan.components.checkpointer").CheckpointManager
-    # Made by `type`, since the base is known at run time only. By these names pickle finds both.
+    # Made at run time, since only then the base is known. pickle finds both by these names.
     names = {"__module__": __name__, "__qualname__": "CheckpointManager.Config"}
     config = make_dataclass(
         "Config", [], bases=(base.Config,), namespace=names, kw_only=True, slots=True
@@ -69,13 +69,13 @@ def _manager_class() -> Any:
 
 
 class _TitanManager(_Manager):  # type: ignore[misc]
-    """`CheckpointManager` of TorchTitan that saves and loads by Holdfast.
+    """TorchTitan's `CheckpointManager`, with Holdfast for saving and loading.
 
     A checkpoint appears complete or not at all, with a checksum per block. `load_step = -1` takes
     the newest checkpoint that a run can resume from, and passes over damaged ones. `keep_latest_k`
-    counts good checkpoints only. Stock TorchTitan loads what it saves.
+    counts good checkpoints only. TorchTitan can load these checkpoints without Holdfast.
 
-    A folder at a URL is left to TorchTitan.
+    If the folder is a URL, TorchTitan's own code saves and loads.
     """
 
     _catalog: Catalog | None = None
@@ -163,7 +163,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             self._retainer.saved(self._step)
 
     def _pin_exempt(self) -> None:
-        """Pin the steps of `purge_exempt`, a key of versions of TorchTitan after 0.3."""
+        """Pin the steps that `purge_exempt` selects, a setting of TorchTitan after 0.3."""
         exempt = getattr(self, "purge_exempt", None)
         if exempt is not None and self._catalog is not None:
             for step in filter(exempt, self._catalog.steps()):
@@ -183,7 +183,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         there is nothing to load.
 
         Raises:
-            NotFoundError: there are checkpoints, and a run can resume from none of them.
+            NotFoundError: there are checkpoints, but a run cannot resume from any of them.
             DamagedError: the checkpoint `step` is damaged.
         """
         catalog = self._catalog
@@ -203,7 +203,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             try:
                 loaded = super().load(newest)
             except UNREADABLE as error:
-                # Raised on every rank, so all ranks try the same step next.
+                # The error is raised on every rank, so all ranks try the same step next.
                 self._pass_over(f"step {newest}: {error.what}", passed_over)
                 if self._ranks().rank == 0 and not self.load_only:
                     mark_unless_store_failed(catalog, newest, error)
@@ -226,7 +226,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return True
 
     def _newest(self, below: int | None) -> tuple[int | None, list[str]]:
-        """Newest step to resume from, and a line on each newer one that was refused."""
+        """Return the newest step to resume from, and a line on each newer step that was refused."""
         assert self._catalog is not None, "a URL has no catalog"
         found, refused = newest_resumable(self._catalog, below)
         return (None if found is None else found.step), refused
@@ -248,7 +248,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return loaded
 
     def _load_initial(self, passed_over: list[str]) -> bool:
-        """Load `initial_load_path`, or nothing, where no checkpoint was passed over."""
+        """Load `initial_load_path`, if set. If a checkpoint was passed over, raise an error."""
         assert self._catalog is not None, "a URL has no catalog"
         store = self._catalog.store
 
@@ -256,7 +256,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             folders = steps_among(store.list()).values()
             return any(is_checkpoint(store, folder) for folder in folders)
 
-        # TorchTitan's own killed saves leave folders without an index, which are no checkpoints.
+        # Folders without an index do not count: killed saves of TorchTitan itself leave them.
         is_damaged: bool = bool(passed_over) and run_on_rank_0(self._ranks(), holds_checkpoint)
         if is_damaged:
             listed = "\n  ".join(passed_over)
@@ -269,7 +269,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return loaded
 
     def _protect(self, step: int) -> None:
-        """Keep the step that the run resumed from, and newer ones, from retention."""
+        """Protect the step that the run resumed from, and newer steps, from retention."""
         if self._catalog is not None and self._retainer is not None and self._ranks().rank == 0:
             self._retainer.resumed(step, [s for s in self._catalog.steps() if s > step])
 
@@ -288,11 +288,11 @@ class _TitanManager(_Manager):  # type: ignore[misc]
     ) -> None:
         """Load a checkpoint of Holdfast or stock DCP, and check each block that is read.
 
-        Collective. TorchTitan itself loads Hugging Face folders and URLs.
+        Collective. Hugging Face folders and URLs are loaded by TorchTitan's own code.
 
         Raises:
             DamagedError: bytes are missing, or are not the bytes that were written.
-            FormatError: the checkpoint refers to code, or cannot be read.
+            FormatError: the checkpoint cannot be read, or only by running code that it names.
         """
         if from_hf or is_url(checkpoint_id):
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
@@ -302,7 +302,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
     def _load_checkpoint(
         self, states: dict[str, Any], checkpoint_id: str, *, from_hf: bool, from_quantized: bool
     ) -> None:
-        """Stands for `dcp_load` in versions of TorchTitan after 0.3."""
+        """Load as `dcp_load` does. Versions of TorchTitan after 0.3 call this method instead."""
         if from_hf or is_url(checkpoint_id):
             super()._load_checkpoint(
                 states, checkpoint_id, from_hf=from_hf, from_quantized=from_quantized
@@ -319,14 +319,14 @@ class _TitanManager(_Manager):  # type: ignore[misc]
 def _read(state_dict: dict[str, Any], checkpoint_id: str, states: dict[str, Any]) -> None:
     with _own_errors():
         dcp.load(state_dict, storage_reader=Reader(checkpoint_id), checkpoint_id=checkpoint_id)
-    # TorchTitan saves the model without a key of its own, so DCP does not see its wrapper.
+    # DCP does not load into TorchTitan's wrapper, since the model's tensors are at the top level.
     if MODEL in states:
         states[MODEL].load_state_dict(state_dict)
 
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise Holdfast's error itself, on every rank, where DCP wraps it with those of all ranks."""
+    """Raise Holdfast's own error in place of the error in which DCP wraps those of all ranks."""
     try:
         yield
     except CheckpointException as wrapped:
