@@ -1,4 +1,4 @@
-"""Holdfast inside other frameworks: one module per framework, which it imports on first use.
+"""Holdfast inside other frameworks. Each module imports its framework on first use.
 
 transformers   `HoldfastMixin` for `Trainer` and the trainers of TRL
 accelerate     `prepare` for an `Accelerator`

@@ -91,8 +91,8 @@ class BackgroundSync:
             raise first
 
     def make_way(self, path: str) -> None:
-        """Call `wait` if a sync has failed, if work on `path` is pending, or if work on more than
-        `_WAITING_MAX` paths is.
+        """Call `wait` if a sync has failed, or if work is pending on `path` or on more than
+        `_WAITING_MAX` paths.
 
         For frameworks that save several files at a time: a file need not wait for the syncs of the
         files before it.
@@ -107,8 +107,8 @@ class BackgroundSync:
             # Made on use: frameworks pickle their plugins, and a forked child needs its own thread.
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="holdfast-sync")
             self._process, self._jobs, self._errors = os.getpid(), [], []
-            # Keeps no reference to this object or its pool: they can be collected, which ends the
-            # thread.
+            # The finalizer does not refer to this object or its pool, so both can be collected,
+            # which ends the thread.
             weakref.finalize(self, _log_unraised, self._process, self._jobs, self._errors)
         self._jobs.append((path, self._pool.submit(run)))
 

@@ -26,8 +26,8 @@ def newest_good_on_all_hosts(
     decides: bool,
     last_file: str | None = None,
 ) -> Path | None:
-    """Return the newest checkpoint in `root` that is good on every host; None if all hosts have no
-    good one.
+    """Return the newest checkpoint in `root` that is good on every host; None if no host has
+    a good checkpoint.
 
     `decides`: whether this rank looks into `root`. One rank per folder does: rank 0 if all hosts
     share the folder, else the first rank of each host. Every other rank gets the path of the
@@ -68,7 +68,7 @@ def newest_good_on_all_hosts(
             return gather_and_run(ranks, found, settle)[ranks.rank]
         if lowest < 0:
             raise _differ(root)
-        # Some host has no good checkpoint that is newer than `lowest`.
+        # Some host has no good checkpoint after `lowest`, so none after it is good on all hosts.
         below = lowest + 1
 
 

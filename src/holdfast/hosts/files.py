@@ -62,7 +62,7 @@ def published(path: Path, background: BackgroundSync) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
         if kept is not None:
             kept.delete()
-        # If the file raises an error, `torch.save` raises a RuntimeError with that context.
+        # If a write fails, `torch.save` raises a RuntimeError whose context is the cause.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise StorageError(f"cannot save `{path}`: {cause.strerror or cause}") from error
@@ -161,7 +161,7 @@ def _lock(opened: int) -> None:
 
 
 def _all_hidden(folder: Path) -> list[tuple[Path, str, str]]:
-    """Return the path of each hidden file in a folder, its role, and the name in its own name."""
+    """Return each hidden file in a folder: path, role, and the name of the file it belongs to."""
     if not folder.is_dir():
         return []
     matches = ((path, _HIDDEN.fullmatch(path.name)) for path in sorted(folder.iterdir()))

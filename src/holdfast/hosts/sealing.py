@@ -1,4 +1,4 @@
-"""Seal the checkpoints of other frameworks, which write on all ranks: one rank publishes."""
+"""Seal checkpoints that other frameworks write on all ranks, and publish them on one rank."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sealed_by_all(
     The context gives the hidden folder to write to. `publishes`: whether this rank makes, seals and
     renames that folder. If all hosts have the folder in common (`shared`), one rank does; otherwise
     one rank of each host does, and each host may have another `path`. `background`: makes the
-    checkpoint durable later, if there is a durable one already.
+    checkpoint durable later, if there is a durable one beside it.
 
     A checkpoint at `path` is replaced. Any other folder there is an error. With `moves_aside`, it
     is renamed instead, with a warning, and files that were added to a sealed checkpoint are copied

@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
 @cache
 def _manager_class() -> Any:
     base: Any = import_module("torchtitan.components.checkpointer").CheckpointManager
-    # Made at run time, since only then the base is known. pickle finds both by these names.
+    # Made at run time, when the base is known. pickle finds both classes by these names.
     names = {"__module__": __name__, "__qualname__": "CheckpointManager.Config"}
     config = make_dataclass(
         "Config", [], bases=(base.Config,), namespace=names, kw_only=True, slots=True
@@ -326,7 +326,7 @@ def _read(state_dict: dict[str, Any], checkpoint_id: str, states: dict[str, Any]
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise Holdfast's own error in place of the error in which DCP wraps those of all ranks."""
+    """Raise Holdfast's own error in place of DCP's, which wraps the errors of all ranks."""
     try:
         yield
     except CheckpointException as wrapped:

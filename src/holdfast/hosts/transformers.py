@@ -94,7 +94,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         self._ranks().all_reduce_max([0])
         if publishes:
             _remove_sentinel(Path(path))
-        # The Trainer writes to `checkpoint-N` in its output folder, and `link` leads back to it.
+        # The Trainer writes to `checkpoint-N` in its output folder: a link to that folder itself.
         with sealed_by_all(
             path,
             ranks=self._ranks(),
@@ -153,7 +153,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         run_on_all(self._ranks(), self._background().wait)
 
     def _good(self, wanted: Any) -> Any:
-        """Return the checkpoint to load: `wanted`, or the newest good one for True. Collective."""
+        """Return the checkpoint to load: `wanted`; for True, the newest good one. Collective."""
         ranks, decides = self._ranks(), bool(self.args.should_save)
         if wanted is not True:
             run_on_hosts(ranks, lambda: _check_path(Path(wanted)), decides=decides)

@@ -1,4 +1,4 @@
-"""Remembers which checkpoints are complete, so that a run need not open all after each save."""
+"""Remembers which checkpoints are complete, so that they need not be opened after each save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOKS_MAX = 256
 checkpoints has 20,480 files, and on a network file system each check is a request to the server."""
 
 _TAIL_BYTES = 1 << 20
-"""Number of bytes at the end of an index, or of another small file, that are compared."""
+"""Number of bytes at the end of an index, or of another small file, in its checksum."""
 
 
 @dataclass(slots=True)

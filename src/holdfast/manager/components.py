@@ -19,7 +19,7 @@ from holdfast.state.tree import Stateful
 def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any]:
     """Return the components of this rank: its data loader and its random number generators.
 
-    The generators come last. Loading the data loader before may create an iterator or a worker,
+    The generators come last, since loading the data loader may create an iterator or a worker,
     which draws random numbers.
     """
     loader = {} if dataloader is None else {DATALOADER: _loader_component(dataloader, rank)}
@@ -60,8 +60,7 @@ def _loader_component(loader: Stateful, rank: int) -> ObjectState | RankState:
 
     A loader with `state_is_global = True` has a state that is valid on all ranks, such as a
     position in a global order of samples. This state is saved once, and any number of ranks can
-    load it.
-    Otherwise each rank saves its own state, and a load needs the same number of ranks.
+    load it. Otherwise each rank saves its own state, and a load needs the same number of ranks.
     """
     # torchdata's loader creates its iterator in `state_dict`, and this draws a seed. So a load must
     # call `state_dict` too, before the random number generators are restored.
@@ -93,7 +92,7 @@ def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str 
     mismatched = sorted(named & {*components})
     if not mismatched:
         return None
-    # After its first line, the message lists the differences. Each line begins with an entry.
+    # After its first line, the message lists the differences. Each line begins with a name.
     lines = [line.strip() for line in error.what.splitlines()[1:]]
     first_names = {line.split("`")[1].partition(".")[0] for line in lines if line[:1] == "`"}
     if first_names <= {*components}:

@@ -1,4 +1,4 @@
-"""Objects that loading and saving a run share."""
+"""Context that the loader and the saver of a run share."""
 
 from __future__ import annotations
 

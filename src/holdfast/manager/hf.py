@@ -57,7 +57,7 @@ def _with_class(model: HFModel, live: Sequence[nn.Module]) -> HFModel:
 
 
 def _class_of(module: nn.Module) -> str | None:
-    """Return the class name of a module of transformers without its wrappers; None for others."""
+    """Return the class name of a model of transformers, without wrappers; None for other models."""
     while (inner := next((m for n, m in module.named_children() if n in _INNER), None)) is not None:
         module = inner
     # FSDP replaces the class of a module by a subclass whose name begins with `FSDP`.
@@ -176,7 +176,7 @@ class HFFormat:
             self._run.warn(f"{where} was trained with another value: {line}")
 
     def load(self, path: str | None, tree: StateTree) -> Loaded:
-        """Load the model from the Hugging Face folder `path`; None takes the assets folder."""
+        """Load the model from the Hugging Face folder `path`, by default `HFModel.assets`."""
         model = self._model
         folder = path or (model.assets if model is not None else None)
         if folder is None:

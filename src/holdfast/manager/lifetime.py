@@ -64,7 +64,7 @@ class Lifetime:
         catalog.check_lock = self.held.enter_context(store.lock(LOCK, note_of_process()))
         put_in_order(store)
         if f"{FOLDER}/" in store.list() and not is_url(store.url):
-            # Give exports with a `.replaced-...` name theirs back: other programs do not find them.
+            # Rename `.replaced-...` exports back, since other programs do not look for such names.
             put_in_order(hf.catalog.store)
 
     def callback(self, release: Callable[[], object]) -> None:

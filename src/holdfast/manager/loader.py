@@ -65,7 +65,7 @@ class Loader:
         self._hf, self._saver = hf, saver
 
     def load(self, requested: int) -> Resumed:
-        """Resume from step `requested`; -1 takes the newest good one, or the initial weights."""
+        """Resume from step `requested`; -1 takes the newest good one, or else initial weights."""
         start = None if self._config.save_frozen else self._load_initial()
         if requested >= 0:
             local = self._local_at(requested)

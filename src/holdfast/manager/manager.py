@@ -238,7 +238,7 @@ class CheckpointManager:
 
         `metrics` are numbers by name, or a function that returns them. Those of rank 0 are stored
         with the checkpoint, for `keep_best_metric` and for people. A function is called on every
-        rank, and only if the step is saved.
+        rank, but only if the step is saved.
 
         Blocks until the checkpoint is published and durable. With `async_mode = "async"`, blocks
         until the state is copied; a later call raises errors of the background save. With

@@ -127,8 +127,8 @@ class StepSaver:
         )
 
     def _lacks_memory(self) -> bool:
-        """Return whether snapshots need page-locked memory, which takes seconds to reserve. After
-        the first call returns False, so that later steps need not look at all parameters."""
+        """Return whether snapshots need page-locked memory, which takes seconds to reserve. Only
+        the first call looks at all parameters; later calls return False."""
         if not self._asks_for_memory:
             return False
         self._asks_for_memory = False
@@ -177,7 +177,7 @@ class StepSaver:
         metrics: Metrics | None = None,
         target: Target = "durable",
     ) -> bool:
-        """Save all components, or only the model: at the last step, in the export dtype."""
+        """Save all components, or the model alone, which has the export dtype at the last step."""
         numbers = run_on_all(self._ranks, partial(arguments.numbers_in, metrics))
         if target != "local":
             self._goodput.count_save()

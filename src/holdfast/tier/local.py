@@ -1,4 +1,4 @@
-"""The folder of a run on each host, and saves into it.
+"""The folder of a run on each host in the fast tier, and saves into it.
 
 Each rank writes its file to the disk of its own host. The lowest rank of a host makes the attempt
 there and publishes it, with the same index files on every host. So each host has some of the data

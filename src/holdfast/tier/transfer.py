@@ -1,4 +1,4 @@
-"""Send parts of files from the disk of one rank to that of another, in pieces."""
+"""Send parts of files from the disk of one rank to the disk of another, in pieces."""
 
 from __future__ import annotations
 

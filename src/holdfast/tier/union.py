@@ -39,7 +39,7 @@ class HostPart:
 
     step: int
     digest: int
-    """Checksum of the manifest, which tells attempts apart."""
+    """Checksum of the manifest, which differs between attempts at the same step."""
 
     created: str
     """Time of the commit: ISO 8601, UTC."""

@@ -89,7 +89,7 @@ def prepare_start(config: Config, arguments: Sequence[str] = ()) -> None:
     """Print which settings have no effect, and refresh the installed skills; on rank 0 only.
 
     TorchTitan's settings for features that do not exist here have no effect. The keys of
-    `[checkpoint]` have none if `enable` was forgotten.
+    `[checkpoint]` have no effect if `enable` was forgotten.
     """
     if os.environ.get("RANK", "0") != "0":
         return

@@ -1,7 +1,7 @@
 """The settings of a training run, under TorchTitan's sections and keys.
 
-Each class checks its values on construction. Nothing here imports torch, so that `--help` and
-wrong settings are answered at once.
+Each class checks its values on construction. This module does not import torch, so that
+`--help` and errors in the settings appear at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from holdfast.manager.config import CheckpointConfig
 @settings("job")
 @dataclass(frozen=True, slots=True)
 class JobConfig:
-    """Name of the run and folder for its files."""
+    """Folder, description and configuration file of the run."""
 
     dump_folder: str = "./outputs"
     """Folder for everything that the run writes, relative to the current directory."""
@@ -207,7 +207,7 @@ class ParallelismConfig:
     """Replicas of weights and optimizer state (HSDP; DDP if each replica is on one rank)."""
 
     data_parallel_shard_degree: int = -1
-    """Ranks over which each replica is sharded (FSDP2). -1: all ranks that the others leave."""
+    """Ranks over which each replica is sharded (FSDP2). -1: all ranks left by the others."""
 
     tensor_parallel_degree: int = 1
     """Ranks over which each matrix is sharded."""

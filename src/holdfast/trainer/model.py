@@ -39,7 +39,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def checkpoint_function(
     config: ActivationCheckpointConfig, layer: int
 ) -> Callable[..., Tensor] | None:
-    """Return a function that runs a layer with activation checkpointing; None for none."""
+    """Return a function that runs a layer with activation checkpointing; None if it has none."""
     selective = config.mode == "selective"
     if selective and config.selective_ac_option == "op":
         # Matrix products and attention, the costly part of a layer, are not recomputed.
@@ -296,7 +296,7 @@ def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
 
 
 def rotate_halves(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
-    """Rotate pairs of one element of each head's first half and one of its second half."""
+    """Rotate pairs of elements, one of each half of a head, by the angle of their position."""
     first_BTHP, second_BTHP = x_BTHE.float().chunk(2, dim=-1)
     rotated = _rotate_pairs(first_BTHP, second_BTHP, rope_TP2)
     return torch.cat(rotated, dim=-1).type_as(x_BTHE)

@@ -60,7 +60,7 @@ def apply_schedules(schedulers: Sequence[LambdaLR]) -> None:
 
 
 def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
-    """Return a function from a step, counted from 0, to the factor of its learning rate.
+    """Return a function that maps a step, counted from 0, to the factor of its learning rate.
 
     The schedule has a linear warm-up, a constant phase and a decay. The factors of its first and
     last step are above 0, since a step with factor 0 would learn nothing.
@@ -91,7 +91,7 @@ def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
 def clip_gradients(
     stages: Sequence[nn.Module], max_norm: float, parallel: ParallelContext
 ) -> Tensor:
-    """Clip all gradients to `max_norm` (0: do not). Return their norm before that. Collective."""
+    """Clip gradients to `max_norm` if it is not 0. Return their unclipped norm. Collective."""
     parameters = [p for stage in stages for p in stage.parameters()]
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = gradient_norm(gradients, parallel)

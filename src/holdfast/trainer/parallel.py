@@ -90,8 +90,8 @@ def build_meshes(
     """Build the meshes of the weights, of the experts, and of the axes in `[parallelism]`.
 
     Axis `fsdp` shards the weights over the ranks that divide the batch or the sequences. Experts
-    are divided over these ranks and the tensor-parallel ones, since between the layers these also
-    hold different tokens. Ranks along axis `ep` hold different experts. Ranks along axis
+    are divided over these ranks and the tensor-parallel ranks, which also hold different tokens
+    between the layers. Ranks along axis `ep` hold different experts. Ranks along axis
     `fsdp_of_experts` shard the weights of the same experts. Collective.
     """
     if math.prod(degrees.values()) == 1:
@@ -357,8 +357,7 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
 def sum_over_data(value: Tensor, parallel: ParallelContext) -> float:
     """Sum the ranks' shares of `value`, such as the loss, over all tokens. Collective.
 
-    Tensor-parallel ranks hold the same share. In a pipeline, only the share of the last rank is not
-    0.
+    Tensor-parallel ranks hold the same share. In a pipeline, all shares but the last rank's are 0.
     """
     if parallel.world_size == 1:
         return float(value.item())

@@ -253,8 +253,8 @@ def _tokenizer_and_tokens(config: Config) -> tuple[Tokenizer, Tokens]:
 
 
 def _published(config: Config, parallel: ParallelContext, vocab_size: int) -> FollowedModel:
-    """Return the model to train. Check the settings again with its flavor, since its `config.json`
-    may tie weights, which a pipeline does not support."""
+    """Return the model to train. Check the settings again with its flavor, since the `config.json`
+    that it follows may tie weights, which a pipeline does not support."""
     published = followed_model(config, vocab_size)
     config.check(parallel.world_size, published.flavor)
     return published
