@@ -45,6 +45,15 @@ def _note(store: ReadStore, folder: str, mark: Mark) -> str:
         return error.what
 
 
+def pin(store: Store, step: int) -> None:
+    """Keep a checkpoint from retention, until its mark is deleted."""
+    mark = Mark("pinned", step)
+    if mark not in marks_in(store):
+        with store.create(str(mark), 0):
+            pass
+        store.sync("")
+
+
 def mark_damaged(store: Store, step: int, note: str) -> None:
     """Mark a checkpoint as damaged, until its step is saved again, or `clear_damaged`."""
     mark = Mark("damaged", step)
