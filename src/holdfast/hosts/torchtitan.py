@@ -368,8 +368,8 @@ class _Filesystem:
 
 @contextmanager
 def _buckets_seen() -> Iterator[None]:
-    """Context in which TorchTitan's manager uses Holdfast to look for folders in object stores, since
-    Holdfast needs no clients of fsspec."""
+    """Context in which TorchTitan's manager looks for folders in object stores by Holdfast, which
+    needs no clients of fsspec."""
     module: Any = import_module(_titan().__module__)
     before = getattr(module, "filesystem", None)
     if before is None:
