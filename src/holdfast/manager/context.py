@@ -1,4 +1,4 @@
-"""Objects that loading and saving a run share."""
+"""Context that the loader and the saver of a run share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import Goodput
 
 OnSaved = Callable[[int, str, Mapping[str, float]], object]
-"""Function of the step, the path and the metrics of a checkpoint that is durable."""
+"""Function that is called with the step, path and metrics of each checkpoint once it is durable."""
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -31,7 +31,7 @@ class RunContext:
     on_saved: OnSaved | None = None
 
     def note_saved(self, step: int, where: str, metrics: Mapping[str, float]) -> None:
-        """Call `on_saved` on rank 0. Logs its errors: the checkpoint is there all the same."""
+        """Call `on_saved` on rank 0. Log its errors, since they do not harm the checkpoint."""
         if self.on_saved is None or self.ranks.rank:
             return
         try:
@@ -46,7 +46,7 @@ class RunContext:
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Limit on the bytes that each rank writes to the folder per second; None for none."""
+        """Limit on the bytes that each rank writes to the folder per second; None for no limit."""
         return self.config.write_bandwidth_limit * 1e6 / self.ranks.size or None
 
     def info(self, line: str) -> None:

@@ -23,12 +23,12 @@ class FastTier:
     def __init__(
         self, run: RunContext, folder: str, held: ExitStack, note: str, on_drained: OnDrained
     ) -> None:
-        """Lock `folder` on each host until `held` ends. `note` describes this process.
+        """Lock `folder` on each host until the context `held` ends. `note` describes this process.
 
         Raises:
             UsageError: `folder` is a URL.
-            ExistsError: two hosts have one folder, or another run uses it.
-            StorageError: it cannot be written on some host.
+            ExistsError: two hosts share `folder`, or another run uses it.
+            StorageError: `folder` cannot be written on some host.
         """
         config, ranks = run.config, run.ranks
         path = run_on_all(ranks, partial(local_path, folder))

@@ -20,7 +20,7 @@ SAVING_LOCALLY = "saving to the fast tier"
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Durations of saves and loads since the last call, by stage and over all ranks."""
+    """Durations of saves and loads since the last call of `timings`, by stage, over all ranks."""
 
     saves: tuple[Times, ...] = ()
     """Saves that became durable."""
@@ -32,9 +32,9 @@ class Timings:
 
 
 class Goodput:
-    """Counts steps, and the seconds that training lost, by cause.
+    """Counts steps, and the seconds in which the run did not train, by cause.
 
-    The thread that finishes a save in the background adds to `saves`.
+    The thread that finishes a background save appends to `saves`.
     """
 
     def __init__(self) -> None:
@@ -47,8 +47,8 @@ class Goodput:
 
     @contextmanager
     def lost_to(self, cause: str) -> Iterator[None]:
-        """Count the time in this context as lost to `cause`. An inner context counts for its own
-        cause."""
+        """Count the time in this context as lost to `cause`. The time in an inner context counts
+        only for the cause of that context."""
         started, before = time.perf_counter(), self.lost_s
         try:
             yield
@@ -75,7 +75,7 @@ class Goodput:
         return self.lost_s - self._lost.get(RESUMING, 0.0)
 
     def timings(self) -> Timings:
-        """Saves and loads recorded since the last call."""
+        """Return the saves and loads recorded since the last call."""
         saves, loads = (
             tuple(added.popleft() for _ in range(len(added))) for added in (self.saves, self.loads)
         )
@@ -87,15 +87,15 @@ class Goodput:
         self._num_steps += 1
 
     def count_save(self) -> None:
-        """Count the save of the step that was counted last."""
+        """Count a save of the step that `count_step` has just counted."""
         self._num_saves += 1
         self._steps_at_save, self._saved_at = self._num_steps, time.perf_counter()
 
     def progress(self) -> Progress:
-        """Steps and durations of this rank. `StepSaver` adds the other fields."""
+        """Return the steps and durations of this rank. `StepSaver` sets the other fields."""
         now = time.perf_counter()
         trained = now - self._began - self.lost_s
-        # Before the first save, time was lost only to asking whether one is due.
+        # Without a save, `blocked_s` is only the time in which the run decided that no save is due.
         blocked_s = self.blocked_s - self._lost.get(SAVING_LOCALLY, 0.0)
         save_s = blocked_s / self._num_saves if self._num_saves else 0.0
         return Progress(
@@ -106,7 +106,7 @@ class Goodput:
         )
 
     def report(self) -> str:
-        """One line that says where the time went."""
+        """Return one line on how the time was spent: training, and losses by cause."""
         whole = max(time.perf_counter() - self._began, 1e-9)
         trained = max(whole - self.lost_s, 0.0)
         lost = "".join(f", {spent:.2f} s {cause}" for cause, spent in self._lost.items())

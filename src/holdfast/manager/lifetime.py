@@ -21,14 +21,14 @@ from holdfast.storage.opening import is_url
 
 
 class Lifetime:
-    """Context that releases everything a manager holds, even if an error ends it."""
+    """Context that releases everything that a manager holds, even if it ends with an error."""
 
     def __init__(self) -> None:
         self.held: ExitStack = ExitStack()
         """Context that ends when the manager is closed."""
 
         self._pid = os.getpid()
-        # Releases them if the program ends without `close`, before modules are torn down.
+        # If the program ends without `close`, releases everything before modules are torn down.
         weakref.finalize(self, _release, self.held, self._pid)
         self._closed = False
 
@@ -53,14 +53,18 @@ class Lifetime:
             )
 
     def take(self, catalog: Catalog, hf: HFFormat) -> None:
-        """Lock the folder of `catalog` for this process, or raise an ExistsError. Clean up after
-        killed runs, in that folder and in the folder of exports below it."""
+        """Lock the folder of `catalog` for this process, then clean up after killed runs in that
+        folder and in the folder of exports below it.
+
+        Raises:
+            ExistsError: another run or manager has locked the folder.
+        """
         store = catalog.store
         store.make_folder("")
         catalog.check_lock = self.held.enter_context(store.lock(LOCK, note_of_process()))
         put_in_order(store)
         if f"{FOLDER}/" in store.list() and not is_url(store.url):
-            # Other programs, which read exports, cannot restore a `.replaced` one.
+            # Rename `.replaced-...` exports back, since other programs do not look for such names.
             put_in_order(hf.catalog.store)
 
     def callback(self, release: Callable[[], object]) -> None:
@@ -75,7 +79,7 @@ class Lifetime:
 
 
 def note_of_process() -> str:
-    """Description of this process, for the files that it locks."""
+    """Return a description of this process, for the files that it locks."""
     since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     return f"host {host_name()}, pid {os.getpid()}, since {since}"
 

@@ -8,7 +8,7 @@ Source = Literal["checkpoint", "seed", "initial", "nothing"]
 
 
 class Resumed(int):
-    """The step to continue from. It is an int, and says where the state comes from."""
+    """The step to continue from: an int with attributes that say where the state comes from."""
 
     source: Source
     """`checkpoint`: a full checkpoint of the folder. `seed`: the model of step 0 in the folder.
@@ -31,7 +31,7 @@ class Resumed(int):
     if TYPE_CHECKING:
 
         def __add__(self, value: int, /) -> Any:
-            """The sum is an int. As Any it may be assigned to the same variable: `step += 1`."""
+            """Return an int. Its type here is Any, so that type checkers accept `step += 1`."""
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return int(self), self.source, self.where

@@ -1,8 +1,8 @@
-"""The folder of a run on each host, and saves into it.
+"""The folder of a run on each host in the fast tier, and saves into it.
 
-Each rank writes its file to the disk of its own host. One rank of each host, the lowest, makes the
-attempt there and publishes it, with the same index files on every host. So a folder has some of the
-files of a checkpoint, and all folders together have all of them.
+Each rank writes its file to the disk of its own host. The lowest rank of a host makes the attempt
+there and publishes it, with the same index files on every host. So each host has some of the data
+files of a checkpoint, and all hosts together have all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from holdfast.tier.transfer import Transfer, transfer
 logger: logging.Logger = logging.getLogger("holdfast")
 
 KEPT = 2
-"""Number of newest checkpoints that each host keeps. Other hosts may have the newest in part."""
+"""Number of newest checkpoints that each host keeps. If a save was interrupted, other hosts may not
+have the newest one."""
 
 
 class LocalTier:
@@ -45,9 +46,9 @@ class LocalTier:
         """Host of each rank."""
         self.host: str = self.hosts[ranks.rank]
         self.leaders: dict[str, int] = {host: self.hosts.index(host) for host in self.hosts}
-        """The rank that leads each host."""
+        """Lowest rank of each host, which makes, publishes and deletes the checkpoints there."""
         self.leads: bool = ranks.rank == self.leaders[self.host]
-        """Whether this rank makes, publishes and deletes the checkpoints on its host."""
+        """Whether this rank is the one in `leaders` for its host."""
         self.catalog: Catalog = Catalog(folder_store(record.folder_on(host_of(ranks))))
         self.draining: int | None = None
         """Step that is being copied to the durable folder."""
@@ -58,7 +59,7 @@ class LocalTier:
         """Lock the folder until `held` ends, and clean up after killed runs. Not collective.
 
         Raises:
-            ExistsError: another host has the same folder, or another run uses it.
+            ExistsError: another host or another run has locked the same folder.
             StorageError: the folder cannot be written.
         """
         if not self.leads:
@@ -69,12 +70,12 @@ class LocalTier:
         put_in_order(store)
 
     def attempt(self, name: str) -> HiddenFolder:
-        """Name of a new attempt, the same on every host. Called on rank 0."""
+        """Return a name for a new attempt. All hosts use the name that rank 0 gets."""
         return HiddenFolder("attempt", name, os.urandom(4).hex())
 
     def begin(self, pending: Pending, ranks: Ranks) -> Pending:
-        """Make the attempt of a save on every host. Raises on all ranks if one of them fails, as
-        for lack of space. Collective."""
+        """Make the attempt of a save on every host. If this fails on one host, for example for lack
+        of space, raise the error on all ranks. Collective."""
         sizes = ranks.broadcast(ranks.gather(pending.file_nbytes))
         pending = replace(pending, catalog=self.catalog, deletes=self.leads)
         copies = self._copies(sizes, pending.attempt)
@@ -101,7 +102,7 @@ class LocalTier:
         run_on_all(ranks, lambda: self._make(attempt) if self.leads else None)
 
     def commit(self, pending: Pending, written: WriteResult | HoldfastError, ranks: Ranks) -> int:
-        """Publish a save on every host: a `CommitBy` of `finish_save`. Collective."""
+        """Publish a save on every host. `finish_save` calls this as its `commit_by`. Collective."""
         index, facts, attempt = pending.index, pending.facts, pending.attempt
 
         def make_index(
@@ -130,8 +131,9 @@ class LocalTier:
             self.catalog.abort(attempt)
 
     def retain(self, step: int) -> None:
-        """Delete all checkpoints of this host up to `step`, but the newest `KEPT` and the one that
-        is being copied. Later ones belong to a branch that the run has left, and stay.
+        """Delete the checkpoints of this host up to `step`, except the newest `KEPT` and the one
+        that is being copied. Later steps stay: the run abandoned them when it went back to an
+        earlier step.
 
         Each host logs its own problems. Not collective.
         """
@@ -152,7 +154,7 @@ class LocalTier:
         self._remover.wait()
 
     def _copies(self, sizes: Sequence[int], attempt: HiddenFolder) -> list[Transfer]:
-        """The files that other hosts keep too: those of each host on the next one."""
+        """Return the transfers that copy the data files of each host to the next host."""
         hosts = list(self.leaders)
         if not self._replicas or len(hosts) == 1:
             return []

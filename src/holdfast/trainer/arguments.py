@@ -57,7 +57,7 @@ def _explicit_values(arguments: Sequence[str]) -> Values:
 
 
 def print_requested_help(arguments: Iterable[str], program: str) -> None:
-    """Print all settings with their defaults and raise `SystemExit`, if the arguments say so."""
+    """If the arguments ask for help, print all settings with defaults and raise `SystemExit`."""
     if not {"-h", "--help"} & {*arguments}:
         return
     import tyro
@@ -75,9 +75,10 @@ def print_requested_help(arguments: Iterable[str], program: str) -> None:
 
 
 def report(error: HoldfastError) -> int:
-    """Print an error in the settings on the first worker of each machine; return its exit status.
+    """Print an error in the settings on the first worker of each machine. Return the exit status.
 
-    All workers of a machine find the same error. Another machine may have other files.
+    All workers of a machine find the same error, so one prints it. Another machine has files of its
+    own, and may find another error.
     """
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         sys.stderr.write(f"error: {error}\n")
@@ -87,8 +88,8 @@ def report(error: HoldfastError) -> int:
 def prepare_start(config: Config, arguments: Sequence[str] = ()) -> None:
     """Print which settings have no effect, and refresh the installed skills; on rank 0 only.
 
-    TorchTitan's settings for features that do not exist here have no effect, nor do the keys of
-    `[checkpoint]` if `enable` was forgotten.
+    TorchTitan's settings for features that do not exist here have no effect. The keys of
+    `[checkpoint]` have no effect if `enable` was forgotten.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -225,7 +226,7 @@ def _unknown(what: str, name: str, known: Iterable[str], section: str = "") -> U
 
 
 def _from_toml(where: str, value: Any, hint: Any) -> Any:
-    """Convert a value in a file to type `hint`. A list may be text, as on the command line."""
+    """Convert a value in a file to type `hint`. A list may be given as on the command line."""
     if isinstance(value, str) and is_list(members(hint)[0]):
         return _parsed(where, [value], hint)
     return fitted(where, value, hint)

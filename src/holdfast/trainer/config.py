@@ -1,7 +1,7 @@
 """The settings of a training run, under TorchTitan's sections and keys.
 
-Each class checks its values on construction. Nothing here imports torch, so that `--help` and
-wrong settings are answered at once.
+Each class checks its values on construction. This module does not import torch, so that
+`--help` and errors in the settings appear at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from holdfast.manager.config import CheckpointConfig
 @settings("job")
 @dataclass(frozen=True, slots=True)
 class JobConfig:
-    """Name of the run and folder for its files."""
+    """Folder, description and configuration file of the run."""
 
     dump_folder: str = "./outputs"
     """Folder for everything that the run writes, relative to the current directory."""
@@ -48,7 +48,8 @@ class ModelConfig:
     30B-A3B or 235B-A22B."""
 
     hf_assets_path: str | None = None
-    """Folder with a `tokenizer.json`; without that file each byte of text is a token."""
+    """Hugging Face folder with the `tokenizer.json` and `config.json` of the model. Without a
+    `tokenizer.json`, each byte of text is a token."""
 
     def __post_init__(self) -> None:
         known = MODELS[self.name]
@@ -206,7 +207,7 @@ class ParallelismConfig:
     """Replicas of weights and optimizer state (HSDP; DDP if each replica is on one rank)."""
 
     data_parallel_shard_degree: int = -1
-    """Ranks over which each replica is sharded (FSDP2). -1: all that the other degrees leave."""
+    """Ranks over which each replica is sharded (FSDP2). -1: all ranks left by the others."""
 
     tensor_parallel_degree: int = 1
     """Ranks over which each matrix is sharded."""
@@ -308,7 +309,8 @@ class ActivationCheckpointConfig:
     """Recomputation of activations in the backward pass, which saves memory and costs time."""
 
     mode: Literal["none", "selective", "full"] = "none"
-    """full: recompute every layer from its input. selective: recompute part of that."""
+    """full: recompute every layer from its input. selective: recompute what
+    `selective_ac_option` selects."""
 
     selective_ac_option: str = "2"
     """Recomputation of mode selective. A number n: the whole of every n-th layer.
@@ -343,10 +345,10 @@ class Config:
     def check(self, world_size: int, flavor: Flavor | None = None) -> None:
         """Check that these settings can run on `world_size` workers.
 
-        `flavor` replaces that of the settings.
+        `flavor` replaces the flavor in the settings.
 
         Raises:
-            UsageError: they cannot, for the reason given.
+            UsageError: the settings do not fit. The message says why.
         """
         if self.checkpoint.create_seed_checkpoint and world_size != 1:
             keys = (*AXES.values(), "expert_parallel_degree")

@@ -31,7 +31,8 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvhost-ctrl-gpu")
 """Device files of GPU drivers: NVIDIA, WSL, AMD, Jetson."""
 
 GRACE_S = 10
-"""Seconds that workers get to end, beyond `checkpoint.stop_deadline_s`, before they are killed."""
+"""Seconds in which workers must end before they are killed, after another worker has failed. After
+a stop signal, `checkpoint.stop_deadline_s` is added."""
 
 PR_SET_PDEATHSIG = 1
 """Option of Linux' `prctl` (`sys/prctl.h`): signal to receive when the parent dies."""
@@ -58,10 +59,10 @@ class Workers:
 
     def __init__(self, config: Config, num_workers: int) -> None:
         """Fork the workers, which start at once."""
-        # Set before torch is imported, which reads it: one thread per core, over all workers.
+        # One thread per core, over all workers. torch reads this variable when it is imported.
         threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        # All workers are on this machine, whose hostname may resolve to another address.
+        # gloo would use the address of the hostname, which may not lead to this machine.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -72,11 +73,11 @@ class Workers:
         self._kill_after_s = int(config.checkpoint.stop_deadline_s) + GRACE_S
         self._ranks_by_pid: dict[int, int] = {}
         self._status: int | None = None
-        # A pipe with one byte. The first worker with an error reads it, so only that one reports.
+        # A pipe with one byte. The first worker with an error reads it, which allows it to report.
         self._report_token, write_end = os.pipe()
         os.write(write_end, b"1")
         os.close(write_end)
-        # Bound before the workers learn the port, so that no other process can take it.
+        # Bound before the workers get the port, so that no other process can take the port.
         listener = socket.create_server(("127.0.0.1", 0), backlog=2 * num_workers)
         port = listener.getsockname()[1]
         for rank in range(num_workers):
@@ -126,9 +127,10 @@ class Workers:
         """Run worker `rank` in this forked process, then exit; never returns."""
         status = 1
         try:
-            # Out of the terminal's process group: the launcher passes ^C on, once, to all workers.
+            # Leave the terminal's process group, so that ^C does not come twice: the launcher
+            # passes it on.
             os.setpgid(0, 0)
-            # A shell starts background jobs with SIGINT ignored, and Python keeps that.
+            # A shell starts background jobs with SIGINT ignored. Python would go on ignoring it.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if sys.platform == "linux":
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -159,7 +161,7 @@ class Workers:
             os._exit(status)
 
     def _is_first_error(self) -> bool:
-        """Return True once over all processes of the run, then False."""
+        """Return True for the first call in any process of the run, False for all later calls."""
         return os.read(self._report_token, 1) == b"1"
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -201,7 +203,7 @@ def _num_workers(config: Config) -> int:
                 )
             return count
     count = num_gpus or NUM_CPU_WORKERS
-    config.check(count)  # Raises where the settings fit no number of GPUs.
+    config.check(count)  # Raises an error if the settings do not fit.
     return count
 
 

@@ -39,7 +39,7 @@ class Metrics:
         self._last: MetricsRow | None = None
         self._board: SummaryWriter | None = None
         if config.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
-            # Every rank checks this, so that all of them stop.
+            # Checked on every rank, so that all ranks stop.
             raise UsageError(
                 "`metrics.enable_tensorboard` needs the package `tensorboard`, which is not "
                 "installed",

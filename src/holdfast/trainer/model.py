@@ -1,4 +1,4 @@
-"""Decoder in the shape of Llama 3 or Qwen3, with Meta's names for its weights.
+"""Decoder with the architecture of Llama 3 or Qwen3, and Meta's names for its weights.
 
 A tensor's name ends in its shape, one letter per dim:
 
@@ -8,8 +8,8 @@ A tensor's name ends in its shape, one letter per dim:
     H  query heads                   K  key and value heads
     P  rotary pairs of a head, E / 2
 
-With tensor parallelism H, K and F, and T between the layers, are this rank's share. The code
-therefore takes all these counts from its tensors, never from the configuration.
+With tensor parallelism, H, K and F count only this rank's share. Between the layers, T does too.
+Therefore the code takes all these counts from its tensors, never from the configuration.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 def checkpoint_function(
     config: ActivationCheckpointConfig, layer: int
 ) -> Callable[..., Tensor] | None:
-    """Return the function that runs a layer with recomputation; None for a layer without."""
+    """Return a function that runs a layer with activation checkpointing; None if it has none."""
     selective = config.mode == "selective"
     if selective and config.selective_ac_option == "op":
         # Matrix products and attention, the costly part of a layer, are not recomputed.
@@ -79,7 +79,7 @@ class Transformer(nn.Module):
     ) -> None:
         """Build the stage of `layers` (default: all) for tokens at `positions` (default: all).
 
-        The stage with the first layer has the embedding, that with the last layer the output.
+        The stage with the first layer has the embedding, the stage with the last layer the output.
         """
         super().__init__()
         self.flavor = flavor
@@ -237,7 +237,8 @@ class RMSNorm(nn.Module):
 def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: Scaling | None) -> Tensor:
     """Compute cosine and sine of `position * frequency`, of shape TP2, as transformers does.
 
-    A `DynamicScaling` depends on `seq_len`: a shorter sequence is rotated like one of that length.
+    With `DynamicScaling`, the frequencies depend on `seq_len`, and are the same for shorter
+    sequences.
     """
     if isinstance(scaling, DynamicScaling):
         length = max(seq_len, scaling.original_seq_len) / scaling.original_seq_len
@@ -258,7 +259,8 @@ def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: Scaling | N
 
 
 def _scale_frequencies(frequency_P: Tensor, scaling: Llama3Scaling) -> Tensor:
-    """Scale as Llama 3.1 does: divide low frequencies by `factor`, keep high ones, interpolate."""
+    """Scale as Llama 3.1 does: divide low frequencies by `factor`, keep high ones, and interpolate
+    between the two."""
     turns_P = frequency_P * scaling.original_seq_len / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
@@ -266,7 +268,7 @@ def _scale_frequencies(frequency_P: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def _kept_by_yarn(head_dim: int, theta: float, scaling: YarnScaling) -> Tensor:
-    """Return the share of each frequency that is kept: 1 for high ones, 0 for low ones."""
+    """Return the unscaled share of each frequency: 1 for high frequencies, 0 for low ones."""
 
     def index_of(num_turns: float) -> float:
         turns_per_radian = scaling.original_seq_len / (num_turns * 2 * math.pi)
@@ -294,7 +296,7 @@ def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
 
 
 def rotate_halves(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
-    """Rotate each head's first half with its second by the angle of their position."""
+    """Rotate pairs of elements, one of each half of a head, by the angle of their position."""
     first_BTHP, second_BTHP = x_BTHE.float().chunk(2, dim=-1)
     rotated = _rotate_pairs(first_BTHP, second_BTHP, rope_TP2)
     return torch.cat(rotated, dim=-1).type_as(x_BTHE)

@@ -37,7 +37,7 @@ from holdfast.trainer.pipeline import stages_of_rank
 from holdfast.trainer.weights import init_weights
 
 TIMEOUT = timedelta(minutes=10)
-"""Limit for all processes to connect, and for each collective."""
+"""Time limit for all processes to connect, and for each collective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class ParallelContext:
     def mesh(self, *axes: str, keep_last: bool = False) -> DeviceMesh | None:
         """Return the submesh of `axes` that contains this process; None if all have degree 1.
 
-        Leading axes of degree 1 are dropped. `keep_last` keeps the last axis all the same, unless
-        this is a single process.
+        Leading axes of degree 1 are dropped. `keep_last`: keep the last axis even if its degree is
+        1, unless there is a single process.
         """
         for mesh in self.meshes:
             if set(axes) <= set(mesh.mesh_dim_names or ()):
@@ -90,9 +90,9 @@ def build_meshes(
     """Build the meshes of the weights, of the experts, and of the axes in `[parallelism]`.
 
     Axis `fsdp` shards the weights over the ranks that divide the batch or the sequences. Experts
-    are divided over these and the tensor-parallel ranks, which hold different tokens too between
-    the layers: along `ep` ranks hold different experts, along `fsdp_of_experts` they shard the
-    weights of each expert. Collective.
+    are divided over these ranks and the tensor-parallel ranks, which also hold different tokens
+    between the layers. Ranks along axis `ep` hold different experts. Ranks along axis
+    `fsdp_of_experts` shard the weights of the same experts. Collective.
     """
     if math.prod(degrees.values()) == 1:
         return ()
@@ -151,7 +151,7 @@ def init_parallel(config: Config, store: Store | None) -> Iterator[ParallelConte
 
 
 def _absent_workers(store: Store, world_size: int, error: RuntimeError) -> RankError:
-    """Return the error about workers that have not joined, by rank."""
+    """Return an error that lists the ranks of workers that have not joined."""
     try:
         absent = [rank for rank in range(world_size) if not store.check([f"joined/{rank}"])]
     except RuntimeError:
@@ -178,7 +178,7 @@ def _device(local_rank: int, config: Config) -> torch.device:
 
 
 def _backends(device: torch.device) -> str:
-    """Backends of the process group, by kind of device."""
+    """Return the backends of the process group, by kind of device."""
     if device.type == "cpu":
         return "gloo"
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
@@ -189,7 +189,7 @@ def build_model(
 ) -> list[nn.Module]:
     """Build this process's stages of the model, with their initial weights.
 
-    `flavor` replaces that of the settings. Allocates only this process's shards.
+    `flavor` replaces the flavor in the settings. Only this process's shards are allocated.
     """
     flavor = flavor or config.model.shape
     stages: list[nn.Module] = []
@@ -318,7 +318,7 @@ def apply_fsdp(model: Transformer, parallel: ParallelContext) -> None:
 
 
 def _expert_placement(experts: Experts, degree: int) -> Callable[[nn.Parameter], Shard]:
-    """Return how to shard a weight: by expert, or by rows if only rows divide evenly."""
+    """Return a function that shards a weight by expert, or by rows if only rows divide evenly."""
     num_local = experts.num_local
 
     def placement(weight: nn.Parameter) -> Shard:
@@ -357,7 +357,7 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
 def sum_over_data(value: Tensor, parallel: ParallelContext) -> float:
     """Sum the ranks' shares of `value`, such as the loss, over all tokens. Collective.
 
-    Tensor-parallel ranks hold the same share. In a pipeline only the last rank's is not 0.
+    Tensor-parallel ranks hold the same share. In a pipeline, all shares but the last rank's are 0.
     """
     if parallel.world_size == 1:
         return float(value.item())

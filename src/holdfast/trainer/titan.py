@@ -16,7 +16,7 @@ RENAMED = {
     ("debug", "deterministic"): ("training", "deterministic"),
     ("lr_scheduler", "lr_min"): ("lr_scheduler", "min_lr_factor"),
 }
-"""Holdfast's section and key, by TorchTitan's."""
+"""Holdfast's section and key, by those of TorchTitan."""
 
 WITHOUT_EFFECT = {
     **dict.fromkeys(("comm", "compile", "experimental", "fault_tolerance", "float8"), "*"),

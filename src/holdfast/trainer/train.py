@@ -106,7 +106,7 @@ def train(config: Config, parallel: ParallelContext) -> None:
     Raises:
         HoldfastError: on every rank, if the settings, the data or a checkpoint are unusable.
     """
-    # First: refuses URLs before the data set creates a folder named like one.
+    # First, so that a URL is refused before the data set creates a folder of that name.
     dump_folder, checkpoint_folder = _folders(config)
     if config.checkpoint.create_seed_checkpoint:
         create_seed(config, parallel)
@@ -119,7 +119,7 @@ def train(config: Config, parallel: ParallelContext) -> None:
         lr_schedulers=run.schedulers,
         dataloader=run.loader,
         states={"train_state": run.state},
-        # Without `enable` no other key has an effect, as `arguments.prepare_start` prints.
+        # Without `enable`, no other key has an effect: `arguments.prepare_start` has said so.
         config=config.checkpoint if config.checkpoint.enable else CheckpointConfig(),
         hub=run.published.hf_model,
     ) as manager:
@@ -146,11 +146,12 @@ def train(config: Config, parallel: ParallelContext) -> None:
 
 
 def _folders(config: Config) -> tuple[Path, str]:
-    """Return the folder of the run and that of its checkpoints."""
+    """Return the folder of the run and the folder of its checkpoints."""
     dump_folder = local_path(config.job.dump_folder)
     if is_url(config.checkpoint.folder):
         return Path(dump_folder), config.checkpoint.folder
-    local_path(config.checkpoint.folder or ".")  # Refuses `s3:/`, which joining would hide.
+    # Refuse a folder such as `s3:/` before it is joined to another, which would hide the error.
+    local_path(config.checkpoint.folder or ".")
     return Path(dump_folder), local_path(os.path.join(dump_folder, config.checkpoint.folder))  # noqa: PTH118 - keeps `//`
 
 
@@ -169,7 +170,7 @@ def create_seed(config: Config, parallel: ParallelContext) -> None:
 def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:
     """Train from step `first` to the last, with metrics and checkpoints. Collective."""
     config, parallel, step = run.config, run.parallel, first
-    # Start, tokens and total wait for saves of the steps since the previous row.
+    # Time of the previous row, tokens since then, and the wait for all saves before that row.
     started, tokens, blocked_s = time.perf_counter(), 0, 0.0
     try:
         while step < config.training.steps:
@@ -214,9 +215,9 @@ def _saved_metrics(loss: torch.Tensor, parallel: ParallelContext) -> dict[str, f
 
 
 def is_finished(config: Config, step: int | None) -> bool:
-    """Tell, and log, whether an earlier run has reached `training.steps`.
+    """Return whether an earlier run has reached `training.steps`, and log it if so.
 
-    `step` is the last step of that run, None if it is unknown.
+    `step` is the last step of that run; None if it is unknown.
     """
     steps = config.training.steps
     if step is None or step < steps or 0 <= config.checkpoint.load_step < steps:
@@ -252,8 +253,8 @@ def _tokenizer_and_tokens(config: Config) -> tuple[Tokenizer, Tokens]:
 
 
 def _published(config: Config, parallel: ParallelContext, vocab_size: int) -> FollowedModel:
-    """Return the model to train, checked against the number of workers again if its heads differ
-    from the flavor's."""
+    """Return the model to train. Check the settings again with its flavor, since the `config.json`
+    that it follows may tie weights, which a pipeline does not support."""
     published = followed_model(config, vocab_size)
     config.check(parallel.world_size, published.flavor)
     return published

@@ -20,14 +20,14 @@ from holdfast.trainer.train import train
 
 COLLATERAL_S = 0.5
 """Seconds that a failed worker waits before it exits. If another worker failed first, the launcher
-kills this one meanwhile, so that its message does not hide the cause."""
+kills the waiting one meanwhile, so that its error does not hide the first error."""
 
 
 def work(config: Config, is_first_error: Callable[[], bool] | None = None) -> int:
     """Train as one worker of the run, and return the exit status. Collective.
 
-    Only the first worker that fails prints its error. `is_first_error` returns whether this one is;
-    by default the workers find that out through the store. `LOG_RANK` in the environment lists the
+    Only the first worker that fails prints its error. `is_first_error` returns whether this worker
+    is the first; by default, the workers ask the store. `LOG_RANK` in the environment lists the
     ranks that log, comma-separated (default: 0).
     """
     rank = os.environ.get("RANK", "0")
