@@ -38,7 +38,7 @@ class HoldfastError(Exception):
         self.what = what
         self.hint = hint
         self.file = file
-        """Path or URL of the file that the error is about; None if it is about no single file."""
+        """Path or URL of the file that the error is about; None if it is not about one file."""
 
         self.entry = entry
         """Name of the tensor or value that the error is about."""

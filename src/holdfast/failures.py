@@ -17,10 +17,10 @@ from holdfast.errors import HoldfastError, StorageError, UsageError
 logger: logging.Logger = logging.getLogger("holdfast")
 
 TEXT_MAX = 2000
-"""Longest message that is quoted, in characters: torch lists every missing key."""
+"""Longest message that is quoted, in characters. Torch's can be very long: one per missing key."""
 
 _OURS = __file__.removesuffix("failures.py")
-"""Folder of this package, as it begins the file names of code objects."""
+"""Folder of this package: the prefix of the file names of its code objects."""
 
 _LIBRARIES = tuple(
     os.path.join(sysconfig.get_path(name), "")  # noqa: PTH118 - ends in a separator
@@ -52,7 +52,7 @@ def worded(error: Exception) -> HoldfastError:
 def _worded(error: Exception) -> HoldfastError:
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     raiser = _raiser(frames)
-    # An OSError from other user code comes from a user's store: it is a storage error.
+    # If other user code raises an OSError, it is a custom store: report a storage error.
     if raiser is not None and (not isinstance(error, OSError) or _calls_user_code(frames)):
         code, line = raiser
         return UsageError(
@@ -80,8 +80,8 @@ def _worded(error: Exception) -> HoldfastError:
 def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | None:
     """Find the user code that raised, as code and line; None where Holdfast itself failed.
 
-    That is the innermost function that is neither part of Holdfast nor installed; else the method
-    in `_METHODS` of an installed object that Holdfast called.
+    User code is the innermost function outside of Holdfast and of installed packages. Without one,
+    it is the method in `_METHODS` that Holdfast called on an object of an installed package.
     """
     users = [(code, line) for code, line in frames if not (_is_library(code) or _is_ours(code))]
     if users:
@@ -91,7 +91,7 @@ def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | No
         if _is_ours(code):
             is_called = True
         elif is_called and code.co_name in _METHODS:
-            # Not always the function that Holdfast calls: torch wraps `state_dict` in another one.
+            # Holdfast may have called a wrapper of this method: torch wraps `state_dict`.
             raiser, is_called = (code, line), False
     return raiser
 

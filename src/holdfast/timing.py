@@ -12,7 +12,7 @@ from holdfast.format.timings import DIGITS, Stage, over_ranks
 
 @dataclass(slots=True)
 class Spans:
-    """Seconds spent in each stage of one operation, by stage: `with spans("write"): ...`."""
+    """Seconds spent in each stage of one operation. `with spans("write"): ...` adds to a stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -32,11 +32,11 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Duration and size of a save, from its plan until it is durable, or of a load."""
+    """Duration and size of a save or a load. A save lasts from its plan until it is durable."""
 
     step: int
     nbytes: int
-    """Bytes over all ranks."""
+    """Bytes written or read, over all ranks."""
 
     seconds: float
     """Seconds of the slowest rank."""

@@ -32,7 +32,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import holdfast
 import holdfast.dcp
 from holdfast.dcp import Reader, Writer
+from holdfast.storage.opening import store_to_save
 from processes import run_processes
+from s3_server import s3_server
 
 WIDTH = 10
 """Not divisible by 4 or 3, so that shards are uneven and some are empty."""
@@ -204,6 +206,51 @@ def test_a_failed_rank_leaves_the_old_checkpoint_and_nothing_else(
         assert "no more data" in half_written
         assert f"`bad{failing}` is a object" in refused
     assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
+
+
+def save_to_bucket(rank: int, size: int, run: str, environment: dict[str, str]) -> list[str]:
+    """Save shards to a bucket, in this process and in another, then fail over them, then succeed.
+    Returns the errors of the saves that fail."""
+    warnings.simplefilter("ignore")
+    os.environ.update(environment)
+    model, optimizer = build("fsdp", size, seed=1)
+    state = state_of(model, optimizer)
+    dcp_save(state, storage_writer=Writer(f"{run}/a"))
+    saving: Any = async_save(
+        state,
+        storage_writer=Writer(f"{run}/process"),
+        async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+    )
+    saving.result()
+    errors = []
+    for other, planner in (
+        (state, Failing(rank, failing=1)),
+        (state | ({"bad": object()} if rank == 1 else {}), DefaultSavePlanner()),
+    ):
+        with pytest.raises(CheckpointException) as raised:
+            dcp_save(other, storage_writer=Writer(f"{run}/a"), planner=planner)
+        errors.append(str(raised.value))
+    for name in ("a", "process", "a"):
+        target = state_of(*build("fsdp", size, seed=2))
+        dcp_load(target, storage_reader=Reader(f"{run}/{name}"))
+        assert same(whole(target), whole(state))
+        dcp_save(state, storage_writer=Writer(f"{run}/a"))
+    return errors
+
+
+def test_shards_are_saved_to_a_bucket(tmp_path: Path) -> None:
+    """G1, G9. Method: two ranks, a real server of S3. A save that fails on one rank leaves the
+    checkpoint before it. What it leaves in the bucket is gone after the next save."""
+    server = s3_server()
+    run = f"s3://{server.new_bucket()}/run"
+    for half_written, refused in run_processes(2, save_to_bucket, run, server.environment):
+        assert "no more data" in half_written
+        assert "`bad` is a object" in refused
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in server.environment.items():
+            patched.setenv(name, value)
+        assert store_to_save(run).list() == ["a/", "process/"]
+        assert holdfast.open(f"{run}/process").value("step") == 7
 
 
 def save_with_cached_plans(rank: int, size: int, folder: str) -> None:

@@ -29,13 +29,13 @@ def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
 
 
 def open_folder_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
-    """Like `open_for_saving`, for a checkpoint that only a folder of this machine can hold."""
+    """Like `open_for_saving`, but refuse URLs: some checkpoints need a folder of this machine."""
     return open_for_saving(local_path(without_scheme(checked_path(path, "path"))))
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
-    """Return the store that holds the checkpoint at `path`, a folder, file or URL, and the name of
-    its folder there: see `folder_of`."""
+    """Return the store that holds the checkpoint at `path`, and the name of the checkpoint's folder
+    in it: see `folder_of`. `path` is a folder, a file or a URL."""
     store, name = open_parent(path)
     return store, folder_of(store, name)
 
@@ -47,17 +47,18 @@ def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
 
 
 def full_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute form of a path; of a URL, the one without a slash at its end.
+    """Return the absolute path, or the URL without a slash at its end.
 
     Raises:
-        UsageError: `path` is no path.
+        UsageError: `path` is not a path.
     """
     text = without_scheme(checked_path(path, "path"))
     return text.rstrip("/") if is_url(text) else local_path(text)
 
 
 def _check_replaceable(path: str) -> None:
-    """Refuse folders that no rename can replace, or whose replacement breaks this process."""
+    """Raise a UsageError for a folder that no rename can replace, or whose replacement would break
+    this process."""
     if not os.path.isdir(path):  # noqa: PTH112 - text, as all paths here
         return
     if os.path.ismount(path):
@@ -76,7 +77,7 @@ def split_path(path: str) -> tuple[str, str]:
     """Return the folder above a `full_path`, and its last part.
 
     Raises:
-        UsageError: it ends in a slash, or is a whole bucket.
+        UsageError: the path ends in a slash, or is a whole bucket.
     """
     folder, _, name = path.rpartition("/")
     if not name:

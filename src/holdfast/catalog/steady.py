@@ -1,4 +1,4 @@
-"""Reads checkpoints that another process may replace meanwhile: an error counts only if the
+"""Reads checkpoints that another process may replace meanwhile: an error is raised only if the
 checkpoint has not changed."""
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def read_steadily(
 
 
 def fingerprint(store: ReadStore, name: str) -> object:
-    """A value that stays equal until the checkpoint `name` is replaced.
+    """Return a value that stays equal until the checkpoint `name` is replaced.
 
-    Cheap: reads the end of the manifest, or file sizes if there is none.
+    This is cheap: it reads the end of the manifest, or the file sizes if there is no manifest.
     """
     try:
         with suppress(HoldfastError):
@@ -88,10 +88,10 @@ def fingerprint(store: ReadStore, name: str) -> object:
 
 
 def folder_of(store: ReadStore, name: str) -> str:
-    """The folder that holds checkpoint `name`: see `folder_among`.
+    """Return the folder that holds checkpoint `name`: see `folder_among`.
 
-    Returns `name` for a URL: object stores have no `.replaced` folders, and listing may be slow or
-    forbidden.
+    For a URL, the folder is `name`: object stores have no `.replaced` folders, and listing may be
+    slow or forbidden.
     """
     if is_url(store.url):
         return name
@@ -104,7 +104,7 @@ def folder_of(store: ReadStore, name: str) -> str:
 
 
 def is_deleted(store: ReadStore, name: str) -> bool:
-    """Whether neither a file nor a folder has the name of checkpoint `name`."""
+    """Return whether no file or folder has the name of checkpoint `name`."""
     parent, _, last = name.rpartition("/")
     try:
         return not {last, f"{last}/"} & {*store.list(parent)}

@@ -1,4 +1,4 @@
-"""`python -m holdfast.cli`: the `holdfast` command where it is not on the PATH."""
+"""Entry point of `python -m holdfast.cli`, for when the `holdfast` command is not on the PATH."""
 
 import sys
 

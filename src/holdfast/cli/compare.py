@@ -22,19 +22,19 @@ different dtypes. shape: different shapes."""
 
 @dataclass(frozen=True, slots=True)
 class ComparedTensor:
-    """One of the two tensors of a comparison."""
+    """One of the two tensors to compare."""
 
     tensors: Tensors
     name: str
     """Name in `tensors`."""
 
     source: Source | None = None
-    """Checkpoint with the checksums; None for a tensor that is converted as it is read."""
+    """Checkpoint with the tensor's checksums; None if the tensor is converted as it is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Result of comparing the tensors of one name."""
+    """Result of comparing the two tensors that have the same name."""
 
     name: str
     state: State
@@ -43,10 +43,10 @@ class Difference:
     num_elements: int = 0
     num_differing: int = 0
     max_abs: float = 0.0
-    """Largest difference of two elements; infinite where only one of them is NaN."""
+    """Largest absolute difference of two elements; infinite if only one of the two is NaN."""
 
     max_rel: float = 0.0
-    """Largest difference of two elements, relative to the larger of them."""
+    """Largest difference of two elements, relative to the larger absolute value of the two."""
 
     by_checksum: bool = False
     """Whether all checksums are equal, so that no element was read."""
@@ -58,9 +58,9 @@ def compare(
     b: ComparedTensor | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Difference:
-    """Compare two tensors; one of them may be None.
+    """Compare two tensors. None stands for a tensor that a checkpoint lacks.
 
-    Where both have checksums and the same chunks, only chunks whose checksums differ are read.
+    If both have checksums and the same chunks, read only the chunks whose checksums differ.
     """
     a_held = a.tensors.infos[a.name] if a else None
     b_held = b.tensors.infos[b.name] if b else None
@@ -99,7 +99,7 @@ def compare(
 
 
 def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
-    """Returns the bytes that `compare` reads of each tensor, for a progress bar."""
+    """Return how many bytes `compare` will report to `advance` in total."""
     a_held, b_held = a.tensors.infos[a.name], b.tensors.infos[b.name]
     if a_held.shape != b_held.shape:
         return 0
@@ -109,7 +109,10 @@ def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
 
 
 def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
-    """Yields the region of each chunk, unless both of its checksums are known and equal."""
+    """Yield the regions to compare element by element: all chunks but those with equal checksums.
+
+    If the two tensors are not divided into the same chunks, yield the whole tensor.
+    """
     if a.source is None or b.source is None:
         yield whole
         return
@@ -129,7 +132,7 @@ def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Ite
 def _differences(
     a: Array, b: Array, dtypes: tuple[str | None, str | None]
 ) -> tuple[int, float, float]:
-    """Returns how many elements differ, and the largest absolute and relative difference."""
+    """Return how many elements differ, and the largest absolute and relative differences."""
     if dtypes[0] == dtypes[1]:
         if np.array_equal(_bits(a), _bits(b)):
             return 0, 0.0, 0.0

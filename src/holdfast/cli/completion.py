@@ -1,4 +1,4 @@
-"""`holdfast completion`: the script with which a shell completes commands and options."""
+"""`holdfast completion`: print the script with which a shell completes commands and options."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class CompletionArguments(Options):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the script; ends the process."""
+    """Print the script, and exit the process."""
     from holdfast.cli import main, skills
 
     options = parsed(CompletionArguments, "completion", arguments)
     kinds: dict[str, Any] = options_of_commands()
-    # `train` takes hundreds of settings: only its name is completed.
+    # Complete only the name of `train`, since it takes hundreds of settings.
     kinds["train"] = make_dataclass("train", [])
     summaries = {name: summary for name, (summary, _, _) in skills.COMMANDS.items()}
     kinds["skills"] = _one_of({name: kinds[f"skills {name}"] for name in summaries}, summaries)
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def options_of_commands() -> dict[str, type[Any]]:
-    """Returns the dataclass of every command with options; of `skills`, of each command below."""
+    """Return the dataclass of options of each command except `train`, and of those of `skills`."""
     from holdfast.cli import main, skills
 
     kinds = {}
@@ -56,7 +56,7 @@ def options_of_commands() -> dict[str, type[Any]]:
 
 
 def _one_of(kinds: Mapping[str, Any], summaries: Mapping[str, str]) -> Any:
-    """Returns the type of a command line that begins with one of these commands."""
+    """Return the type of a command line that begins with one of these commands."""
     members = [
         Annotated[kinds[name], tyro.conf.subcommand(name, description=summary)]
         for name, summary in summaries.items()

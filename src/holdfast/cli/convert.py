@@ -95,7 +95,7 @@ class ConvertArguments(JsonOptions):
     """Replace an existing TARGET."""
 
     def convert_options(self) -> ConvertOptions:
-        """Returns the options of the conversion."""
+        """Return the options of the conversion."""
         to = target_format(self.source, self.target, self.to)
         if self.push_to_hub is not None and to != "hf":
             raise UsageError("`--push-to-hub` uploads a Hugging Face folder, and needs `--to hf`")
@@ -123,7 +123,7 @@ class ConvertArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Convert, and print size and rate; returns the exit status."""
+    """Convert, and print size and rate. Return the exit status."""
     options = parsed(ConvertArguments, "convert", arguments)
     planned = plan(options.source, options.convert_options())
     if options.push_to_hub is not None:
@@ -154,7 +154,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _uploaded(folder: str, name: str | None) -> str | None:
-    """Uploads an export; returns the URL of the commit, or None without a repository."""
+    """Upload an export to the repository `name`. Return the commit's URL; None without a name."""
     if name is None:
         return None
     try:
@@ -165,7 +165,7 @@ def _uploaded(folder: str, name: str | None) -> str | None:
 
 
 def nbytes_of(text: str) -> int:
-    """Converts a size such as `5GB` to bytes.
+    """Convert a size such as `5GB` to bytes.
 
     >>> nbytes_of("5GB"), nbytes_of("1.5 MiB")
     (5000000000, 1572864)

@@ -1,4 +1,4 @@
-"""The configuration of a checkpoint's model, as `holdfast show` prints it."""
+"""Describe the model of a checkpoint, for `holdfast show`."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _SIZES = (
     "rope_theta",
     "tie_word_embeddings",
 )
-"""Keys of `config.json` that are printed, if the configuration has them."""
+"""Keys of `config.json` to print, if the configuration has them."""
 
 _ADAPTER = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
-"""Keys of `adapter_config.json` that are printed."""
+"""Keys of `adapter_config.json` to print."""
 
 _NAMES = {
     "hf": "of Hugging Face",
     "meta": "of Meta, as in torchtune and TorchTitan up to 0.2",
     "titan": "of TorchTitan from 0.3 on",
 }
-"""Dialects of tensor names, for messages."""
+"""Description of each dialect of tensor names, for messages."""
 
 
 def config_of(checkpoint: OpenCheckpoint) -> Mapping[str, Any] | None:
-    """Returns the `config.json` beside or in a checkpoint; None if it has none."""
+    """Return the `config.json` of a Hugging Face folder, or the one in a manifest; else None."""
     if checkpoint.hf is not None:
         return checkpoint.hf.config
     return checkpoint.manifest.model or None
 
 
 def description(checkpoint: OpenCheckpoint) -> list[str]:
-    """Returns lines with class, sizes and tensor names of a model, as far as they are known."""
+    """Return lines about the model's class, sizes and tensor names, as far as they are known."""
     lines = []
     config = config_of(checkpoint)
     adapter = None if checkpoint.hf is None else checkpoint.hf.adapter

@@ -28,7 +28,7 @@ from holdfast.spelling import counted
 from holdfast.tensors.stored import StoredTensors
 
 LINES_MAX = 200
-"""Differences that are printed."""
+"""Maximum number of differences to print."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class DiffArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Compare, and print the differences; returns the exit status."""
+    """Compare, and print the differences. Return the exit status."""
     options = parsed(DiffArguments, "diff", arguments)
     opened = open_any(*open_for_reading(options.a)), open_any(*open_for_reading(options.b))
     a, b = comparable_tensors(opened, options)
@@ -81,7 +81,10 @@ def run(arguments: Sequence[str]) -> int:
 def comparable_tensors(
     opened: tuple[OpenCheckpoint, OpenCheckpoint], options: DiffArguments
 ) -> tuple[dict[str, ComparedTensor], dict[str, ComparedTensor]]:
-    """Returns the tensors of both checkpoints, by stored name; by Meta's where dialects differ."""
+    """Return the tensors of both checkpoints, by the names under which to compare them.
+
+    If the checkpoints have different dialects of tensor names, use Meta's names for both.
+    """
     names = [_names(checkpoint.manifest, model_only=options.model_only) for checkpoint in opened]
     dialects = [dialect_of(of_one.values()) for of_one in names]
     if dialects[0] == dialects[1] or None in dialects:
@@ -99,7 +102,10 @@ def comparable_tensors(
 
 
 def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
-    """Returns stored name -> name to compare by. For the model: name in its own state dict."""
+    """Return stored name -> name to compare by.
+
+    A tensor of the model is compared by its name in the state dict of the model.
+    """
     names, components = {}, components_of(manifest)
     for name, entry in manifest.tensors.items():
         if components[name] == MODEL:
@@ -115,13 +121,16 @@ def _under(names: Mapping[str, str], checkpoint: OpenCheckpoint) -> dict[str, Co
 
 
 def _converted(path: str, assets: str | None) -> dict[str, ComparedTensor]:
-    """Returns a Hugging Face model's tensors under Meta's names, converted as they are read."""
+    """Return a Hugging Face model's tensors by Meta's names. They are converted when read."""
     outputs = plan(path, ConvertOptions(to="dcp", names="meta", hf_assets=assets)).outputs
     return {name: ComparedTensor(output.tensors, output.name) for name, output in outputs.items()}
 
 
 def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:
-    """Returns value name -> state, by comparing bytes; empty where a `.pt` file is involved."""
+    """Compare the stored bytes of values. Return name of the value -> result.
+
+    The result is empty if a checkpoint is a file of `torch.save`, or has no values.
+    """
     a, b = (checkpoint.manifest.values for checkpoint in opened)
     if opened[0].values or opened[1].values or not a or not b:
         return {}

@@ -46,7 +46,7 @@ Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use",
 WITHOUT_MEND = {
     "damaged": "no command repairs it: restore it from a copy, or start from other weights"
 }
-"""Advice for a trouble that no command fixes, by its concern."""
+"""Advice for problems that no command fixes, by their `concern`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Trouble:
 
     what: str
     mend: str | None = None
-    """Command that fixes it; None where no command does, or nothing needs to be done."""
+    """Command that fixes the problem; None if no command does, or nothing needs to be done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +87,18 @@ class ExaminedFolder:
     store: ReadStore
     name: str
     names: Sequence[str]
-    """Names of its files and folders. Names of folders end in `/`."""
+    """Names of the files and folders in this folder. Names of folders end in `/`."""
 
     reports: Sequence[VerifyReport]
     marked: Mapping[int, str]
-    """Steps that a run marked as damaged, with its finding."""
+    """Steps that are marked as damaged, with the note in the mark."""
 
     read: bool = False
     """Whether all data was read."""
 
     @property
     def resume(self) -> int | None:
-        """Step that a resume takes."""
+        """Step that a resume would load."""
         return resumable(self.reports, self.marked)
 
     @property
@@ -106,12 +106,12 @@ class ExaminedFolder:
         return location(self.store, self.name)
 
     def command(self, command: str, below: str = "") -> str:
-        """Returns the command line that runs `holdfast command` on this folder, or a path below."""
+        """Return the command line that runs `holdfast command` on this folder or a path below."""
         return f"holdfast {command} {shlex.quote(self.where + below)}"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Examine the folder, and print its problems; returns the exit status."""
+    """Examine the folder, and print its problems. Return the exit status."""
     options = parsed(DoctorArguments, "doctor", arguments)
     folder = _examined(options.folder, quick=not options.verify)
     troubles, resume = [*examine(folder)], folder.resume
@@ -159,7 +159,7 @@ def _examined(path: str, *, quick: bool) -> ExaminedFolder:
 
 
 def examine(folder: ExaminedFolder) -> Iterator[Trouble]:
-    """Yields everything that is wrong with a folder, the most important first."""
+    """Yield the problems of a folder, the most important first."""
     yield from _damaged(folder)
     if isinstance(folder.store, LocalStore):
         yield from _space(folder, folder.store)
@@ -171,10 +171,10 @@ def examine(folder: ExaminedFolder) -> Iterator[Trouble]:
 
 
 def lifecycle_rule(url: str) -> str | None:
-    """The command that makes a bucket delete the parts of killed uploads after a day; None if that
-    store does so by itself, or is no bucket.
+    """Return the command that makes a bucket delete the parts of killed uploads after a day.
 
-    A rule must not expire objects: they are the checkpoints.
+    Return None if the store deletes them by itself, or is not a bucket. The rule must not delete
+    complete objects, since the checkpoints consist of them.
     """
     scheme, _, path = url.partition("://")
     bucket = path.partition("/")[0]
@@ -216,18 +216,18 @@ def _damaged(folder: ExaminedFolder) -> Iterator[Trouble]:
 
 
 def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None:
-    """Returns the command for a damaged checkpoint; None where nothing of it can be used.
+    """Return the command that fixes a damaged checkpoint; None if no command does.
 
-    If a resume can take another checkpoint, the command removes this one. Else it copies the model
-    out of it.
+    If Holdfast can load the checkpoint, the command converts it to a new one. Else, if a resume can
+    load another checkpoint, the command removes this one. Else it copies an undamaged model.
     """
     if report.loads:
-        # Holdfast can load it: only bytes that stock torch needs are damaged. A converted copy has
-        # them again.
+        # Holdfast can load it: only bytes that stock torch needs are damaged. A conversion to a new
+        # copy writes these bytes again.
         copy = shlex.quote(f"{folder.where}-rescued/{name}")
         return f"{folder.command('convert', f'/{name}')} {copy}"
     if report.format == "sealed":
-        # Nothing reads a part of a sealed folder, and `prune` reads no data.
+        # A sealed folder cannot be used in part. `prune` reads no data, so it may miss the damage.
         return None if folder.resume is None else f"rm -r {shlex.quote(report.where)}"
     refused = any(finding.concern in ("index", "file") for finding in report.findings)
     if folder.resume is None:
@@ -238,12 +238,13 @@ def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None
     prune = f"{folder.command('prune')} --damaged"
     if refused or report.step in folder.marked:
         return prune
-    # `prune` reads no data, so it needs the mark. Not `&&`, since `verify` exits with 7.
+    # `prune` reads no data, so it needs the mark to see the damage. The commands are joined by `;`
+    # and not by `&&`, since `verify` exits with 7.
     return f"{folder.command('verify', f'/{name}')} --mark; {prune}"
 
 
 def _marked(folder: ExaminedFolder, name: str, step: int) -> Trouble:
-    """Returns the trouble of a checkpoint that is marked as damaged, and has no findings."""
+    """Return the problem of a checkpoint that is marked as damaged, but has no findings."""
     # This command reads all data, and deletes the mark if nothing is damaged.
     mend = f"{folder.command('verify', f'/{name}')} --mark"
     if not folder.read:
@@ -253,10 +254,13 @@ def _marked(folder: ExaminedFolder, name: str, step: int) -> Trouble:
 
 
 def _space(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
-    """Yields a trouble if less space is free than the largest checkpoint takes, without the files
-    that it shares with others."""
+    """Yield a problem if less space is free than the largest checkpoint needs.
+
+    Files that a checkpoint shares with others do not count.
+    """
     free = store.free_bytes()
-    # Only a checkpoint of more than the free bytes can need more, so few have to be looked at.
+    # A checkpoint that is smaller than the free space cannot need more. Skip it, since the search
+    # for shared files is slow.
     large = [report for report in folder.reports if free is not None and report.nbytes > free]
     needed = max((_own_bytes(store, report) for report in large), default=0)
     if free is not None and free < needed:
@@ -266,7 +270,7 @@ def _space(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
 
 
 def _own_bytes(store: LocalStore, report: VerifyReport) -> int:
-    """Bytes of a checkpoint's files that no other checkpoint shares."""
+    """Return the bytes of a checkpoint's files that no other checkpoint shares."""
     shared = 0
     folder = os.path.relpath(report.where, store.url)
     with suppress(HoldfastError):
@@ -284,7 +288,7 @@ def _rights(folder: ExaminedFolder) -> Iterator[Trouble]:
 
 
 def _left_over(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
-    """Yields leftovers of killed saves; while a run holds the lock, only the lock."""
+    """Yield leftovers of killed saves, and the lock. While a run holds it, yield only the lock."""
     lock = f"{folder.name}/{LOCK}"
     holder = store.holder(lock) if LOCK in folder.names else None
     actions = plan_cleanup(folder.names)
@@ -311,8 +315,10 @@ def _left_over(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
 
 
 def _local(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
-    """Yields folders of the fast tier that this machine sees and no restart needs, or finds. None
-    while a run holds the lock."""
+    """Yield folders of the fast tier that no restart needs, or that only other hosts can find.
+
+    Search the folders that this machine sees. While a run holds the lock, yield nothing.
+    """
     if LOCK in folder.names and store.holder(f"{folder.name}/{LOCK}") is not None:
         return
     try:
@@ -336,7 +342,7 @@ def _deletion(path: str) -> str | None:
 
 
 def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
-    """Yields folders without the name of a checkpoint, which no command reads or removes."""
+    """Yield folders that are not named like a checkpoint. Resumes and retention ignore them."""
     for name in folder.names:
         if not name.endswith("/") or step_of(name[:-1]) is not None or hidden_folder_of(name[:-1]):
             continue
@@ -346,7 +352,7 @@ def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
             yield Trouble("unknown", name, f"not a checkpoint; {error.what}")
             continue
         if any(step_of(listed.rstrip("/")) is not None for listed in below):
-            continue  # Another folder of checkpoints, such as `hf/`.
+            continue  # This is another folder of checkpoints, such as `hf/`.
         if SEAL in below:
             continue
         if any(report.format == "sealed" for report in folder.reports):
@@ -360,7 +366,7 @@ def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
 
 
 def _renaming(folder: ExaminedFolder, name: str) -> str | None:
-    """Returns the command that renames a checkpoint to `step-N`; None if N is unknown or taken."""
+    """Return the command that renames a checkpoint to `step-N`; None if N is unknown or taken."""
     try:
         step = read_manifest(folder.store, f"{folder.name}/{name}").step
     except HoldfastError:

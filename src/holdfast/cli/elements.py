@@ -1,4 +1,4 @@
-"""Numbers in a stored tensor, by numpy and without torch: statistics, and the first elements."""
+"""Read a stored tensor with numpy, without torch: its statistics and its first elements."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from holdfast.tensors.lazy import Tensors
 from holdfast.tensors.numbers import Array, convert, is_floating
 
 WINDOW_BYTES = 8 << 20
-"""Bytes of one tensor in memory at a time."""
+"""Maximum bytes of one tensor that are in memory at a time."""
 
 CORNER = 6
-"""Largest number of rows, and of columns, that `corner` returns."""
+"""Maximum number of rows, and of columns, that `corner` returns."""
 
 WITHOUT_NUMBERS = ("complex32", "float4_e2m1fn_x2")
 """Dtypes that numpy cannot compute with. Only the bits of their elements are compared."""
@@ -45,15 +45,15 @@ def numbers(elements: Array, dtype: str) -> NDArray[np.float64 | np.complex128]:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Statistics of a tensor's elements. Complex elements count by their absolute values."""
+    """Statistics of a tensor's elements; for complex elements, of their absolute values."""
 
     num_elements: int
     num_zeros: int
     num_nan: int
     num_inf: int
     least: float
-    """Minimum of the finite elements. The fields below are over finite elements too; all four are
-    NaN where no element is finite."""
+    """Minimum of the finite elements. The three fields below also count only finite elements. All
+    four are NaN if no element is finite."""
 
     greatest: float
     mean: float
@@ -66,8 +66,8 @@ def statistics(
     """Compute the statistics of one tensor, reading at most `WINDOW_BYTES` at a time.
 
     Raises:
-        DamagedError: elements that do not match their checksum.
-        UsageError: a dtype without arithmetic.
+        DamagedError: elements do not match their checksum.
+        UsageError: the dtype is in `WITHOUT_NUMBERS`.
     """
     held = tensors.infos[name]
     itemsize = dtype_of(held.dtype).itemsize
@@ -117,7 +117,7 @@ def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
     elements = tensors.read(name, Region((0,) * len(stop), stop))
     width = stop[-1] if stop and stop[-1] else 1
     if is_integer(held.dtype):
-        # Not as float64, which has only 53 bits for an integer.
+        # Not converted to float64, which is exact only for integers of up to 53 bits.
         integers: list[list[int | float | str]] = elements.reshape(-1, width).tolist()
         return integers
     rows: list[list[Any]] = numbers(elements, held.dtype).reshape(-1, width).tolist()
@@ -127,6 +127,6 @@ def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
 
 
 def boxes(region: Region, itemsize: int) -> Iterator[Region]:
-    """Yields boxes of at most `WINDOW_BYTES` that cover a region."""
+    """Yield boxes of at most `WINDOW_BYTES` that cover a region."""
     for box in blocks(region.shape, itemsize, WINDOW_BYTES):
         yield box.moved(region.start)

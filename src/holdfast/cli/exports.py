@@ -1,4 +1,4 @@
-"""`holdfast verify --as-export`: check a folder as the programs do that load it."""
+"""`holdfast verify --as-export`: check that other programs can load a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from holdfast.spelling import counted
 
 @dataclass(frozen=True, slots=True)
 class CheckedExport:
-    """Result for one folder."""
+    """Result of checking one folder."""
 
     wrong: tuple[str, ...]
-    """Reasons for a loader to fail, or to compute something else."""
+    """Reasons why a loader would fail, or would load a model that computes something else."""
 
     notes: tuple[str, ...]
     logits: str | None
-    """Difference of the logits from those of another folder; None if they were not compared."""
+    """How much the logits differ from those of another folder; None if they were not compared."""
 
 
 def checked_export(path: str, against: str | None) -> CheckedExport:
-    """Check a folder, and its logits against those of the folder `against`."""
+    """Check a folder. If `against` is given, compare the logits of the two models too."""
     from holdfast.convert.export_check import check_export
 
     if against is not None and not Path(against).exists():
@@ -52,7 +52,7 @@ def checked_export(path: str, against: str | None) -> CheckedExport:
 
 
 def say_export(export: CheckedExport, path: str) -> None:
-    """Print the result."""
+    """Print the result of the check."""
     if not export.wrong:
         say(f"{path}: loaders find everything in place")
     for line in export.wrong:
@@ -64,10 +64,10 @@ def say_export(export: CheckedExport, path: str) -> None:
 
 
 def raise_if_wrong(export: CheckedExport, path: str) -> None:
-    """Do nothing for a good export.
+    """Raise an error if the check has found mistakes.
 
     Raises:
-        MismatchError: there are reasons for a loader to fail.
+        MismatchError: `export.wrong` is not empty.
     """
     if not export.wrong:
         return

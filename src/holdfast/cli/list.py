@@ -1,4 +1,4 @@
-"""`holdfast list`: the checkpoints in a folder, and the one that a resume takes."""
+"""`holdfast list`: list the checkpoints in a folder, and show which one a resume would load."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class ListArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the list; returns the exit status."""
+    """Print the list. Return the exit status."""
     options = parsed(ListArguments, "list", arguments)
     store, name = open_for_reading(options.folder)
     check_folder(store, name)
     rows = survey(store, name)
     num_damaged = 0
     if options.verify:
-        # Not at the top: only `--verify` needs it, and it takes long to import.
+        # Imported here, since this import is slow and only `--verify` needs it.
         from holdfast.cli.verify import verified
 
         unverified = ("attempt", "local")
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
-    """Returns the row, with the problem that verifying it has found."""
+    """Return the row, updated with the result of verifying its checkpoint."""
     if row.state != "good" or report is None or report.good:
         return row
     problem = summary_of(report.findings)

@@ -1,7 +1,7 @@
-"""`holdfast COMMAND ...`: finds the command, and prints errors.
+"""Run `holdfast COMMAND ...`: import the module of the command, and print its errors.
 
-Results go to stdout, everything else to stderr. The exit status of an error is that of its class in
-`holdfast.errors`.
+Results go to stdout, everything else to stderr. The class of an error in `holdfast.errors` sets the
+exit status.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ COMMANDS = {
     "train": "run the reference training on workers of this machine",
     "version": "print the installed versions",
 }
-"""Summary of each command, here so that `--help` imports no command."""
+"""Summary of each command. It is kept here so that `--help` need not import the commands."""
 
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line, by default that of this process; returns the exit status."""
+    """Run a command line, by default the one of this process. Return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
         prepare_streams()
         if hasattr(signal, "SIGPIPE"):
-            # A reader such as `head` may close the pipe early: exit without a traceback.
+            # If a reader such as `head` closes the pipe early, exit without a traceback.
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         try:
@@ -53,16 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return INTERRUPTED
         finally:
-            # Python flushes as it exits, and prints a traceback where that fails.
+            # Flush here, where an error is reported. At its exit, Python would print a traceback.
             sys.stdout.flush()
     except OSError as error:
         return _failed(given, unwritten(error))
 
 
 def _failed(given: Sequence[str], error: HoldfastError) -> int:
-    """Print an error; returns the exit status."""
+    """Print an error. Return the exit status."""
     if "--debug" in given:
-        import traceback  # Not at the top: a command that succeeds never needs it.
+        import traceback  # Imported here, since only failed commands need it.
 
         say_error(traceback.format_exc().rstrip())
     say_error(f"error: {error}")
@@ -76,6 +76,6 @@ def _run(arguments: list[str]) -> int:
     command = command_in("holdfast", COMMANDS, arguments, about, example)
     if command is None:
         return 0
-    # Imports the module of this command only, since others load torch or numpy.
+    # Import only the module of this command, since those of other commands import torch or numpy.
     status: int = import_module(f"holdfast.cli.{command}").run(arguments[1:])
     return status

@@ -8,16 +8,16 @@ from string import ascii_lowercase, ascii_uppercase
 from holdfast.format.region import Region
 
 WIDTH_MAX, HEIGHT_MAX = 48, 12
-"""Size of a picture, in letters and lines."""
+"""Maximum size of a picture, in letters and lines."""
 
 LETTERS = ascii_uppercase + ascii_lowercase
 
 OTHERS = "#"
-"""Letter of every further chunk."""
+"""Character for all chunks beyond the last letter."""
 
 
 def letter(index: int) -> str:
-    """Returns the letter that a chunk is drawn with."""
+    """Return the letter with which to draw the chunk number `index`."""
     return LETTERS[index] if index < len(LETTERS) else OTHERS
 
 
@@ -43,7 +43,7 @@ def draw(shape: Sequence[int], regions: Sequence[Region]) -> list[str]:
 
 
 def _dims(shape: Sequence[int], regions: Sequence[Region]) -> tuple[int | None, int | None]:
-    """Returns the dims to draw down and across."""
+    """Return the dims to draw vertically and horizontally."""
     if len(shape) < 2:
         return None, 0 if shape else None
     cuts = [len({region.start[dim] for region in regions}) for dim in range(len(shape))]
@@ -52,7 +52,7 @@ def _dims(shape: Sequence[int], regions: Sequence[Region]) -> tuple[int | None, 
 
 
 def _middles(shape: Sequence[int], dim: int | None, cells_max: int) -> list[int]:
-    """Returns the index in the middle of each cell along a dim."""
+    """Divide a dim into at most `cells_max` cells. Return the index in the middle of each cell."""
     size = 1 if dim is None else shape[dim]
     cells = min(size, cells_max)
     return [(2 * cell + 1) * size // (2 * cells) for cell in range(cells)]

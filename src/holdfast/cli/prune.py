@@ -67,7 +67,7 @@ class PruneArguments(JsonOptions):
 
     @property
     def retention(self) -> Retention | None:
-        """Rules of the command line; None where it gives none."""
+        """Retention rules of the command line; None if there are none."""
         counts = (self.keep_latest_k or 0, self.keep_every_n_steps, self.keep_best_k)
         if min(counts) < 0 or self.keep_latest_k == 0:
             raise UsageError(
@@ -76,7 +76,7 @@ class PruneArguments(JsonOptions):
         if not any(counts):
             return None
         return Retention(
-            # `Retention` needs a number. This many checkpoints are always kept.
+            # `Retention` needs a number. At least `STEPS_MIN` checkpoints are kept anyway.
             latest_k=self.keep_latest_k or STEPS_MIN,
             every_n_steps=self.keep_every_n_steps,
             best_k=self.keep_best_k,
@@ -96,7 +96,7 @@ class Decision:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the plan, and carry it out; returns the exit status."""
+    """Print the plan and, without `--dry-run`, carry it out. Return the exit status."""
     options = parsed(PruneArguments, "prune", arguments)
     store, name = open_parent(options.folder)
     check_folder(store, name)
@@ -119,8 +119,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _folders(catalog: Catalog) -> dict[int, str]:
-    """The folder of each step of a run; or, if there is none, of each sealed folder with a number
-    that no other has."""
+    """Return the folder of each step of a run.
+
+    If there is none, return number -> sealed folder, without numbers that several folders have.
+    """
     folders = catalog.folders()
     if folders:
         return folders
@@ -132,7 +134,7 @@ def _folders(catalog: Catalog) -> dict[int, str]:
 def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
     """Decide which folders stay: checkpoints, oldest first, then leftovers of killed saves."""
     store, folders, retention = catalog.store, _folders(catalog), options.retention
-    # Without this view, each of thousands of checkpoints would list the folder around it again.
+    # List the folder once. Otherwise it would be listed again for each of thousands of checkpoints.
     listed = ListedStore(store)
     complete = CompleteCheckpoints(listed)
     good = {candidate.step: candidate for candidate in good_steps(catalog, folders, complete)}
@@ -164,10 +166,10 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
 
 
 def _why_not_decided_by_rules(store: ReadStore, step: int, folder: str) -> str | None:
-    """Returns why a folder stays whatever the rules are; None where the rules decide.
+    """Return the reason why a folder stays regardless of the rules; None if the rules decide.
 
-    It stays if it holds several checkpoints, a checkpoint of another step, or a Hugging Face
-    model, and if the disk cannot read it now.
+    A folder stays if it holds several checkpoints, a checkpoint of another step, or a Hugging Face
+    model, or if it cannot be read now.
     """
     try:
         if why := why_not_removable(store, folder):
@@ -179,7 +181,8 @@ def _why_not_decided_by_rules(store: ReadStore, step: int, folder: str) -> str |
             with suppress(NotFoundError):
                 store.size(f"{folder}/{file}")
     except StorageError as error:
-        return error.what  # A failing disk or mount does not mean that the checkpoint is bad.
+        # A failing disk or mount does not mean that the checkpoint is damaged.
+        return error.what
     except HoldfastError:
         # A run whose last save is an export leaves a folder of safetensors without a manifest.
         with suppress(HoldfastError):
@@ -206,8 +209,11 @@ def _say(store: Store, decisions: Sequence[Decision], options: PruneArguments) -
 
 
 def _kept_bytes(store: Store, going: Sequence[Decision]) -> int:
-    """Bytes that removing these folders does not free: of files that another checkpoint shares, or
-    that count more than once because several of these folders share them."""
+    """Return how many bytes of these folders their removal does not free.
+
+    A file that a remaining checkpoint shares is not freed. A file that several of these folders
+    share is counted in each folder, but freed only once.
+    """
     names: Counter[Links] = Counter()
     sizes: dict[Links, int] = {}
     for decision in going:
@@ -223,9 +229,9 @@ def _kept_bytes(store: Store, going: Sequence[Decision]) -> int:
 
 
 def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
-    """Rename all checkpoints first, then delete their files.
+    """Rename all checkpoints to be removed first, then delete their files.
 
-    A kill in between leaves no checkpoint with half of its files.
+    If the process is killed in between, no checkpoint is left with only half of its files.
     """
     checkpoints = {*_folders(catalog).values()}
     failed = []
@@ -236,7 +242,7 @@ def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
             except HoldfastError as error:
                 failed.append(error.what)
     store = catalog.store
-    # Also deletes the folders that were renamed above.
+    # The cleanup also deletes the folders that were renamed above.
     failed += execute(store, plan_cleanup(store.list()))
     if failed:
         raise StorageError("not everything could be removed:\n  " + "\n  ".join(failed))

@@ -16,7 +16,7 @@ from holdfast.errors import ExistsError, StorageError
 from holdfast.storage.opening import local_path
 
 HEAD_BYTES = 4096
-"""Bytes at the start of a report that include the name of its generator."""
+"""Bytes at the start of a report that contain `GENERATOR`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ def check_replaceable(target: Path) -> None:
         with target.open("rb") as file:
             is_report = GENERATOR.encode() in file.read(HEAD_BYTES)
     except OSError:
-        return  # There is no such file, or the write below raises.
+        # If there is no such file, there is nothing to protect. The write reports other errors.
+        return
     if not is_report:
         raise ExistsError(
             f"`{target}` exists, and is not a page of `holdfast report`",
@@ -50,7 +51,7 @@ def check_replaceable(target: Path) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the page, and print its path; returns the exit status."""
+    """Write the page, and print its path. Return the exit status."""
     options = parsed(ReportArguments, "report", arguments)
     local_path(options.out)
     target = Path(options.out)

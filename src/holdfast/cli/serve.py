@@ -1,4 +1,4 @@
-"""`holdfast serve`: runs and their checkpoints as live web pages, metrics and a health check."""
+"""`holdfast serve`: serve live web pages about runs, metrics for Prometheus and a health check."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ServeArguments(Options):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit status."""
+    """Serve until SIGINT or SIGTERM. Return the exit status."""
     options = parsed(ServeArguments, "serve", arguments)
     check(options)
     token = token_of(options, os.environ)
@@ -96,7 +96,8 @@ def run(arguments: Sequence[str]) -> int:
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        # The server's own handlers replace these while it runs, and raise the signal at the end.
+        # The server replaces these handlers while it runs. It restores them as it stops, and then
+        # raises the signal again, so that `stop` records it.
         signal.signal(number, stop)
     host, port = listener.getsockname()[:2]
     say(f"serving {counted(len(options.folders), 'folder')} at http://{_in_url(host)}:{port}")
@@ -112,8 +113,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def token_of(options: ServeArguments, environment: Mapping[str, str]) -> str | None:
-    """Returns the token that requests must have: the one in the environment, or a new one if the
-    address can be reached from other machines; None where none is asked for.
+    """Return the token that requests must have; None if they need no token.
+
+    If the environment has no token, generate one for an address that other machines can reach,
+    unless `--open` is given.
 
     Raises:
         UsageError: the token in the environment is too short, or contradicts `--open`.
@@ -147,7 +150,11 @@ def is_loopback(host: str) -> bool:
 
 
 def check(options: ServeArguments) -> None:
-    """Raise a UsageError where the options leave nothing to serve."""
+    """Check the folders and numbers in the options.
+
+    Raises:
+        UsageError: there is no folder, a URL cannot be watched, or a number is out of range.
+    """
     if not options.folders:
         raise UsageError(
             "`holdfast serve` needs a folder", hint="holdfast serve outputs/checkpoint"
@@ -175,7 +182,7 @@ def check(options: ServeArguments) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens on an address."""
+    """Return a socket that listens on an address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

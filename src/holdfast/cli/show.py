@@ -30,13 +30,13 @@ from holdfast.format.manifest import Chunk, Manifest, TensorEntry
 from holdfast.spelling import counted, spelled_bytes, spelled_layout
 
 CHUNKS_MAX = 52
-"""Chunks of a tensor that are printed."""
+"""Maximum number of chunks of a tensor to print."""
 
 NOTES_MAX = 20
-"""Notes that are printed."""
+"""Maximum number of notes to print."""
 
 VALUES_MAX = 100
-"""Values that are printed: an optimizer has thousands of options."""
+"""Maximum number of values to print, since an optimizer can have thousands of options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class ShowArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the contents of the checkpoint; returns the exit status."""
+    """Print the contents of the checkpoint. Return the exit status."""
     options = parsed(ShowArguments, "show", arguments)
     checkpoint = open_any(*open_for_reading(options.path))
     tensors = chosen(checkpoint, options.name)
@@ -87,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if not options.name:
         _say_checkpoint(checkpoint)
-    # A stable sort: the model first, in stored order, then the other components.
+    # Put the model first. The sort is stable, so each component keeps its stored order.
     components = components_of(checkpoint.manifest)
     ordered = sorted(tensors.items(), key=lambda member: components[member[0]] != MODEL)
     for line in lines(tree_of(dict(ordered)), each=options.each):
@@ -97,7 +97,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def chosen(checkpoint: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
-    """Returns the tensor called `name`, or all below that name; all tensors if `name` is empty."""
+    """Return the tensor called `name`, or all below that name; all tensors if `name` is empty."""
     tensors = checkpoint.manifest.tensors
     if not name:
         return tensors
@@ -114,21 +114,23 @@ def chosen(checkpoint: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
 def _data(
     options: ShowArguments, checkpoint: OpenCheckpoint, entry: TensorEntry | None
 ) -> dict[str, Any]:
-    """Returns the statistics and first elements of a tensor, as the options request.
+    """Return the statistics and the first elements of a tensor, if the options request them.
 
-    The element of a one-element tensor is always returned, since such tensors count steps.
+    The element of a one-element tensor is always returned, since such tensors are often step
+    counters.
     """
     single = entry is not None and prod(entry.shape) == 1
     if not options.stats and not options.values and not single:
         return {}
     if options.name in checkpoint.manifest.values and not options.stats:
-        return {}  # The caller prints values with or without `--values`.
+        # A value is not a tensor: the caller prints it with or without `--values`.
+        return {}
     if entry is None:
         raise UsageError(
             "`--stats` and `--values` read one tensor",
             hint=f"its name after the path: holdfast show {options.path} NAME --stats",
         )
-    # Not at the top: they import numpy, which the tree does not need.
+    # Imported here, since both modules import numpy, which the tree of names does not need.
     from holdfast.cli.elements import WITHOUT_NUMBERS, corner, statistics
     from holdfast.tensors.stored import StoredTensors
 
@@ -199,7 +201,7 @@ def _say_checkpoint(checkpoint: OpenCheckpoint) -> None:
 
 
 def summarized_components(manifest: Manifest) -> dict[str, dict[str, int]]:
-    """Returns component -> its numbers of tensors, elements, bytes and values.
+    """Return the number of tensors, elements, bytes and values of each component.
 
     Elements and bytes of tied tensors count once.
     """

@@ -1,4 +1,4 @@
-"""`holdfast skills`: guides for coding agents, and a user's copies of them."""
+"""`holdfast skills`: install skills, which are guides for coding agents, and update the copies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from holdfast.storage.opening import local_path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopiesOptions(Options):
-    """Options of a command on the user's copies."""
+    """Options of a command on the user's copies of skills."""
 
     to: str = "agents"
     """agents (~/.agents/skills), claude (~/.claude/skills), codex, hermes, or a path."""
@@ -42,7 +42,7 @@ class CopiesOptions(Options):
 
     @property
     def copies(self) -> Copies:
-        """Copies in the chosen folder."""
+        """Copies in the folder that `--to` and `--project` name."""
         here = Path(local_path("."))
         return target_of(self.to, project=self.project, environment=os.environ, here=here)
 
@@ -136,7 +136,7 @@ class SkillsRemove(CopyOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one of the commands; returns the exit status."""
+    """Run one of the commands of `holdfast skills`. Return the exit status."""
     about, example = "Guides for coding agents.", "holdfast skills sync"
     summaries = {name: summary for name, (summary, _, _) in COMMANDS.items()}
     name = command_in("holdfast skills", summaries, arguments, about, example)
@@ -214,7 +214,7 @@ def _diff(options: SkillsDiff) -> None:
 
 
 def _differences(skill: Skill, copies: Copies) -> dict[str, str]:
-    """Returns file -> unified diff from the user's copy to the shipped file."""
+    """Return file -> unified diff from the user's copy to the shipped file."""
     digests, folder = copies.digests(skill.name), copies.folder(skill.name)
     if digests is None:
         raise NotFoundError(f"there is no `{folder}`", hint=f"holdfast skills reset {skill.name}")

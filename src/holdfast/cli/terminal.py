@@ -1,4 +1,4 @@
-"""Reading command lines, and printing lines, tables, JSON and progress."""
+"""Parse command lines, and print lines, tables, JSON and progress."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LINE_S = 30.0
 """Seconds between two progress lines in a log."""
 
 POSITIONAL = {"positional": True}
-"""Metadata of a field that is given by its place on the command line, without `--name`."""
+"""Metadata of a dataclass field that is a positional argument of the command line."""
 
 _STYLES = {"good": "green", "damaged": "bold red", "attempt": "yellow", "resume": "bold"}
-"""Colour of a table cell, by its text."""
+"""Style of a table cell, by the text of the cell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +46,9 @@ class JsonOptions(Options):
 
 
 def parsed(kind: type[T], command: str, arguments: Sequence[str]) -> T:
-    """Parse the arguments of a command into its dataclass `kind`. Ends the process after help or an
-    error.
+    """Parse the arguments of a command into its dataclass `kind`.
+
+    After printing help or an error, exit the process.
     """
     simple = parsed_without_tyro(kind, arguments)
     if simple is not None:
@@ -64,7 +65,7 @@ def parsed(kind: type[T], command: str, arguments: Sequence[str]) -> T:
 
 
 def with_tyro(kind: type) -> type:
-    """Returns `kind` after annotating its positional fields for tyro."""
+    """Annotate the positional fields of `kind` for tyro. Return `kind`."""
     import tyro
 
     assert is_dataclass(kind)
@@ -76,10 +77,10 @@ def with_tyro(kind: type) -> type:
 
 
 def parsed_without_tyro(kind: type[T], arguments: Sequence[str]) -> T | None:
-    """Parse valid command lines of positional text and switches only; None for all others.
+    """Parse a command line that has only positional texts and switches. Return None for any other.
 
-    Importing tyro takes longer than the rest of `holdfast list`. A test compares the two parsers
-    for every command.
+    This saves the import of tyro, which takes longer than the rest of `holdfast list`. A test
+    compares the two parsers for every command.
     """
     assert is_dataclass(kind)
     positional = [field for field in fields(kind) if field.metadata == POSITIONAL]
@@ -108,7 +109,7 @@ def parsed_without_tyro(kind: type[T], arguments: Sequence[str]) -> T | None:
 def command_in(
     program: str, commands: Mapping[str, str], arguments: Sequence[str], about: str, example: str
 ) -> str | None:
-    """Returns the command that the arguments begin with; None after printing help.
+    """Return the command that the arguments begin with. For `--help`, print help and return None.
 
     `commands` maps each command to its summary.
     """
@@ -138,16 +139,18 @@ def prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            # This takes the free descriptor, so the next file to be opened does not become stdout.
+            # The null device gets the file descriptor of the closed stream. Otherwise the next
+            # file to be opened would get it, and printed text would go into that file.
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
             setattr(sys, name, stream)
         stream.reconfigure(errors="backslashreplace")
 
 
 def unwritten(error: OSError) -> StorageError:
-    """Returns the error for output that could not be written.
+    """Convert an OSError that ended a command to a StorageError.
 
-    Discards the rest of the output, or Python would fail on it again as it exits.
+    If the output could not be written, discard the rest of it. Otherwise Python would fail again
+    when it flushes the output at its exit.
     """
     if error.filename is not None or isinstance(error, FileNotFoundError):
         return StorageError(f"{error}")
@@ -167,7 +170,7 @@ def _discard(stream: TextIO) -> None:
 
 
 def say_error(line: str) -> None:
-    """Print a line to stderr; does nothing where stderr cannot be written."""
+    """Print a line to stderr. Do nothing if stderr cannot be written."""
     try:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
@@ -187,7 +190,7 @@ def say_json(value: Any) -> None:
 
 
 def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: with rules and colours on a terminal, as plain columns elsewhere."""
+    """Print a table: with borders and colours on a terminal, as plain columns elsewhere."""
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -205,12 +208,12 @@ def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def spelled_resume(step: int | None) -> str:
-    """Returns which step a resume takes, for messages."""
+    """Return a phrase for messages that says which step a resume would load."""
     return f"a resume takes step {step}" if step is not None else "no step to resume from"
 
 
 def spelled_shape(shape: Sequence[int]) -> str:
-    """Returns a tensor's shape, for messages.
+    """Format a tensor's shape for messages.
 
     >>> spelled_shape((2, 3)), spelled_shape(())
     ('2x3', 'scalar')
@@ -220,10 +223,10 @@ def spelled_shape(shape: Sequence[int]) -> str:
 
 @contextmanager
 def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """Show progress on stderr; yields a function to call with each number of bytes done.
+    """Show progress on stderr. Yield a function that takes the bytes done since its last call.
 
-    A terminal gets a bar with rate and time left. A log gets a line every `LINE_S` seconds, as a
-    sign that the command is not stuck.
+    A terminal gets a bar with rate and time left. A log gets a line every `LINE_S` seconds, to show
+    that the command is not stuck.
     """
     if not nbytes:
         yield lambda _: None
@@ -242,7 +245,7 @@ def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def _line_printer(label: str, nbytes: int) -> Callable[[int], None]:
-    """Returns a function that prints progress to a log. Any thread may call it."""
+    """Return a function that prints progress lines to a log. Any thread may call the function."""
     done, started = 0, time.monotonic()
     printed, mutex = started, threading.Lock()
 

@@ -1,4 +1,4 @@
-"""`holdfast train`: the reference training on workers of this machine, as `./run_train.sh`."""
+"""`holdfast train`: run the reference training on this machine, as `./run_train.sh` does."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ Example: holdfast train --training.steps 200
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Replace this process by the launcher of the run, whose exit status it ends with."""
+    """Replace this process by the launcher of the run. The exit status is that of the launcher."""
     if {"-h", "--help"} & {*arguments}:
         say(HELP)
     elif not any(argument.startswith("--job.config") for argument in arguments):
         arguments = ["--job.config_file", _config_file(os.environ), *arguments]
     sys.stdout.flush()
-    # A new process: the launcher forks its workers, so it must have no other threads or modules.
+    # Start a new interpreter, without threads and imported modules: the launcher forks its workers.
     launcher = [sys.executable, "-m", "holdfast.trainer.launch", *arguments]
     os.execv(sys.executable, launcher)
 
 
 def _config_file(environment: os._Environ[str]) -> str:
-    """Returns the path of the settings, relative to the current folder or else to the project."""
+    """Return the path of the settings file. Search the current folder, then the project."""
     file = environment.get("CONFIG_FILE", CONFIG_FILE)
     for path in (Path(file), Path(__file__).parents[3] / file):
         if path.exists():
             return str(path)
     if "CONFIG_FILE" in environment:
-        return file  # The launcher reports it missing, and lists the files beside it.
+        # The launcher reports that the file is missing, and lists the files beside it.
+        return file
     raise UsageError(
         f"there is no file `{CONFIG_FILE}`",
         hint="name the file of settings: CONFIG_FILE=settings.toml holdfast train",

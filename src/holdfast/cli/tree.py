@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint as a tree of their dotted names; equal blocks are one line."""
+"""Format the tensors of a checkpoint as a tree of their dotted names. Equal layers share a line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.spelling import counted, spelled_bytes
 INDENT = "  "
 
 FILES_MAX = 3
-"""Files that a line names."""
+"""Maximum number of file names in a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,11 @@ class TreeNode:
     """All tensors at or below this node."""
 
     leaves: list[TensorEntry] = field(default_factory=list)
-    """Tensor whose name ends here, if there is one."""
+    """Tensor whose name ends at this node, if there is one."""
 
 
 def tree_of(tensors: Mapping[str, TensorEntry]) -> TreeNode:
-    """Build the tree of all tensors, by name; returns its root."""
+    """Build a tree of tensors by the parts of their names. Return its root."""
     root = TreeNode()
     for name, entry in tensors.items():
         node = root
@@ -44,7 +44,7 @@ def tree_of(tensors: Mapping[str, TensorEntry]) -> TreeNode:
 
 
 def lines(node: TreeNode, *, each: bool = False, depth: int = 0) -> Iterator[str]:
-    """Yields the tree, one line per node. `each`: also one line for each of equal blocks."""
+    """Yield the lines of the tree, one per node. `each`: whether equal layers have a line each."""
     for names, child in _grouped(node, each):
         name, below = _joined(names, child)
         yield f"{INDENT * depth}{name}{_spelled(names, below)}"
@@ -52,14 +52,17 @@ def lines(node: TreeNode, *, each: bool = False, depth: int = 0) -> Iterator[str
 
 
 def count(entries: list[TensorEntry]) -> tuple[int, int]:
-    """Returns elements and bytes of tensors; tied tensors count once."""
+    """Return the number of elements and bytes of tensors. Tied tensors count once."""
     distinct = {tuple((c.file, c.item) for c in entry.chunks): entry for entry in entries}
     elements = sum(prod(entry.shape) for entry in distinct.values())
     return elements, sum(entry.nbytes for entry in distinct.values())
 
 
 def _grouped(node: TreeNode, each: bool) -> Iterator[tuple[list[str], TreeNode]]:
-    """Yields the children, each as names and node. Equal numbered neighbours are one child."""
+    """Yield the children of a node in groups, each as the names and the first child of the group.
+
+    Neighbours that have numbers as names and are equal form a group, unless `each` is true.
+    """
     members = list(node.children.items())
     if all(name.isdecimal() for name in node.children):
         members.sort(key=lambda member: int(member[0]))
@@ -71,13 +74,13 @@ def _grouped(node: TreeNode, each: bool) -> Iterator[tuple[list[str], TreeNode]]
 
 
 def _signature(node: TreeNode) -> tuple[object, ...]:
-    """Returns a value that is equal for blocks with the same names, dtypes and shapes."""
+    """Return a value that is equal for nodes whose tensors have equal names, dtypes and shapes."""
     leaves = tuple((entry.dtype, entry.shape) for entry in node.leaves)
     return leaves, tuple((name, _signature(child)) for name, child in node.children.items())
 
 
 def _joined(names: list[str], node: TreeNode) -> tuple[str, TreeNode]:
-    """Follow a chain of nodes with one child each; returns its joined name and its last node."""
+    """Follow a chain of nodes with one child each. Return its joined name and its last node."""
     name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
     while len(node.children) == 1 and not node.leaves:
         ((below, node),) = node.children.items()

@@ -1,4 +1,4 @@
-"""The values in a checkpoint, verified, as text or JSON."""
+"""Read and verify the values in a checkpoint, and convert them to text or JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from holdfast.format import container
 from holdfast.format.manifest import Span, ValueEntry
 
 MEMBERS_MAX = 100_000
-"""Most members of one value that are printed as JSON."""
+"""Maximum number of members of one value to print as JSON."""
 
 
 def below(checkpoint: OpenCheckpoint, name: str) -> list[str]:
-    """Returns the values called `name`, or below that name; none where `name` is empty."""
+    """Return the names of the values at or below `name`; empty if `name` is empty."""
     values = checkpoint.manifest.values
     if not name:
         return []
@@ -24,12 +24,12 @@ def below(checkpoint: OpenCheckpoint, name: str) -> list[str]:
 
 
 def spelled(value: object) -> str:
-    """Returns a value that was read as Python writes it, or why it cannot be shown."""
+    """Format a result of `read` as text: a value like `repr`, or the message of the error."""
     return str(value) if isinstance(value, FormatError) else container.spelled(value)
 
 
 def as_json(value: object) -> Any:
-    """Returns a value that was read as types of JSON; text where JSON has no such type."""
+    """Convert a result of `read` to types of JSON. Values that JSON cannot express become text."""
     if isinstance(value, FormatError):
         return value.what
     try:
@@ -39,10 +39,10 @@ def as_json(value: object) -> Any:
 
 
 def read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """Yields each name with its value, or with the error that says why it cannot be decoded.
+    """Yield each name with its value, or with the error that says why it cannot be decoded.
 
     Raises:
-        DamagedError: bytes that do not match their checksum.
+        DamagedError: the bytes of a value do not match their checksum.
     """
     decoded: dict[tuple[str, Span], object] = {}
     for name in names:
@@ -51,7 +51,7 @@ def read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[tuple[str
         if name in checkpoint.values:
             yield name, checkpoint.values[name]
             continue
-        # Equal values share a container.
+        # Equal values share a container, so decode it once.
         if key not in decoded:
             decoded[key] = _read_one(checkpoint, name, entry)
         yield name, decoded[key]

@@ -35,7 +35,7 @@ from holdfast.storage.opening import store_to_save
 from holdfast.storage.store import ReadStore
 
 CAUSES_MAX = 50
-"""Causes of damage that are printed."""
+"""Maximum number of causes of damage to print."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class VerifyArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Verify, and print the findings; returns the exit status."""
+    """Verify, and print the findings. Return the exit status."""
     options = parsed(VerifyArguments, "verify", arguments)
     if options.mark and options.quick:
         raise UsageError("`--mark` needs all data read: no `--quick`")
@@ -87,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
         note = note_on(store, name)
         reports = [replace(report, notes=(note, *report.notes)) if note is not None else report]
     if options.mark:
-        # Retention and resumes look at steps alone.
+        # Only folders named `step-N` get a mark, since retention and resumes ignore all others.
         _mark([report for report in reports if _step_of(report.where) is not None])
     marked = damaged_steps(store, name) if checkpoints else {}
     resume = resumable(reports, marked) if checkpoints else None
@@ -129,14 +129,15 @@ def _raise_if_damaged(reports: Sequence[VerifyReport], *, in_folder: bool, marke
 
 
 def verified(store: ReadStore, names: Sequence[str], quick: bool) -> dict[str, VerifyReport]:
-    """Verify checkpoints, with progress on stderr. Errors become findings of the report.
+    """Verify checkpoints, with progress on stderr. Return the report of each, by name.
 
-    Leaves out, with a note on stderr, checkpoints that another process deletes meanwhile.
+    An error becomes a finding of the report. A checkpoint that another process deletes meanwhile is
+    left out, with a note on stderr.
     """
     reports = {}
     listed = ListedStore(store)
     for name in names:
-        # Reading data takes long enough that the list of files may have changed.
+        # Reading all data takes long, so a list of files from the start could be out of date.
         report = _verified(listed if quick else store, name, quick)
         if not report.good and is_deleted(store, name):
             say_error(f"note: `{report.where}` was deleted meanwhile, and is left out")
@@ -157,7 +158,7 @@ def _verified(store: ReadStore, name: str, quick: bool) -> VerifyReport:
 
 
 def _step_of(path: str) -> int | None:
-    """Return the step in the last name of a path; None if that is no name of a step."""
+    """Return N if the last part of a path is `step-N`, else None."""
     return step_of(path.rpartition("/")[2])
 
 
@@ -170,7 +171,7 @@ def _check_markable(where: str, checkpoints: Sequence[str]) -> None:
 
 
 def _mark(reports: Sequence[VerifyReport]) -> None:
-    """Write or delete the mark beside each checkpoint."""
+    """Mark each damaged checkpoint, and delete the mark of each one that loads."""
     for report in reports:
         folder, _, name = report.where.rpartition("/")
         step = step_of(name)
@@ -183,7 +184,7 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
 
 
 def stored_bytes(store: ReadStore, name: str) -> int:
-    """Returns the bytes of a checkpoint's files. Skips files whose size cannot be read."""
+    """Return the bytes of all files of a checkpoint. Skip files whose size cannot be read."""
     try:
         listed = read_seal(store, name).files if is_sealed(store, name) else store.list(name)
         files = [f"{name}/{file}" for file in listed if not file.endswith("/")]
@@ -197,7 +198,10 @@ def stored_bytes(store: ReadStore, name: str) -> int:
 
 
 def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int | None:
-    """Returns the newest step that loads, can be resumed from, and is not marked as damaged."""
+    """Return the newest step that a resume would load; None if there is none.
+
+    `marked`: steps that are marked as damaged, which a resume skips.
+    """
     steps = [
         report.step
         if report.format == "sealed"
@@ -209,7 +213,7 @@ def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int |
 
 
 def _say(report: VerifyReport, quick: bool, *, is_file: bool) -> None:
-    # A file's name does not say which format it has; a folder's mostly does.
+    # Print the format of single files only: the name of a folder mostly tells its format.
     form = f", {FORMATS[report.format]}" if is_file and report.format else ""
     if report.good:
         verdict = "its structure is good" if quick else "good"

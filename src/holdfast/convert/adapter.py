@@ -1,4 +1,4 @@
-"""PEFT adapters in conversions: to native names, to a folder of PEFT, or merged into their base."""
+"""Conversion of PEFT adapters: to native names, to a PEFT folder, or merged into their base."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LORA = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
     r"(?:\.(?P<adapter>(?!weight$)\w+))?(?P<end>\.weight|\.bias)?"
 )
-"""Name of an adapter's tensor, in memory (with the adapter's name) or in a folder of PEFT."""
+"""Name of an adapter's tensor, in a live model (with the adapter's name) or in a PEFT folder."""
 
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>\w+)\.(?P<end>.+)")
-"""Name in memory of a weight that is trained in full."""
+"""Name, in a live model, of a weight that is trained in full."""
 
 _BASE = re.compile(r"(?P<module>.+)\.(?:base_layer|original_module)\.(?P<end>.+)")
-"""Name in memory of a weight of the base beside an adapter."""
+"""Name, in a live model, of a base weight that has an adapter."""
 
 
 def has_adapter(tensors: Tensors) -> bool:
@@ -38,13 +38,13 @@ def has_adapter(tensors: Tensors) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter in a checkpoint, by the names that a folder of PEFT has."""
+    """An adapter in a checkpoint, under the names of a PEFT folder."""
 
     tensors: Tensors
-    """Factors and weights trained in full."""
+    """Low-rank factors, and weights trained in full."""
 
     base: Tensors
-    """Weights of the base that the checkpoint has too, by the base's names; may be empty."""
+    """Base weights in the same checkpoint, under the names of the base model; may be empty."""
 
     config: Mapping[str, Any]
     """Contents of `adapter_config.json`."""
@@ -55,10 +55,11 @@ class AdapterSource:
 
 
 def adapter_config_of(opened: ConvertSource, path: str | None) -> Mapping[str, Any]:
-    """Return the `adapter_config.json` at `path`, a file or its folder, or beside the weights.
+    """Return the contents of `adapter_config.json`. `path`: the file or its folder; None: the
+    folder of the weights.
 
     Raises:
-        UsageError: there is none, or it is not of LoRA.
+        UsageError: there is no such file, or the adapter is not of LoRA.
     """
     hf = opened.checkpoint.hf
     config = hf.adapter if hf is not None else None
@@ -80,7 +81,8 @@ def adapter_config_of(opened: ConvertSource, path: str | None) -> Mapping[str, A
 def open_adapter(
     opened: ConvertSource, model: Tensors, config: Mapping[str, Any], table: TensorMapping | None
 ) -> AdapterSource:
-    """Return the adapter of a checkpoint. `table`: of its base, needed for native names."""
+    """Return the adapter of a checkpoint. `table`: mapping of its base model, needed for native
+    names; else None."""
     if opened.dialect in ("meta", "titan"):
         if table is None:
             raise UsageError(
@@ -97,7 +99,7 @@ def open_adapter(
     for name in model.infos:
         short = name.removeprefix(PREFIX)
         if lora := _LORA.fullmatch(short):
-            # Folders of PEFT have the vector of magnitudes without an end.
+            # In a PEFT folder, the name of a vector of magnitudes has no `.weight` at its end.
             end = "" if lora["kind"] == "lora_magnitude_vector" else lora["end"] or ""
             adapter[name] = f"{PREFIX}{lora['module']}.{lora['kind']}{end}"
         elif saved := _SAVED.fullmatch(short):
@@ -122,7 +124,8 @@ def open_adapter(
 def base_of(
     adapter: AdapterSource, opened: ConvertSource, hf_assets: str | None
 ) -> ConvertSource | None:
-    """Return the base of an adapter, from the folder `hf_assets`; None: the checkpoint has it."""
+    """Open the base model of an adapter in the folder `hf_assets`. Return None if the checkpoint
+    has the base weights itself."""
     targets = {
         f"{match['module'].removeprefix(PREFIX)}.weight"
         for name in adapter.tensors.infos
@@ -139,10 +142,10 @@ def base_of(
 
 
 def merged(adapter: AdapterSource, base: ConvertSource | None) -> Tensors:
-    """Return a base with the adapter added. `base`: see `base_of`."""
+    """Return the base weights with the adapter added. `base`: result of `base_of`."""
     if base is None:
         return Merged(adapter.base, adapter.tensors, adapter.config)
-    # Buffers and other tensors of the checkpoint are newer than those of the folder.
+    # Base tensors in the checkpoint, such as buffers, are newer than those in the folder.
     newer = Joined(adapter.tensors, adapter.base)
     return Merged(base.model, newer, adapter.config)
 
@@ -165,7 +168,7 @@ def encoded_config(config: Mapping[str, Any]) -> bytes:
 
 
 def _is_saved(name: str, config: Mapping[str, Any]) -> bool:
-    """Return whether the configuration lists the module of a tensor as trained in full."""
+    """Return whether `config` lists the module of a tensor as trained in full."""
     modules = config.get("modules_to_save")
     module = name.rpartition(".")[0]
     return isinstance(modules, list) and any(

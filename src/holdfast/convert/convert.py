@@ -38,10 +38,10 @@ class ConvertResult:
     """Path of the target."""
 
     nbytes: int
-    """Bytes of the target's files."""
+    """Bytes of the target; for an export, bytes of its weights."""
 
     kept_bytes: int
-    """Bytes among them that an earlier, killed conversion had already written."""
+    """Bytes of the target that an earlier, killed conversion had already written."""
 
     seconds: float
     num_tensors: int
@@ -49,7 +49,7 @@ class ConvertResult:
 
 def convert(planned: ConvertPlan, target: str, advance: Advance = lambda _: None) -> ConvertResult:
     """Convert to the path `target`: see `convert_to`."""
-    # Encode values first: if one cannot be converted, no folder has been created.
+    # Encode values before a folder is created, since a value may be impossible to convert.
     values = values_of(planned)
     if planned.options.to == "dcp":
         check_number(target, _kind(planned), planned.opened.checkpoint.manifest.step)
@@ -90,7 +90,7 @@ def convert_to(
 
 
 def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance) -> int:
-    """Write the target. Returns its bytes."""
+    """Write the target. Returns its size in bytes; for an export, the size of the weights."""
     outputs, options = planned.outputs, planned.options
     if options.to == "hf":
         infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
@@ -112,8 +112,8 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
 
 
 def _facts(target: ConvertTarget, planned: ConvertPlan) -> Manifest:
-    """Return the manifest without entries and files. A step number in the target's name overrides
-    the source's."""
+    """Return the target's manifest, without entries and files. A step number in the target's name
+    overrides the step of the source."""
     manifest = planned.opened.checkpoint.manifest
     step = step_of(target.name)
     components = manifest.components
@@ -138,7 +138,7 @@ def _kind(planned: ConvertPlan) -> Kind:
 
 
 def _structure(planned: ConvertPlan, values: Values) -> dict[Path, Node] | None:
-    """Return the source's structure without the containers from which an entry is left out."""
+    """Return the source's structure. Leave out the nodes of dicts and lists that lose an entry."""
     manifest = planned.opened.checkpoint.manifest
     if manifest.structure is None:
         return None

@@ -1,4 +1,4 @@
-"""Configuration of a model: from `config.json` or a flavor, and whether they agree."""
+"""Finds the configuration of a model in `config.json` or a flavor, and checks that both agree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COMPARED_AXES = {
     "e": "the number of experts",
     "m": "moe_intermediate_size",
 }
-"""Names of the sizes that are compared, by axis in `decoder_axes`."""
+"""Names of the sizes that are compared, by axis letter of `decoder_axes`."""
 
 _COMPARED_KEYS = (
     "q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim n_shared_experts "
@@ -66,7 +66,8 @@ def config_at(folder: str) -> dict[str, Any] | None:
 def _config_by_name(
     model: Tensors, name: str, flavor: str | None, found: Sequence[tuple[Config, str]]
 ) -> dict[str, Any] | None:
-    """Check name and flavor. Returns the configuration of the flavor, or None without one."""
+    """Check the names of family and flavor. Return the configuration of the flavor; None if no
+    flavor is given."""
     hint = f"family and sizes are read from `{CONFIG}` if you leave out this option"
     if name not in TYPES:
         raise UsageError(
@@ -93,7 +94,8 @@ def _config_by_name(
 
 
 def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
-    """Check that two configurations, each with its origin, are of models of the same shapes."""
+    """Check that two configurations describe models with the same shapes. Each comes with its
+    origin."""
     origins = one[1], other[1]
     configs = of_language_model(one[0]), of_language_model(other[0])
     if None in (table_of(one[0]), table_of(other[0])):
@@ -140,7 +142,8 @@ def _different(origins: tuple[str, str], wrong: Sequence[str]) -> MismatchError:
 
 
 def _used_axes(family: Family, config: Config) -> Iterator[str]:
-    """Yield the axes of tensors that exist: a configuration has sizes of missing layers too."""
+    """Yield the axes of the tensors that the model has. Its configuration may have further sizes,
+    for kinds of layers that the model lacks."""
     rows, axes = rows_and_axes(family, config)
     for row in rows:
         if all(len(axes[axis]) for axis in row.native.name_axes if axis in axes):

@@ -42,10 +42,10 @@ class ConvertTarget:
     """A folder or file to convert to."""
 
     catalog: Catalog
-    """Checkpoints of the folder that contains the target."""
+    """Catalog of the folder that contains the target."""
 
     store: Store
-    """Store of that folder."""
+    """Store of the folder that contains the target."""
 
     name: str
     overwrite: bool
@@ -55,8 +55,8 @@ class ConvertTarget:
     """Whether the target is a file, not a folder."""
 
     files: Continuing | None
-    """Creator of files in `store`, which continues those that a killed conversion left; None if the
-    files of that store never change."""
+    """Creator of files in `store` that completes files of a killed conversion; None if the store
+    cannot change files."""
 
     @property
     def where(self) -> str:
@@ -64,7 +64,7 @@ class ConvertTarget:
 
     @property
     def creating(self) -> Creating:
-        """Creator of files."""
+        """Creator of the target's files: `files` or, without it, `store`."""
         return self.store if self.files is None else self.files
 
     @property
@@ -89,10 +89,10 @@ def open_target(
 
 
 def target_in(store: Store, name: str, *, overwrite: bool, file: bool = False) -> ConvertTarget:
-    """Prepare the target `name` in a store. `file`: it is to be a file, not a folder.
+    """Prepare the target `name` in a store. `file`: whether the target is a file, not a folder.
 
-    Attempts of killed conversions are kept, for the next one to continue, if files of the store can
-    be changed.
+    If the store can change files, attempts of killed conversions are kept, so that this conversion
+    can continue them.
     """
     catalog = Catalog(store)
     store.make_folder("")
@@ -110,7 +110,7 @@ def target_in(store: Store, name: str, *, overwrite: bool, file: bool = False) -
 
 
 def _why_not_replaceable_by_file(store: ReadStore, name: str) -> str | None:
-    """Reason why a file may not replace the folder or file `name`; None if it may."""
+    """Return the reason why a file may not replace the folder or file `name`; None if it may."""
     if not is_file(store, name):
         return "it is a folder, and a file was to take its place"
     if is_checkpoint(store, name):
@@ -138,7 +138,8 @@ def _check_apart(target: str, source: str) -> None:
 def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[HiddenFolder]:
     """Yield the attempt to write files of these sizes into: new, or left by a killed conversion.
 
-    The attempt is aborted if the block raises an `Exception`, but not if it is interrupted.
+    The attempt is aborted if the block raises an `Exception`, but not if the process is
+    interrupted.
     """
     store, catalog = target.store, target.catalog
     attempt = _taken_over(target, sizes)
@@ -164,16 +165,16 @@ def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[Hidden
 
 
 def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> HiddenFolder | None:
-    """Return the attempt of a killed conversion to this target, or None.
+    """Take over the attempt of a killed conversion to this target. Return None if there is none.
 
-    Files with other names or sizes are deleted from it, and so are further attempts.
+    Files in the attempt with other names or sizes are deleted. Further attempts are deleted too.
     """
     store, catalog, taken = target.store, target.catalog, None
     for attempt in _attempts(store, target.name) if target.files else ():
         try:
             is_held = catalog.hold(attempt, replace=target.replaces_folder and taken is None)
         except NotFoundError:
-            continue  # Its conversion has just finished.
+            continue  # The conversion that wrote the attempt has just finished.
         if is_held is False:
             if taken is not None:
                 catalog.release(taken)
@@ -206,7 +207,7 @@ def write_hf(
     contents: Iterable[tuple[str, bytes]],
     advance: Advance,
 ) -> int:
-    """Write a Hugging Face folder. Returns the bytes of its weights.
+    """Write a Hugging Face folder. Returns the size of its weights in bytes.
 
     `contents`: name and bytes of each file besides the weights.
     """
@@ -241,7 +242,7 @@ def _write_tensor(
 def write_torch_file(
     target: ConvertTarget, outputs: Outputs, values: Values, advance: Advance
 ) -> int:
-    """Write a `.pt` file, nested as `torch.save` does. Returns its bytes."""
+    """Write a `.pt` file, nested as `torch.save` does. Returns its size in bytes."""
     tensors = {
         name: torchfile.NewTensor(output.path, output.dtype, output.shape, output.same_as)
         for name, output in outputs.items()
@@ -280,7 +281,8 @@ def write_checkpoint(
     *,
     structure: Mapping[Path, Node] | None,
 ) -> int:
-    """Write a checkpoint as a save does, with checksums and `.metadata`. Returns its bytes."""
+    """Write a checkpoint as a save does, with checksums and `.metadata`. Returns its size in
+    bytes."""
     plan = replace(_plan(outputs, values), structure=structure)
     regions = [(placed, region) for placed in plan.tensors for region in placed.regions_of(0)]
     items = lay_out([(placed.name, placed.tensor.dtype, region) for placed, region in regions])
@@ -294,7 +296,7 @@ def write_checkpoint(
 
 
 def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
-    """Return the plan of a single rank, with one chunk for each block that is read."""
+    """Return the plan of a single rank. Each block that is read becomes a chunk."""
     placed, aliases = [], {}
     for name, output in outputs.items():
         if output.same_as:
@@ -311,7 +313,7 @@ def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
 
 def check_number(path: str, kind: Kind, step: int | None) -> None:
     """Check that `path` does not give a full checkpoint the number of another step: a resume would
-    take it for that step. A model-only checkpoint may have any number."""
+    load the checkpoint as that step. A model-only checkpoint may have any number."""
     folder, name = split_path(full_path(path))
     if kind != "full" or step is None or step_of(name) in (None, step):
         return

@@ -1,4 +1,4 @@
-"""Who may read from the server: host names, methods, and the token."""
+"""Decide which requests may read from the server, by host name, method and token."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ ASKING = (
 
 
 class Guard:
-    """Middleware that refuses requests for other host names and methods, or without the token, and
-    adds `HEADERS`.
+    """Middleware that checks the host name, method and token of requests, and adds `HEADERS`.
 
-    Host names are checked against DNS rebinding: a web page elsewhere could let its own host name
-    resolve to this machine, and then read these answers.
+    The check of the host name prevents DNS rebinding, in which the web page of an attacker lets its
+    own host name resolve to this machine, and then reads the answers.
 
     Programs send the token as `Authorization: Bearer TOKEN`. A browser that opens `?token=TOKEN`
-    gets a cookie and is sent on to the same path without the token.
+    gets a cookie, and is redirected to the same path without the token.
     """
 
     def __init__(self, app: ASGIApp, names: Collection[str], token: str | None) -> None:
-        """`names`: host names of this server. `token`: None for a server that asks for none."""
+        """`names`: host names of this server. `token`: None if requests need no token."""
         self._app, self._names = app, names
         self._token = None if token is None else token.encode()
-        # A cookie holds for all ports of a host: its name tells two servers apart.
+        # A browser sends a cookie to all ports of a host. The name depends on the token, so that
+        # two servers on one host do not replace each other's cookies.
         self._cookie = "" if token is None else _derived(token, "cookie value")
         self._cookie_name = "" if token is None else f"holdfast-{_derived(token, 'name')[:8]}"
 
@@ -69,7 +69,7 @@ class Guard:
         await app(scope, receive, guarded)
 
     def _refusal(self, scope: Scope) -> Response | None:
-        """Returns the answer to a request that may not read; None for one that may."""
+        """Return the answer to a request that may not reach the application; None if it may."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if not is_own(host, self._names):
@@ -100,8 +100,8 @@ class Guard:
         return answer
 
     def _with_cookie(self, path: str, query: list[tuple[str, str]]) -> Response:
-        """Returns an answer that sets the cookie and sends the browser to `path`."""
-        # Browsers take `//name` and `/\name` for another host.
+        """Return an answer that sets the cookie and sends the browser to `path`."""
+        # Browsers would take a path such as `//name` or `/\name` for the name of another host.
         target = "/" + quote(path.lstrip("/")) + (f"?{urlencode(query)}" if query else "")
         answer = Response(status_code=303, headers={"Location": target})
         answer.set_cookie(self._cookie_name, self._cookie, httponly=True, samesite="lax")
@@ -126,9 +126,9 @@ def _derived(token: str, purpose: str) -> str:
 
 
 def is_own(host: str, names: Collection[str]) -> bool:
-    """Whether the `Host` of a request is one of these names, or an address.
+    """Whether the `Host` of a request is one of these names, or an IP address.
 
-    An address is safe, since no web page can let it resolve to another machine.
+    An IP address is safe, since DNS rebinding needs a name.
 
     >>> [is_own(host, {"localhost"}) for host in ("127.0.0.1:8420", "[::1]", "evil.example")]
     [True, True, False]

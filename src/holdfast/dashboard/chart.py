@@ -1,4 +1,4 @@
-"""Charts as SVG text. The page around them sets their colours."""
+"""Draw charts as SVG text. The CSS of the page sets their colours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 24
 """Margins for the labels."""
 
 POINTS_MAX = 400
-"""Most points that are drawn of one line. Neighbours are averaged where there are more."""
+"""Maximum number of points to draw of one line. If it has more, neighbours are averaged."""
 
 BAR_WIDTH_MAX = 36
 
@@ -23,13 +23,13 @@ TICKS = 4
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One value, and its tooltip."""
+    """Value in a chart, with the text of its tooltip."""
 
     x: float
     y: float
     label: str
     style: str = ""
-    """CSS class; empty for that of the chart."""
+    """CSS class; empty for the default class of the chart."""
 
 
 Spell = Callable[[float], str]
@@ -41,7 +41,7 @@ def _whole(value: float) -> str:
 
 
 def line(points: Sequence[Point], *, spell: Spell) -> str:
-    """Draw a line through the points in their order. It is broken where `x` decreases."""
+    """Draw a line through the points in their order, with a gap where `x` decreases."""
     shown = thinned(_finite(points))
     if not shown:
         return ""
@@ -52,13 +52,13 @@ def line(points: Sequence[Point], *, spell: Spell) -> str:
             pieces.append([])
         pieces[-1].append(frame.spelled(point))
     lines = [f'<polyline class="line" points="{" ".join(piece)}"/>' for piece in pieces]
-    # Invisible, and wide enough for a finger: they show the tooltips.
+    # Invisible circles show the tooltips. They are wide enough for a finger.
     touched = [_dot(frame, point, 7, "touch") for point in shown]
     return frame.around([*lines, *touched], spell, _whole)
 
 
 def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell = _whole) -> str:
-    """Draw one bar per point, from zero, side by side in their order. `x` is its label."""
+    """Draw one bar per point, from zero, side by side. `x` is used only for the labels."""
     shown = _finite(points)
     if not shown:
         return ""
@@ -93,7 +93,7 @@ def dots(points: Sequence[Point], *, behind: Sequence[Point], spell: Spell, spel
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """Returns at most `POINTS_MAX` points: the middle one of each group, with the group's mean."""
+    """Return at most `POINTS_MAX` points, each with the middle `x` and mean `y` of neighbours."""
     size = max(math.ceil(len(points) / POINTS_MAX), 1)
     means = []
     for start in range(0, len(points), size):
@@ -106,7 +106,7 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Scales from values to coordinates of the drawing."""
+    """Range of the values in a chart, for converting them to coordinates."""
 
     low: tuple[float, float]
     """Minimum of x and of y."""
@@ -115,7 +115,7 @@ class _Frame:
     """Maximum of x and of y."""
 
     step: float
-    """Distance along y between two grid lines; the first is at `low`, the last at `high`."""
+    """Distance along y between two grid lines. The first is at `low`, the last at `high`."""
 
     def x(self, value: float) -> float:
         share = (value - self.low[0]) / (self.high[0] - self.low[0])
@@ -154,7 +154,7 @@ def _label(x: float, anchor: str, text: str) -> str:
 
 
 def _round_step(extent: float) -> float:
-    """Returns a round step that divides an extent into about `TICKS` parts.
+    """Return a round distance between grid lines that divides `extent` into about `TICKS` parts.
 
     >>> _round_step(60.0), _round_step(0.45), _round_step(1300.0)
     (20.0, 0.1, 500.0)
@@ -173,7 +173,7 @@ def _frame(points: Sequence[Point], *, zero: bool) -> _Frame:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Returns minimum and maximum; the maximum is raised where the two are equal."""
+    """Return minimum and maximum. If they are almost equal, raise the maximum."""
     low, high = min(values), max(values)
     room = max(abs(low), abs(high)) * 1e-6 or 1.0
     return (low, high) if high - low >= room else (low, low + room)

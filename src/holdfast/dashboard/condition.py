@@ -1,4 +1,4 @@
-"""The state of a run as of now, and why: for the table of runs and for metrics."""
+"""Determine the current state of a run, for the table of runs and for metrics."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ State = Literal[
 ]
 """State of a run.
 
-`damaged`: a checkpoint is damaged. `gone`: its checkpoints existed and do not any more.
+`damaged`: a checkpoint is damaged. `gone`: its checkpoints existed, but do not exist any more.
 `unreadable`: its folder cannot be read, or hangs. `never saved`: there is no checkpoint to resume
 from. `stale`: the newest good checkpoint is older than the limit. `saving`: a save is being
-written. `finished`: the run has ended as planned.
+written. `good`: no other state applies. `finished`: the run has ended as planned.
 """
 
 STATES: tuple[State, ...] = get_args(State)
 """All states, the worst first."""
 
 WRITING_S = 120.0
-"""Seconds after its last change for which an unfinished save counts as being written."""
+"""Seconds since the last change up to which an unfinished save counts as being written."""
 
 HANG_S = 60.0
-"""Least seconds without a read after which a folder counts as hanging."""
+"""Minimum seconds without a read after which a folder counts as hanging."""
 
 _FOLDER = re.compile(r"^`[^`]*` is damaged:")
-"""Beginning of a problem that repeats the path of the checkpoint."""
+"""Beginning of a message, which repeats the path of the checkpoint."""
 
 STALE_MIN_S = 10.0
-"""Smallest age of a stale checkpoint, since commit times are in whole seconds."""
+"""Minimum age of a stale checkpoint, since commit times have a precision of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ class Limits:
     """Limits of the age of a run's newest good checkpoint."""
 
     stale_intervals: float = 3.0
-    """Number of the run's own save intervals."""
+    """Limit for each run, as a number of its own save intervals."""
 
     max_age_s: float | None = None
-    """Limit in seconds for every run, in addition; None for none."""
+    """Additional limit in seconds for every run; None for no such limit."""
 
     def stale_s(self, figures: Figures) -> float | None:
-        """Returns the age in seconds above which the checkpoint is stale; None where unknown."""
+        """Return the age in seconds above which a checkpoint is stale; None if unknown."""
         limits = [] if self.max_age_s is None else [self.max_age_s]
         if figures.interval_s is not None:
             limits.append(max(self.stale_intervals * figures.interval_s, STALE_MIN_S))
@@ -67,29 +67,29 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """State of a run as of now."""
+    """Current state of a run, with the reasons."""
 
     state: State
     age_s: float | None
-    """Age of the newest good checkpoint; None where unknown."""
+    """Age in seconds of the newest good checkpoint; None if unknown."""
 
     stale_s: float | None
-    """Age above which it is stale; None where unknown."""
+    """Age in seconds above which the newest good checkpoint is stale; None if unknown."""
 
     notes: tuple[str, ...]
-    """Reasons for the state, then other facts to know, each as a sentence without a full stop."""
+    """Reason for the state, then other facts, each as a sentence without a full stop."""
 
     alarms: tuple[str, ...] = ()
     """Facts that need attention in any state: the loss is not finite, or saves failed."""
 
 
 def age_s_of(figures: Figures, now: datetime) -> float | None:
-    """Returns the age in seconds of the checkpoint that a resume takes; None where unknown."""
+    """Return the age in seconds of the checkpoint that a resume would load; None if unknown."""
     return None if figures.saved_at is None else max(now.timestamp() - figures.saved_at, 0.0)
 
 
 def condition_of(run: WatchedFolder, now: datetime, limits: Limits) -> Condition:
-    """Returns the state of a run."""
+    """Return the current state of a run, with the reasons."""
     latest, time = run.latest, now.timestamp()
     figures = latest.figures
     age_s = age_s_of(figures, now)
@@ -121,7 +121,7 @@ def _alarms(figures: Figures) -> list[str]:
 def _state(
     latest: ReadResult, time: float, *, age_s: float | None, stale_s: float | None, is_writing: bool
 ) -> tuple[State, str]:
-    """Returns the state, and why."""
+    """Return the state and its reason."""
     figures = latest.figures
     if latest.time and time - latest.time > max(HANG_S, 3 * latest.pause_s):
         return "unreadable", f"the folder hangs: not read for {spelled_age(time - latest.time)}"
@@ -163,7 +163,7 @@ def _facts(figures: Figures, time: float, *, state: State, is_writing: bool) -> 
 
 
 def _replicas(tier: TierView) -> str:
-    """Returns where the files of the newest step in the fast tier are."""
+    """Return a note on the hosts that have the files of the newest step in the fast tier."""
     if tier.step is None:
         return "this machine sees no checkpoint in its fast tier"
     step = f"local step {tier.step:,}"
@@ -177,7 +177,7 @@ def _replicas(tier: TierView) -> str:
 
 
 def _verification(figures: Figures, time: float) -> str:
-    """Returns when the newest good checkpoint was compared with its checksums."""
+    """Return a note on the time at which the newest good checkpoint was last verified."""
     if figures.checked_at is not None:
         return f"verified by a resume {spelled_age(time - figures.checked_at)} ago"
     if figures.saved_at is None:

@@ -1,4 +1,4 @@
-"""Answers for programs: JSON, health, and metrics in Prometheus' format."""
+"""Answers for programs: JSON, a health check, and metrics in the format of Prometheus."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from holdfast.spelling import finite
 
 
 def digest(run: WatchedFolder, now: datetime, limits: Limits, *, full: bool) -> dict[str, Any]:
-    """Returns a run as JSON: a summary, or the `full` history."""
+    """Return a summary of a run for JSON. `full`: add its checkpoints, saves and loads."""
     latest, condition = run.latest, condition_of(run, now, limits)
     result: dict[str, Any] = {
         "folder": run.folder,
@@ -57,7 +57,7 @@ def digest(run: WatchedFolder, now: datetime, limits: Limits, *, full: bool) -> 
 def unhealthy(
     runs: Sequence[WatchedFolder], now: datetime, max_age_s: float | None
 ) -> dict[str, str]:
-    """Returns the folder of each run without a recent good checkpoint, and the reason."""
+    """Return folder -> problem for each run that has no recent good checkpoint."""
     return {run.folder: why for run in runs if (why := _unhealthy(run, now, max_age_s))}
 
 
@@ -77,7 +77,7 @@ def _unhealthy(run: WatchedFolder, now: datetime, max_age_s: float | None) -> st
 
 
 def exposition(runs: Sequence[WatchedFolder], now: datetime, limits: Limits) -> tuple[bytes, str]:
-    """Returns the metrics of all runs, and their content type."""
+    """Return the metrics of all runs in the format of Prometheus, and the content type."""
     registry = CollectorRegistry()
     registry.register(_Metrics(runs, now, limits))
     return generate_latest(registry), CONTENT_TYPE_LATEST
@@ -88,7 +88,7 @@ class _Metrics(Collector):
         self._runs, self._now, self._limits = {run.folder: run for run in runs}, now, limits
 
     def collect(self) -> Iterable[Metric]:
-        """Returns every metric, with a sample for each run that has it."""
+        """Return every metric, with a sample for each run that has it."""
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for folder, run in self._runs.items():
             for kind, name, help_text, value, labels in self._samples_of(run):
@@ -151,7 +151,7 @@ def _samples(run: WatchedFolder, now: datetime, limits: Limits) -> Iterator[Samp
 
 
 def _tiers(tier: TierView, behind: int | None) -> Iterator[Sample]:
-    """Yields samples of the fast tier."""
+    """Yield samples of the fast tier."""
     gauge, seen = GaugeMetricFamily, "Hosts whose part of the fast tier this machine sees."
     yield gauge, "local_hosts", seen, len(tier.hosts), {}
     if tier.step is None or behind is None:
@@ -164,7 +164,7 @@ def _tiers(tier: TierView, behind: int | None) -> Iterator[Sample]:
 
 
 def _reported(figures: Figures, step: int) -> Iterator[Sample]:
-    """Yields samples of the metrics that the run wrote, summed over its starts and resumes."""
+    """Yield samples of the metrics that the run wrote, summed over its starts and resumes."""
     counter, totals = CounterMetricFamily, figures.totals
     yield GaugeMetricFamily, "step", "Step that the run has reached.", step, {}
     if figures.blocked_share is not None:
@@ -186,6 +186,6 @@ def _reported(figures: Figures, step: int) -> Iterator[Sample]:
 
 
 def _counts(figures: Figures) -> dict[str, int]:
-    """Returns the number of folders in each state."""
+    """Return the number of folders in each state."""
     num_damaged = len(figures.damaged)
     return {"good": figures.num_good, "damaged": num_damaged, "attempt": figures.num_unfinished}

@@ -1,4 +1,4 @@
-"""Finds the folders of checkpoints below a folder."""
+"""Find the folders of checkpoints at and below a folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from holdfast.storage.objects import ObjectStore
 from holdfast.storage.store import ReadStore
 
 DEPTH_MAX = 4
-"""Levels of folders that are searched, below the folder to start from."""
+"""Maximum number of levels to search below the folder to start from."""
 
 FOLDERS_MAX = 5000
-"""Most folders that are searched."""
+"""Maximum number of folders to search."""
 
 RUNS_MAX = 200
-"""Most runs that are found below one folder."""
+"""Maximum number of runs to find below one folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,15 @@ class FoundRuns:
 
 
 def find_runs(path: str) -> FoundRuns:
-    """Find the folders of checkpoints at `path` and below it: those with checkpoints of a run,
-    sealed folders, unfinished saves, or the lock of a run.
+    """Find the folders of checkpoints at `path` and below it.
 
-    Does not search below a folder of checkpoints, in hidden folders, and behind links that lead
-    out of their folder. Passes over what it cannot read.
+    These are folders that contain checkpoints of a run, sealed folders, unfinished saves, or the
+    lock of a run. Skip folders below a folder of checkpoints, hidden folders, links that lead out
+    of their folder, and folders that cannot be read.
     """
     store, name = open_parent(path)
     if isinstance(store, ObjectStore):
-        # Lists each prefix once.
+        # This store requests each listing of the bucket only once.
         store, _ = store.listed()
     found: list[str] = []
     waiting, num_searched, is_complete = deque([(name, 0)]), 0, True

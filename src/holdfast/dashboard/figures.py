@@ -1,6 +1,7 @@
-"""Figures of a run that do not depend on the clock, for the table of runs and for metrics.
+"""Figures of a run for the table of runs and for metrics, independent of the current time.
 
-They are computed once per change of the run, so that no request goes through its whole history.
+They are computed once after each change of the run, so that no request has to process the whole
+history.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from holdfast.catalog.tier import TierView
 from holdfast.dashboard.history import History, MetricsRow, blocked, commit_time
 
 SAVES = 10
-"""Number of latest saves whose median is the interval and the rate of saves."""
+"""Number of latest saves from which the median interval and rate are computed."""
 
 LOSSES = 400
-"""Number of latest lines of metrics in the curve of the loss."""
+"""Maximum number of latest losses in the curve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Totals:
     """Seconds from plan to durable."""
 
     stage_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of each stage of a save, of its slowest rank."""
+    """Seconds that the slowest rank of each save spent in each stage."""
 
     blocked_s: float = 0.0
     """Seconds that training waited for saves."""
@@ -53,16 +54,16 @@ class Figures:
     """Figures of a run as of one read of its folder."""
 
     newest: CheckpointRow | None = None
-    """Checkpoint that a resume takes."""
+    """Checkpoint that a resume would load."""
 
     saved_at: float | None = None
-    """Time of its commit, in seconds since 1970; None where unknown."""
+    """Unix time at which `newest` was committed; None if unknown."""
 
     checked_at: float | None = None
-    """Time at which a resume had read it and compared it with its checksums; None if none has."""
+    """Unix time of the last resume that loaded `newest` and verified its checksums, if any."""
 
     interval_s: float | None = None
-    """Median of the seconds between saves; None before the second save."""
+    """Median of the seconds between two saves; None before the second save."""
 
     save_rate: float | None = None
     """Median of the bytes per second of saves."""
@@ -76,14 +77,14 @@ class Figures:
     """Number of folders of unfinished saves and deletions."""
 
     written_at: float | None = None
-    """Time of the last change in an unfinished save; None without one."""
+    """Unix time of the last change in an unfinished save; None without such a save."""
 
     nbytes: int = 0
     """Bytes of all checkpoints."""
 
     is_finished: bool = False
-    """Whether the run has ended as planned: its newest checkpoint holds the model alone, or its
-    Trainer has reached the last step."""
+    """Whether the run has ended as planned: its newest checkpoint holds the model alone, or
+    transformers' Trainer has reached its last step."""
 
     last: MetricsRow | None = None
     """Latest line of the metrics."""
@@ -97,11 +98,11 @@ class Figures:
     totals: Totals = Totals()
 
     tier: TierView | None = None
-    """Fast tier of the run, as far as this machine sees it; None for a run without one."""
+    """Fast tier of the run, as far as this machine sees it; None if the run has no fast tier."""
 
     behind: int | None = None
-    """Number of steps by which the folder of the run is behind the fast tier; None where no step of
-    it is seen."""
+    """Number of steps by which the folder of the run is behind the fast tier; None if this machine
+    sees no step in the fast tier."""
 
 
 NO_FIGURES = Figures()
@@ -152,14 +153,14 @@ def _is_last(row: CheckpointRow, history: History) -> bool:
 
 
 def _interval_s(history: History) -> float | None:
-    """Returns the median time between the latest saves, also of those deleted since."""
+    """Return the median time between the latest saves, even if their checkpoints were deleted."""
     times = {save.step: row.time for row in history.reports for save in row.saves}
     for row in history.rows:
         time = commit_time(row)
         if row.step is not None and time is not None:
             times[row.step] = time
     latest = [times[step] for step in sorted(times)][-SAVES - 1 :]
-    # A run that went back to an earlier step saves later steps again, earlier in time.
+    # After a run has gone back, a later step may have an earlier save. Skip such negative gaps.
     gaps = [after - before for before, after in pairwise(latest) if after > before]
     return median(gaps) if gaps else None
 
@@ -172,7 +173,7 @@ def _checked_at(history: History, step: int | None) -> float | None:
 def _latest_losses(history: History) -> list[tuple[int, float]]:
     pairs = history.trainer.losses
     if history.reports:
-        # Twice as many, since a resume repeats steps.
+        # Take twice as many rows as losses, since a resume repeats steps.
         pairs = [(row.step, row.loss) for row in history.reports[-2 * LOSSES :]]
     latest: list[tuple[int, float]] = []
     for step, loss in reversed(pairs):
@@ -202,7 +203,7 @@ def _totals(history: History, blocked_s: float) -> Totals:
 
 
 def curve(losses: Sequence[tuple[int, float]], num_max: int) -> list[float]:
-    """Returns at most `num_max` finite losses: the mean of each group of neighbours."""
+    """Return at most `num_max` finite losses, each the mean of a group of neighbours."""
     finite = [loss for _, loss in losses if math.isfinite(loss)]
     size = max(math.ceil(len(finite) / num_max), 1)
     groups = [finite[start : start + size] for start in range(0, len(finite), size)]

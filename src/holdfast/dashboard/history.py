@@ -1,4 +1,4 @@
-"""The history of a run: its checkpoints, and the metrics that it wrote while it trained."""
+"""Read the history of a run: its checkpoints, and the metrics that it wrote during training."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class MetricsRow:
     """Saves that became durable since the previous row."""
 
     loads: tuple[Times, ...] = ()
-    """Loads since the previous row. The first row of a resumed run has one."""
+    """Loads since the previous row. The first row after a resume has one."""
 
     failed_saves: int = 0
     """Number of saves that failed since the previous row."""
@@ -82,57 +82,57 @@ class History:
 
     where: str
     rows: Sequence[CheckpointRow]
-    """Checkpoints, oldest first, then attempts."""
+    """Checkpoints, oldest first, then those that only the fast tier has, then unfinished saves."""
 
     reports: Sequence[MetricsRow]
-    """Lines of `metrics.jsonl` in file order. After a resume, steps occur again."""
+    """Lines of `metrics.jsonl` in file order. After a resume, some steps occur a second time."""
 
     trainer: TrainerLog = TrainerLog()
     """Log of transformers' Trainer; empty for other runs."""
 
     written_at: float | None = None
-    """Time of the last change in an unfinished save, in seconds since 1970; None without one."""
+    """Unix time of the last change in an unfinished save; None without such a save."""
 
     tier: TierView | None = None
-    """Fast tier of the run, as far as this machine sees it; None for a run without one."""
+    """Fast tier of the run, as far as this machine sees it; None if the run has no fast tier."""
 
     @property
     def resume(self) -> int | None:
-        """Step that a resume takes."""
+        """Step that a resume would load."""
         return resumable(self.rows)
 
     @property
     def newest(self) -> CheckpointRow | None:
-        """Checkpoint that a resume takes."""
+        """Checkpoint that a resume would load."""
         resume = self.resume
         return next((row for row in self.rows if row.step is not None and row.step == resume), None)
 
     @property
     def written(self) -> Sequence[tuple[str, int]]:
-        """Files of the newest good checkpoint, one per rank, with their bytes."""
+        """Data files of the newest good checkpoint, each with its size in bytes."""
         good = [row for row in self.rows if row.state == "good" and row.step is not None]
         return [*good[-1].files.items()] if good else []
 
     @property
     def current(self) -> list[MetricsRow]:
-        """Last record of each step, by step."""
+        """Last row of each step, sorted by step."""
         last = {report.step: report for report in self.reports}
         return [last[step] for step in sorted(last)]
 
     @property
     def distinct(self) -> list[MetricsRow]:
-        """Records in file order, without repetitions.
+        """Rows in file order, without repetitions.
 
-        A run may write its last record twice, the second time with more saves: that one counts.
+        A run may write its last row twice, the second time with more saves. The second one counts.
         """
         last = {(report.step, report.time): report for report in self.reports}
         return [*last.values()]
 
     @property
     def saves(self) -> list[Times]:
-        """Last save of each step, by step.
+        """Last save of each step, sorted by step.
 
-        Saves that the run did not report have the timings in their manifest, which lack the commit.
+        If the run did not report a save, use the timings in its manifest, which lack the commit.
         """
         last = {}
         for row in self.rows:
@@ -144,7 +144,7 @@ class History:
 
     @property
     def loads(self) -> list[Times]:
-        """Resumes, in file order."""
+        """Loads in `metrics.jsonl`, in file order."""
         return [load for report in self.distinct for load in report.loads]
 
     @property
@@ -156,9 +156,9 @@ class History:
 
 
 def blocked(history: History) -> tuple[float, float]:
-    """Returns the seconds that training waited for saves, and their share of the running time.
+    """Return the seconds that training waited for saves, and their share of the running time.
 
-    The time between a process's last record and the first record of its resume does not count.
+    The time between the last row before a resume and the first row after it does not count.
     """
     blocked_s, running_s = 0.0, 0.0
     for before, record in pairwise(history.reports):
@@ -169,7 +169,7 @@ def blocked(history: History) -> tuple[float, float]:
 
 
 def commit_time(row: CheckpointRow) -> float | None:
-    """Returns when a checkpoint was committed, in seconds since 1970; None where unknown."""
+    """Return the Unix time at which a checkpoint was committed; None if unknown."""
     try:
         created = datetime.fromisoformat(row.created or "")
     except ValueError:
@@ -178,20 +178,20 @@ def commit_time(row: CheckpointRow) -> float | None:
 
 
 def slowest(times: Times) -> int:
-    """Returns the rank that the others waited for: the slowest in the longest stage.
+    """Return the rank for which the others waited: the slowest in the longest stage.
 
-    Ignores the commit, in which the fastest rank waits longest.
+    Ignore the commit, in which the fastest rank spends the most time waiting for the others.
     """
     stages = {name: stage for name, stage in times.stages.items() if name != "commit"}
     return max((stages or times.stages).values(), key=lambda stage: stage.most).slowest
 
 
 class HistoryReader:
-    """Reads a run's history again and again.
+    """Reads the history of a run repeatedly, each time only what has changed.
 
-    Skips checkpoints whose files have not changed, and lines of metrics that it has read. In a
-    bucket, a listing of the whole folder says what has changed: a request per thousand objects. At
-    other URLs changes cannot be noticed, so it reads all checkpoints each time.
+    Checkpoints whose files have not changed, and lines of metrics, are not read again. In a bucket,
+    the reader finds changes by listing the whole folder, with one request per thousand objects. At
+    other URLs it cannot notice changes, so it reads all checkpoints each time.
     """
 
     def __init__(self, path: str) -> None:
@@ -206,8 +206,7 @@ class HistoryReader:
         self._tier: tuple[object, TierView | None] = (None, None)
 
     def read(self) -> History:
-        """Returns the history as of now: the same object again if nothing has changed. Reads no
-        tensors.
+        """Read the current history, without tensors. Return the same object if nothing has changed.
 
         Raises:
             NotFoundError: no such folder, or no checkpoint in it.
@@ -216,7 +215,7 @@ class HistoryReader:
         rows = self._survey(store, name)
         damaged = {row.name for row in rows if row.state == "damaged"}
         if damaged - self._known_damaged and self._listed is not None:
-            # They may have been replaced or deleted since they were listed.
+            # Other processes may have replaced or deleted these checkpoints since the listing.
             self._listed[1]()
             rows = self._survey(store, name)
             damaged = {row.name for row in rows if row.state == "damaged"}
@@ -231,7 +230,7 @@ class HistoryReader:
         return self._history
 
     def read_metrics(self) -> History:
-        """Returns a history without checkpoints: the metrics of a run that has not saved yet."""
+        """Return a history of metrics alone, for a run that has not saved yet."""
         store, name = self._open()
         return History(location(store, name), (), self._metrics.read(store, name))
 
@@ -251,7 +250,7 @@ class HistoryReader:
         def cached_row(listed: ReadStore, key: str) -> CheckpointRow:
             stamp = _stamp(store, key)
             old_stamp, row = before.get(key, (None, None))
-            # In a bucket, a request may have failed.
+            # In a bucket, `damaged` may be due to a failed request, so read the checkpoint again.
             is_sure = row is not None and (row.state != "damaged" or self._listed is None)
             if row is None or old_stamp != stamp or not is_sure:
                 row = row_of(listed, key)
@@ -261,7 +260,7 @@ class HistoryReader:
         return survey(store, name, cached_row)
 
     def _tier_of(self, store: ReadStore, name: str) -> TierView | None:
-        """Describe the fast tier, whose manifests are read again only after a change."""
+        """Describe the fast tier. Read its manifests again only after a change."""
         try:
             record = read_tier(store, name)
             if record is None:
@@ -277,7 +276,10 @@ class HistoryReader:
     def _trainer_log(
         self, store: ReadStore, name: str, rows: Sequence[CheckpointRow]
     ) -> TrainerLog:
-        """Returns the log in the newest good checkpoint that has one."""
+        """Read the log in the newest checkpoint that has one.
+
+        Return the log of the last call if that checkpoint is damaged, or if none has a log.
+        """
         newest = next((row for row in reversed(rows) if TRAINER_STATE in row.files), None)
         if newest is None or newest.state != "good":
             return self._trainer[1]
@@ -289,8 +291,10 @@ class HistoryReader:
 
 
 def _written_at(store: ReadStore, name: str, rows: Sequence[CheckpointRow]) -> float | None:
-    """Returns when an unfinished save last changed; None where there is none, or where that cannot
-    be told."""
+    """Return the Unix time at which an unfinished save last changed.
+
+    Return None if there is no such save, or if its time is unknown.
+    """
     times = []
     for row in rows:
         hidden = hidden_folder_of(row.name) if row.state == "attempt" else None
@@ -301,7 +305,7 @@ def _written_at(store: ReadStore, name: str, rows: Sequence[CheckpointRow]) -> f
 
 
 def _read_trainer_log(store: ReadStore, key: str) -> TrainerLog:
-    """Returns an empty log where the file cannot be read."""
+    """Read the log of transformers' Trainer. Return an empty log if that fails."""
     try:
         nbytes = store.size(key)
         if nbytes > TRAINER_STATE_BYTES_MAX:
@@ -315,9 +319,9 @@ def _read_trainer_log(store: ReadStore, key: str) -> TrainerLog:
 
 
 def _stamp(store: ReadStore, key: str) -> object:
-    """Returns a value that stays equal while no file of a checkpoint changes.
+    """Return a value that stays equal while no file of a checkpoint changes.
 
-    Where changes cannot be noticed, each value is unequal to all others.
+    If the store cannot notice changes, each value differs from all others.
     """
     if isinstance(store, Stamping):
         with suppress(HoldfastError):
@@ -326,14 +330,14 @@ def _stamp(store: ReadStore, key: str) -> object:
 
 
 class _MetricsReader:
-    """Reads the metrics file beside a folder, or in it, again and again."""
+    """Reads the metrics file beside or in a folder repeatedly, each time only its new lines."""
 
     def __init__(self) -> None:
         self._records: list[MetricsRow] = []
         self._key, self._head, self._offset = "", b"", 0
 
     def read(self, store: ReadStore, name: str) -> list[MetricsRow]:
-        """Returns all records; reads only new lines. Empty where there is no such file."""
+        """Read the new lines, and return the rows of all lines; empty if there is no such file."""
         above = name.rpartition("/")[0]
         for key in (f"{above}/{METRICS}" if above else METRICS, f"{name}/{METRICS}"):
             with suppress(HoldfastError):
@@ -350,7 +354,7 @@ class _MetricsReader:
         *lines, rest = data.split(b"\n")
         # The rest may be half of a line that is being written, so it is read again next time.
         self._offset += len(data) - len(rest)
-        # A new list, since histories keep the old one.
+        # Make a new list, since earlier histories refer to the old one.
         if new := [record for record in map(_record, lines) if record is not None]:
             self._records = [*self._records, *new]
         last = _record(rest)
@@ -358,7 +362,7 @@ class _MetricsReader:
 
 
 def _record(line: bytes) -> MetricsRow | None:
-    """Decode one line; None where it is cut off, or no record."""
+    """Decode one line; None if the line is cut off, or is not a row of metrics."""
     try:
         row: Any = json.loads(line)
         if not _is_count(row["step"]):
@@ -387,5 +391,5 @@ def _times(row: Any) -> Times:
 
 
 def _is_count(value: Any) -> bool:
-    # Rates and charts of integers that no float holds could not be computed.
+    # Rates and charts are computed with floats, which cannot hold arbitrarily large integers.
     return type(value) is int and 0 <= value <= SIZE_MAX

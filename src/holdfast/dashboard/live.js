@@ -1,5 +1,5 @@
 "use strict";
-// Requests the page every two seconds, and shows the new one if it changed.
+// Request the page every two seconds, and show it if it has changed.
 let known = null;
 async function refresh() {
   if (!document.hidden) {

@@ -1,4 +1,4 @@
-"""The page about a run: one self-contained document of HTML."""
+"""Make the page about a run, as one self-contained HTML document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from holdfast.spelling import counted, spelled_age, spelled_bytes, spelled_layou
 from holdfast.timing import Times
 
 GENERATOR = '<meta name="generator" content="holdfast report">'
-"""Tag of every page. `holdfast report` replaces no file without it."""
+"""Tag in every page. `holdfast report` replaces only files that contain it."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5d6773;
@@ -65,16 +65,16 @@ td.note { white-space: normal; min-width: 14rem }
 """
 
 STALL_MIN_S = 0.01
-"""Shortest wait that the page shows. Steps without a save have shorter ones."""
+"""Shortest wait for a save that the page shows. At steps without a save, training waits less."""
 
 
 def page(history: History, now: datetime) -> str:
-    """Returns the whole page."""
+    """Return the whole page about a run, as HTML."""
     return framed(escape(history.where), body(history, now))
 
 
 def body(history: History, now: datetime) -> str:
-    """Returns the content of the page, without the frame around it."""
+    """Return the content of the page, without the frame around it."""
     return (
         f"<h1>{escape(history.where)}</h1>"
         f"<p>{escape(summary(history))}; as of {now:%Y-%m-%d %H:%M} UTC</p>"
@@ -84,10 +84,10 @@ def body(history: History, now: datetime) -> str:
 
 
 def framed(title: str, body: str, *, script: str = "", style: str = "") -> str:
-    """Returns a page with this title and body, which must be HTML.
+    """Return a page with this title and body, both given as HTML.
 
-    `script`: URL of a script for the page. The browser loads and runs nothing else. `style`: CSS in
-    addition to that of every page.
+    `script`: URL of the only script that the browser may load for the page. `style`: CSS of this
+    page, in addition to `STYLE`.
     """
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     if script:
@@ -104,7 +104,7 @@ def framed(title: str, body: str, *, script: str = "", style: str = "") -> str:
 
 
 def summary(history: History) -> str:
-    """Returns the number of a run's checkpoints, and the step that a resume takes, as text."""
+    """Return how many checkpoints a run has, and which step a resume would load, as text."""
     checkpoints = [row for row in history.rows if row.step is not None]
     words = [counted(len(checkpoints), "checkpoint")]
     num_damaged = sum(row.state == "damaged" for row in checkpoints)
@@ -191,13 +191,13 @@ def _charts(history: History) -> list[str]:
 
 
 def _points(rows: Sequence[MetricsRow], name: str, form: str, unit: str = "") -> list[Point]:
-    """Returns the field `name` of each row, by step. `form`: format of the value in its tooltip."""
+    """Return a point for the field `name` of each row. `form`: format of the value in a tooltip."""
     values = [(row.step, getattr(row, name)) for row in rows]
     return [Point(step, value, f"step {step}: {value:{form}}{unit}") for step, value in values]
 
 
 def _durations(operations: Sequence[Times]) -> list[Point]:
-    """Returns how long each save or load took, with its stages as the tooltip."""
+    """Return a point for the duration of each save or load, with its stages in the tooltip."""
     points = []
     for times in operations:
         stages = [f"{n} {s.most:.2f} s (rank {s.slowest})" for n, s in times.stages.items()]
@@ -206,7 +206,7 @@ def _durations(operations: Sequence[Times]) -> list[Point]:
 
 
 def _note_on_slowest(history: History) -> str:
-    """Returns which rank was the slowest most often; empty without saves."""
+    """Return a note on the rank that was most often the slowest; empty without saves."""
     saves = history.saves
     ranks = Counter(map(slowest, saves)).most_common(1)
     if not ranks:
@@ -221,7 +221,7 @@ DOTS = {
     "damaged": "damaged",
     "gone": "saved, and removed since",
 }
-"""Legend of the dots, by CSS class."""
+"""Text of the legend for each kind of dot, by CSS class."""
 
 
 def _legend(history: History) -> str:
@@ -237,7 +237,7 @@ def _legend(history: History) -> str:
 
 def _steps_over_time(history: History) -> str:
     """Draw steps over time, with the checkpoints as dots."""
-    # For a checkpoint with an unreadable index: the time at which the run reported its step.
+    # If the index of a checkpoint cannot be read, use the time at which the run reported its step.
     reported = {record.step: record.time for record in history.current}
     committed = [
         (row, time)
@@ -301,7 +301,7 @@ def _since(time: float, now: datetime) -> str:
 
 
 def short(value: float) -> str:
-    """Returns a number in few characters.
+    """Format a number in few characters.
 
     >>> short(1234567.0), short(950.0)
     ('1.23M', '950')

@@ -1,6 +1,6 @@
 "use strict";
-// Requests the table every two seconds. Only rows that changed are replaced, so that the reader's
-// place on the page stays. The order is in the address: a bookmark of a wall screen keeps it.
+// Request the table every two seconds. Replace only rows that have changed, so that the page keeps
+// its scroll position. The sort order is in the URL, so that a bookmark keeps it.
 
 const READ_MS = 2000;
 const LOST_MS = 10000;
@@ -110,7 +110,7 @@ document.querySelector(".runs thead").addEventListener("click", (event) => {
     const now = head.getAttribute("aria-sort");
     const first = head.querySelector("button").dataset.first;
     const second = first === "ascending" ? "descending" : "ascending";
-    // The third click returns to the order of the server, the worst run first.
+    // The third click restores the order of the server: the worst run first.
     const next = now === "none" ? first : now === first ? second : null;
     const hash = next === null ? "" : `#${head.dataset.column}:${next}`;
     history.replaceState(null, "", location.pathname + hash);

@@ -1,4 +1,4 @@
-"""The page about all runs: a table with a row per run, the worst first."""
+"""Make the page about all runs: a table with a row per run, the worst first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from holdfast.dashboard.watch import WatchedFolder
 from holdfast.spelling import counted, spelled_age, spelled_bytes
 
 STYLE = files(__package__).joinpath("runs.css").read_text("utf-8")
-"""Style of the table, in addition to that of every page."""
+"""CSS of the table, in addition to the CSS of every page."""
 
 CURVE_POINTS_MAX = 60
 CURVE_WIDTH, CURVE_HEIGHT, CURVE_MARGIN = 120, 26, 3
@@ -37,10 +37,10 @@ COLUMNS = {
 """Heading of each column, by its name."""
 
 UNSORTED = ("note",)
-"""Columns by which the table is not sorted."""
+"""Columns by which the table cannot be sorted."""
 
 DESCENDING = ("step", "age", "rate", "blocked", "size")
-"""Columns whose first click puts the largest value first."""
+"""Columns that the first click sorts with the largest value first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,9 @@ def runs_page(
     *,
     incomplete: Sequence[str] = (),
 ) -> tuple[str, str]:
-    """Returns title and content of the page, as HTML.
+    """Return the title of the page as text, and its content as HTML.
 
-    `incomplete`: folders given that hold more than was searched.
+    `incomplete`: given folders that were searched only in part.
     """
     names = short_names([run.folder for run in runs.values()])
     drawn = [_row(number, run, names[run.folder], now, limits) for number, run in runs.items()]
@@ -104,8 +104,10 @@ def runs_page(
 
 
 def short_names(folders: Sequence[str]) -> dict[str, str]:
-    """Returns a short name for each folder: without what all have in common, and without a last
-    part `checkpoint`, as far as names stay different.
+    """Return a short name for each folder.
+
+    It lacks the parts at the beginning that all folders have in common. It also lacks a last part
+    `checkpoint`, if all names are still different without it.
 
     >>> short_names(["runs/a/checkpoint", "runs/b/checkpoint"])
     {'runs/a/checkpoint': 'a', 'runs/b/checkpoint': 'b'}
@@ -203,7 +205,7 @@ def _age(figures: Figures, condition: Condition) -> Cell:
         meter = f'<span class="meter"><b style="width:{share:.0%}"></b>{mark}</span>'
     every = "" if interval_s is None else f"<small>every {spelled_age(interval_s)}</small>"
     text = f'<span class="times">{spelled_age(age_s)}{every}</span>{meter}'
-    # The time of the commit, not the age: it stays the same, so the row changes less often.
+    # Sort by the time of the commit, not by the age, which would change the row at every request.
     return Cell(text, key=-figures.saved_at)
 
 
@@ -217,7 +219,7 @@ def _loss(figures: Figures) -> Cell:
 
 
 def sparkline(losses: Sequence[tuple[int, float]]) -> str:
-    """Draw the latest losses as a small curve; empty for fewer than two."""
+    """Draw the latest losses as a small curve; empty for fewer than two losses."""
     values = curve(losses, CURVE_POINTS_MAX)
     if len(values) < 2:
         return ""

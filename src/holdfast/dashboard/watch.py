@@ -1,4 +1,4 @@
-"""Reads runs again and again in threads, so that no request waits for a disk."""
+"""Read runs repeatedly in threads, so that no request waits for a disk."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.storage.opening import is_url
 
 READ_S = 2.0
-"""Least seconds between two reads of a folder."""
+"""Minimum seconds between two reads of a folder."""
 
 READ_BUCKET_S = 10.0
-"""Least seconds between two reads of a folder in a bucket, whose requests cost money."""
+"""Minimum seconds between two reads of a folder in a bucket, since requests cost money."""
 
 SEARCH_S = 10.0
-"""Least seconds between two searches for new runs."""
+"""Minimum seconds between two searches for new runs."""
 
 SEARCH_BUCKET_S = 120.0
-"""Least seconds between two searches in a bucket."""
+"""Minimum seconds between two searches in a bucket."""
 
 READ_SHARE = 0.05
-"""Largest share of a thread's time for reading, so slow folders are read more rarely."""
+"""Maximum share of its time that a thread reads. Slow folders are therefore read less often."""
 
 CPU_SHARE = 0.08
-"""Largest share of one CPU core that reading all runs takes together."""
+"""Maximum share of one CPU core for reading all runs."""
 
 SEARCH_CPU_SHARE = 0.02
-"""Largest share of one CPU core that searching all folders takes together."""
+"""Maximum share of one CPU core for searching all folders."""
 
 FIRST_READ_S = 1.0
-"""Seconds to wait for the first read."""
+"""Maximum seconds to wait at the start for the first searches and reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,13 @@ class ReadResult:
     """Reason why there is no history."""
 
     time: float = 0.0
-    """Time of the read, in seconds since 1970."""
+    """Unix time of the read."""
 
     figures: Figures = NO_FIGURES
-    """Figures of the history; without one, those of the last history, or of the metrics alone."""
+    """Figures of the history. Without a history: of the last one, or else of the metrics alone."""
 
     is_missing: bool = False
-    """Whether there is no history because the folder or all its checkpoints do not exist."""
+    """Whether `history` is None because the folder does not exist or has no checkpoints."""
 
     was_seen: bool = False
     """Whether this or an earlier read has found checkpoints."""
@@ -64,7 +64,7 @@ class ReadResult:
 
 
 class WatchedFolder:
-    """A folder that is read until `stop`. One that hangs or fails delays no other."""
+    """Folder that a thread reads repeatedly until `stop`. A slow folder does not delay others."""
 
     def __init__(self, folder: str, *, cpu_share: float = CPU_SHARE) -> None:
         """`cpu_share`: largest share of one CPU core for reading this folder."""
@@ -79,11 +79,11 @@ class WatchedFolder:
         threading.Thread(target=self._run, name="holdfast-look", daemon=True).start()
 
     def wait_for_first(self, timeout_s: float = FIRST_READ_S) -> None:
-        """Wait until the folder has been read once."""
+        """Wait until the folder has been read once, but at most `timeout_s` seconds."""
         self._first.wait(timeout_s)
 
     def stop(self) -> None:
-        """Do not read the folder any more."""
+        """Stop reading the folder."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -114,7 +114,7 @@ class WatchedFolder:
             return replace(failed, problem=f"{type(error).__name__}: {error}")
 
     def _figures_of_metrics(self) -> Figures:
-        """Returns the figures of a run that trains and has not saved yet."""
+        """Return the figures of a run that trains and has not saved yet."""
         try:
             return figures_of(self._reader.read_metrics())
         except HoldfastError:
@@ -122,11 +122,14 @@ class WatchedFolder:
 
 
 class Fleet:
-    """The runs at and below some folders. Each has a number, which it keeps."""
+    """Runs at and below the given folders. Each run has a number that does not change."""
 
     def __init__(self, folders: Sequence[str]) -> None:
-        """`folders`: folders of checkpoints, which get the numbers from 0 on, or folders above
-        such folders. Runs that are made later are found too. A folder given twice counts once."""
+        """`folders`: folders of checkpoints, or folders above such folders.
+
+        The number of a given folder of checkpoints is its position in `folders`. Runs that are made
+        later are found too. A folder that is given twice counts once.
+        """
         self._num_given = len(folders)
         self._lock = threading.Lock()
         self._runs: dict[int, WatchedFolder] = {}
@@ -144,33 +147,33 @@ class Fleet:
         deadline = time.monotonic() + FIRST_READ_S
         for number, search in self._searches.items():
             if not search.first.wait(max(deadline - time.monotonic(), 0)):
-                # A folder that hangs is shown as one that cannot be read.
+                # The folder hangs. Add it as a run, so that it is shown as unreadable.
                 self.add(number, folders[number], FoundRuns((), is_complete=True))
         for run in self.runs.values():
             run.wait_for_first(max(deadline - time.monotonic(), 0))
 
     @property
     def runs(self) -> Mapping[int, WatchedFolder]:
-        """Runs by number, in the order in which they were found."""
+        """Runs by number, sorted by number."""
         with self._lock:
             return dict(sorted(self._runs.items()))
 
     @property
     def incomplete(self) -> Sequence[str]:
-        """Folders given that hold more than is searched."""
+        """Given folders that were searched only in part, since they are too large."""
         with self._lock:
             return sorted(self._incomplete)
 
     @property
     def is_single(self) -> bool:
-        """Whether the only folder given is that of a run."""
+        """Whether a single folder was given, and it is the folder of a run."""
         with self._lock:
             return self._num_given == 1 and [*self._runs] == [0] and not self._incomplete
 
     def stop(self) -> None:
-        """Neither search nor read any more."""
+        """Stop searching and reading."""
         with self._lock:
-            # A search that is in progress finds more runs.
+            # Makes `add` ignore the results of searches that are still in progress.
             self._is_stopped = True
         for search in self._searches.values():
             search.stopped.set()
@@ -178,10 +181,10 @@ class Fleet:
             run.stop()
 
     def add(self, number: int, folder: str, found: FoundRuns) -> None:
-        """Watch what was found in the folder given with this number."""
+        """Watch the runs that were found in a given folder, whose position is `number`."""
         root = full_path(folder)
-        # A folder that is given too has its own search, and the number from there: which of the two
-        # searches ends first must not matter.
+        # Leave out folders that were given themselves. Their own searches add them with their own
+        # numbers, no matter which search ends first.
         below = [path for path in found.folders if path != root and path not in self._given]
         with self._lock:
             if self._is_stopped:
@@ -191,7 +194,7 @@ class Fleet:
             else:
                 self._incomplete.add(folder)
             if found.folders and found.folders != [root]:
-                # What seemed to be a run that has not saved yet is a folder above runs.
+                # The given folder seemed to be a run that has not saved yet, but contains runs.
                 if number in self._runs:
                     self._runs.pop(number).stop()
                     self._paths.discard(root)
@@ -215,7 +218,7 @@ class Fleet:
 
 
 class _Search:
-    """Thread that searches one of the folders given for runs."""
+    """Thread that repeatedly searches one given folder for runs."""
 
     def __init__(self, fleet: Fleet, number: int, folder: str, cpu_share: float) -> None:
         self._fleet, self._number, self._folder = fleet, number, folder

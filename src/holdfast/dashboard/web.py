@@ -1,4 +1,4 @@
-"""The server of `holdfast serve`, which only reads, and answers only GET and HEAD.
+"""Web server of `holdfast serve`. It only reads, and answers only GET and HEAD.
 
 Requests name runs by number, so no request can name a path. Answers come from the latest results
 of `WatchedFolder`, so no request waits for a disk.
@@ -37,19 +37,19 @@ from holdfast.dashboard.watch import Fleet, WatchedFolder
 HEADER_BYTES_MAX = 16 << 10
 
 CONNECTIONS_MAX = 200
-"""Maximum number of open connections. A further one closes the connection idle for longest."""
+"""Maximum number of open connections. One more closes the connection that is idle for longest."""
 
 IDLE_S = 30.0
-"""Seconds in which a client must send a request and receive its answer, or is dropped."""
+"""Seconds after which a connection is dropped if it has completed no answer."""
 
 SHUTDOWN_S = 3
-"""Seconds for finishing answers when the server stops."""
+"""Seconds for which a server that stops continues to send answers."""
 
 PAGE_S = 1.0
-"""Seconds for which the page about all runs is kept, however many clients request it."""
+"""Seconds for which all clients get the same copy of the page about all runs."""
 
 NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
-"""Number of a run in a path."""
+"""Pattern for the number of a run in the path of a URL."""
 
 LINK_TO_RUNS = '<nav><a href="/runs">All runs</a></nav>'
 
@@ -60,10 +60,10 @@ SCRIPTS = {name: files(__package__).joinpath(name).read_bytes() for name in ("li
 def server_of(
     fleet: Fleet, names: Collection[str], limits: Limits, token: str | None
 ) -> uvicorn.Server:
-    """Returns a server of the runs of a fleet.
+    """Return a server that shows the runs of a fleet.
 
-    `names`: host names by which requests may address it. `token`: token that requests must have;
-    None for none.
+    `names`: host names by which requests may address the server. `token`: token that requests must
+    have; None if they need no token.
     """
     config = uvicorn.Config(
         app_of(fleet, names, limits, token),
@@ -81,7 +81,7 @@ def server_of(
 
 
 def app_of(fleet: Fleet, names: Collection[str], limits: Limits, token: str | None) -> ASGIApp:
-    """Returns the ASGI application of `server_of`."""
+    """Return the ASGI application that `server_of` serves."""
     table = _Table(fleet, limits)
 
     def of_run(
@@ -139,7 +139,7 @@ def app_of(fleet: Fleet, names: Collection[str], limits: Limits, token: str | No
 
 
 class _Table:
-    """The page about all runs, made at most once in `PAGE_S`."""
+    """Page about all runs, which is made at most once in `PAGE_S` seconds."""
 
     def __init__(self, fleet: Fleet, limits: Limits) -> None:
         self._fleet, self._limits = fleet, limits
@@ -147,7 +147,7 @@ class _Table:
         self._made_at, self._made = -math.inf, b""
 
     def page(self) -> Response:
-        # Requests run in threads: without the lock each of them would make the page.
+        # Requests run in threads. Without the lock, each of them would make the page.
         with self._lock:
             if time.monotonic() - self._made_at > PAGE_S:
                 now, incomplete = datetime.now(UTC), self._fleet.incomplete
@@ -169,7 +169,7 @@ def _page(run: WatchedFolder, now: datetime) -> Response:
 
 
 def _json(value: Any, status_code: int = 200) -> Response:
-    # `json.dumps` writes ASCII, since file names may be no valid UTF-8.
+    # File names may contain bytes that are not UTF-8. `json.dumps` escapes them.
     return Response(json.dumps(value) + "\n", status_code, media_type="application/json")
 
 
@@ -183,7 +183,7 @@ def _html(page: bytes) -> Response:
 
 
 def _unless_cached(request: Request, answer: Response) -> Response:
-    """Returns the answer; status 304 where the client has it already."""
+    """Return the answer, or one with status 304 if the client already has the content."""
     tag = answer.headers.get("ETag")
     if tag is not None and request.headers.get("If-None-Match") == tag:
         return Response(status_code=304, headers={"ETag": tag})
@@ -191,13 +191,13 @@ def _unless_cached(request: Request, answer: Response) -> Response:
 
 
 class TimedProtocol(H11Protocol):
-    """An HTTP connection that is dropped after `IDLE_S` without a completed answer.
+    """HTTP connection that is dropped after `IDLE_S` seconds without a completed answer.
 
-    Without the limit, clients that send half a request or receive no answer use up all connections.
+    Otherwise, clients that send half a request or read no answer could use up all connections.
     """
 
     since: float = 0.0
-    """Time of the latest answer, or of the connection, by the clock of the event loop."""
+    """Event-loop time of the latest answer; before the first answer, of the connection."""
 
     _timer: asyncio.TimerHandle | None = None
 

@@ -1,8 +1,9 @@
-"""Save by the plan of `torch.distributed.checkpoint`: attempt, write, publish."""
+"""Save by a plan of `torch.distributed.checkpoint`: make the attempt, write, publish."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterable
@@ -41,6 +42,7 @@ from holdfast.saving.write import write
 from holdfast.state.layout import dtype_name
 from holdfast.state.subclass import is_plain_tensor
 from holdfast.storage.opening import is_url
+from holdfast.storage.store import Distant
 from holdfast.timing import Spans
 
 _STARTED_NS = time.time_ns()
@@ -50,9 +52,9 @@ _STARTED_NS = time.time_ns()
 class Writer(StorageWriter):
     """Storage of one DCP save, or of several, one after the other.
 
-    The checkpoint is written into a hidden folder beside `path`, with a checksum per block. It gets
-    its name when all ranks have written and synced their files, by one rename. A save that fails on
-    any rank leaves the checkpoint that `path` had, and deletes its own files.
+    The checkpoint is written into a hidden folder beside `path`, with a checksum per block. Once
+    all ranks have written and synced their files, one rename gives the folder its name. A save that
+    fails on any rank deletes its own files, and keeps the checkpoint that was at `path`.
 
     Every rank makes its own `Writer`, with the same path.
     """
@@ -67,7 +69,7 @@ class Writer(StorageWriter):
         self._path = _absolute(path, "path")
         self._overwrite = checked_flag(overwrite, "overwrite")
         self._current_folder: str | None = None
-        """Current folder of the process that has sent this writer here; None: it was made here."""
+        """Current folder of the process that sent this writer here; None if it was made here."""
 
         self._rank = 0
         self._is_coordinator = False
@@ -133,17 +135,26 @@ class Writer(StorageWriter):
         """
         nbytes = sum(items[-1].item.stop for items in layouts_of(plans) if items)
         self._open = _Attempt.begin(self._path, nbytes=nbytes, overwrite=self._overwrite)
-        # Deletes the attempt too if another rank has failed: DCP does not tell this object then.
+        # If another rank fails, DCP does not tell this writer. Then the finalizer deletes the
+        # attempt.
         weakref.finalize(self, self._open.close)
-        # A planner with cached plans may pass an older plan to `write_data` than this one. The mark
-        # must therefore be the same in all plans that this coordinator makes.
-        mark = _coordinator_mark()
-        return [replace(plan, storage_data=mark) for plan in plans]
+        return [replace(plan, storage_data=self._open.mark) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write and sync this rank's file. An error deletes the attempt, for all ranks."""
+        """Write and sync this rank's file. An error deletes the attempt, for all ranks.
+
+        Raises:
+            UsageError: the planner caches plans, and `path` is in an object store.
+        """
         catalog, name = open_for_saving(self._path)
-        attempt = _attempt_folder(name, plan.storage_data)
+        if isinstance(catalog.store, Distant) and getattr(planner, "_enable_plan_caching", False):
+            self._close()
+            raise UsageError(
+                f"the planner caches plans, and `{self._path}` is in an object store, where each "
+                "save needs a plan of its own",
+                hint="leave `enable_plan_caching` out",
+            )
+        attempt = _attempt_folder(catalog, name, plan.storage_data)
         try:
             written = _write(catalog, attempt, plan, planner, self._rank)
         except BaseException:
@@ -199,6 +210,23 @@ class _Attempt:
         self.catalog = catalog
         self.folder = folder
         self.is_open = True
+        self._thread = threading.current_thread()
+
+    @property
+    def mark(self) -> str:
+        """Text from which every rank tells the folder.
+
+        In a folder, a planner with cached plans may pass an older plan to `write_data`, so all
+        plans of this process have the same mark. In an object store, each attempt needs an ID of
+        its own, since the files of a checkpoint stay below its ID.
+        """
+        is_distant = isinstance(self.catalog.store, Distant)
+        return self.folder.id if is_distant else _coordinator_mark()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its save has ended: its thread has ended, or is about to begin another save."""
+        return self._thread is threading.current_thread() or not self._thread.is_alive()
 
     @classmethod
     def begin(cls, path: str, *, nbytes: int, overwrite: bool) -> Self:
@@ -207,25 +235,31 @@ class _Attempt:
         store = catalog.store
         store.make_folder("")
         names = store.list()
+        is_distant = isinstance(store, Distant)
         for other in [*_OPEN]:
-            if other.catalog.store.url == store.url and f"{other.folder}/" not in names:
-                # A rank that failed has deleted it, and DCP has not told the writer that holds it.
-                other.close()
+            if other.catalog.store.url == store.url:
+                # A rank that failed has deleted the folder. DCP has not told the writer that
+                # holds it.
+                is_gone = not is_distant and f"{other.folder}/" not in names
+                if is_gone or other.has_ended:
+                    other.close()
+                elif is_distant and other.folder.name == name:
+                    raise _in_progress(catalog, name)
         execute(store, plan_cleanup(names))
-        attempt = _attempt_folder(name, _coordinator_mark())
-        if f"{attempt}/" in names:
-            if is_at_work(store, str(attempt)):
-                raise ExistsError(
-                    f"another save to `{catalog.where(name)}` is in progress in this process",
-                    hint="wait for its future first",
-                )
-            _set_aside(catalog, attempt)
+        chosen_id = ""
+        if not is_distant:
+            attempt = _attempt_folder(catalog, name, _coordinator_mark())
+            chosen_id = attempt.id
+            if f"{attempt}/" in names:
+                if is_at_work(store, str(attempt)):
+                    raise _in_progress(catalog, name)
+                _set_aside(catalog, attempt)
         is_empty = f"{name}/" in names and not store.list(name)
         replaces = overwrite or is_empty
         hint = "choose another path, or pass `overwrite=True` to replace it"
         catalog.check_free(name, replace=replaces, hint=hint)
         check_space(catalog, name, nbytes)
-        begun = cls(catalog, catalog.begin(name, replace=replaces, chosen_id=attempt.id))
+        begun = cls(catalog, catalog.begin(name, replace=replaces, chosen_id=chosen_id))
         _OPEN.add(begun)
         return begun
 
@@ -235,18 +269,18 @@ class _Attempt:
             self.is_open = False
             _OPEN.discard(self)
             self.catalog.release(self.folder)
-            # By a cleanup, which leaves a folder alone that somebody holds: a later save of this
-            # process may have a folder of this name by now.
+            # Delete by a cleanup, which keeps a folder that is in use: by now, a later save of this
+            # process may use a folder of this name.
             execute(self.catalog.store, plan_cleanup([f"{self.folder}/"]))
 
 
 def _absolute(path: object, what: str, *, folder: str | None = None) -> str:
-    """The path, absolute: the save may run in a thread or process with another current folder.
+    """Return the absolute path, since the save may run in a process with another current folder.
 
-    `folder`: what a relative path starts from; None: the current folder.
+    `folder`: folder that a relative path starts from; None for the current folder.
     """
     text = checked_path(path, what)
-    # A save checks on all ranks, when it begins, that Holdfast can write to the URL.
+    # When a save begins, every rank checks that Holdfast can write to the URL.
     if is_url(text):
         return text
     return os.path.abspath(os.path.join(folder or "", text))  # noqa: PTH100, PTH118 - links stay
@@ -279,7 +313,8 @@ def _write_file(
     catalog: Catalog, attempt: HiddenFolder, layout: FileLayout, windows_of: Any, spans: Spans
 ) -> Any:
     store = catalog.store
-    if f"{attempt}/" not in store.list():
+    # An object store has no empty folders, and each host sees the same bucket.
+    if not isinstance(store, Distant) and f"{attempt}/" not in store.list():
         raise _deleted(catalog, attempt)
     try:
         with torch.no_grad():
@@ -297,7 +332,7 @@ def _deleted(catalog: Catalog, attempt: HiddenFolder) -> StorageError:
 
 
 def _resolved(write_item: WriteItem, item: TensorItem, planner: SavePlanner) -> torch.Tensor:
-    """The tensor that the planner gives for an item, with the dtype and shape of the plan."""
+    """Return the planner's tensor for an item. Check that it has the plan's dtype and shape."""
     tensor = planner.resolve_data(write_item)
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(f"`{item.name}`: the planner gave a {type(tensor).__name__}, no tensor")
@@ -317,19 +352,29 @@ def _resolved(write_item: WriteItem, item: TensorItem, planner: SavePlanner) -> 
     return tensor
 
 
-def _attempt_folder(name: str, mark: object) -> HiddenFolder:
-    """Folder in which a coordinator saves checkpoint `name`: every rank can tell it."""
+def _attempt_folder(catalog: Catalog, name: str, mark: object) -> HiddenFolder:
+    """Return the attempt of checkpoint `name`, which every rank finds from the coordinator's `mark`
+    (see `_Attempt.mark`)."""
+    if isinstance(catalog.store, Distant):
+        return HiddenFolder("attempt", name, str(mark))
     return HiddenFolder("attempt", name, f"{checksum(f'{mark}/{name}'.encode()):016x}"[:8])
 
 
+def _in_progress(catalog: Catalog, name: str) -> ExistsError:
+    return ExistsError(
+        f"another save to `{catalog.where(name)}` is in progress in this process",
+        hint="wait for its future first",
+    )
+
+
 def _coordinator_mark() -> str:
-    """Text that differs between processes, and is constant in each."""
+    """Return a text that identifies this process, and that stays the same."""
     return f"{os.uname().nodename}-{os.getpid()}-{_STARTED_NS}"
 
 
 def _set_aside(catalog: Catalog, attempt: HiddenFolder) -> None:
-    """Delete the attempt of a failed save, from any rank. First it is renamed: then no rank that
-    still writes can add a file to it."""
+    """Delete the attempt of a failed save, from any rank. This renames the attempt first, so that
+    ranks that are still writing cannot add files to it."""
     with suppress(HoldfastError):
         delete_hidden(catalog.store, attempt)
 

@@ -17,7 +17,7 @@ _WEIGHTS = (
     "*.safetensors *.index.json *.bin *.pt *.pth *.ckpt *.gguf *.onnx *.h5 *.msgpack *.npz "
     "*.distcp *.lock *.incomplete"
 )
-"""Patterns of files that an export does not copy: weights in any format."""
+"""Patterns of files that an export does not copy: weights in any format, files of downloads."""
 
 _TEMPLATES = "additional_chat_templates/"
 
@@ -27,16 +27,16 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of special tokens, in `config.json` and `generation_config.json`."""
 
 COPIED_BYTES_MAX = 200_000_000
-"""Largest file that an export copies. The largest tokenizers have a tenth of it."""
+"""Largest file that an export copies. The largest tokenizers have a tenth of this size."""
 
 
 def files_beside(
     config: Mapping[str, Any], assets: str | None, dtype: str, index: bytes | None
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield name and contents of each file of an export besides the weights, which are in `dtype`.
+    """Yield name and contents of each file of an export besides the weights.
 
-    `assets`: folder whose other files are copied. The index comes last: a folder is not complete
-    without it.
+    `assets`: folder whose other files are copied. `dtype`: dtype of the weights, for `config.json`.
+    The index comes last: a folder is not complete without it.
     """
     if assets is None:
         yield CONFIG, config_bytes(config, dtype)
@@ -50,14 +50,16 @@ def files_beside(
 
 
 def stem_of(config: Mapping[str, Any]) -> str:
-    """Return the beginning of the names of weights that the loader of this model looks for."""
+    """Return the stem of the names of weight files that the loader of this model looks for."""
     return "diffusion_pytorch_model" if is_of_diffusers(config) else "model"
 
 
 def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens in `generation_config.json` that a `config.json` made here lacks.
+    """Return the special tokens in `generation_config.json` that `config` lacks, for a folder
+    without a `config.json` of its own.
 
-    Without them, transformers and other loaders take their defaults, which are other tokens.
+    Without these tokens, transformers and other loaders use their default tokens, which are wrong
+    here.
     """
     files = store.list(folder)
     if CONFIG in files or GENERATION_CONFIG not in files:
@@ -69,7 +71,7 @@ def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict
 def write_small(
     store: Store, files: Creating, folder: str, contents: Iterable[tuple[str, bytes]]
 ) -> None:
-    """Write small files below `folder` of `store`, in which `files` creates them."""
+    """Write small files below `folder` of `store`. `files` creates them."""
     for file, data in contents:
         below = file.rpartition("/")[0]
         if below and f"{below}/" not in store.list(folder):
@@ -88,8 +90,8 @@ def config_bytes(config: Mapping[str, Any], dtype: str) -> bytes:
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     changed = {key: value for key, value in config.items() if key not in QUANTIZATION}
     if is_of_diffusers(config):
-        return changed  # It takes the dtype from the weights, and warns about unknown keys.
-    # transformers 5 renamed the key, and reads both.
+        return changed  # diffusers takes the dtype from the weights, and warns about unknown keys.
+    # transformers 5 renamed `torch_dtype` to `dtype`, and reads both keys.
     keys = [key for key in ("dtype", "torch_dtype") if key in changed]
     nested = isinstance(changed.get("text_config"), dict)
     if nested:

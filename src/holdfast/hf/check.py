@@ -30,7 +30,7 @@ DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|freqs_cis|rope\.(freqs|cache
 """Names of buffers that are computed from the configuration. Some writers save them."""
 
 _HEADS = ("lm_head.weight", "output.weight")
-"""Ends of the names of a language model's head."""
+"""Suffixes of the names of a language model's head."""
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
@@ -56,10 +56,10 @@ def check_fit(
     config_from: str,
     hint: str = HINT,
 ) -> list[str]:
-    """Check that `tensors` are the tensors of one side, all and no others. All differences are
+    """Check that `tensors` are exactly the tensors of one side of `mapping`. All differences are
     listed in one error. Returns notes.
 
-    `config_from` names the origin of the sizes.
+    `config_from`: origin of the sizes, for messages.
     """
     infos, aliases = tensors.infos, mapping.aliases[side]
     derived = [name for name in infos if DERIVED.fullmatch(name)]
@@ -125,13 +125,15 @@ def listed(lines: Sequence[str]) -> str:
 
 
 def _unmapped_balances(names: Collection[str], mapping: TensorMapping, side: SideName) -> set[str]:
-    """Return the biases that balance experts and that the family has no Hugging Face name for."""
+    """Return the names of biases that balance experts, if the mapping has no Hugging Face tensor
+    for them."""
     balance = {name for name in names if is_balance(name)} if side == "native" else set()
     return balance - {*mapping.names(side)}
 
 
 def _merged(lines: Sequence[str]) -> Iterator[str]:
-    """Merge lines that differ only in the number of an expert, then only in that of a layer.
+    """Merge lines that differ only in the number of an expert, then lines that differ only in the
+    number of a layer.
 
     >>> [*_merged([f"`layers.{n}.norm` is missing" for n in (2, 3, 4, 9)])]
     ['`layers.{2-4,9}.norm` is missing']

@@ -1,4 +1,4 @@
-"""Weights of a base with the low-rank factors of a PEFT adapter added."""
+"""Base weights with the low-rank factors of a PEFT adapter added."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Merged:
             )
 
     def _add(self, module: str, name: str, config: Mapping[str, Any]) -> list[str]:
-        """Add the factors of one module. Returns reasons why they cannot be merged."""
+        """Add the factors of one module. Returns the reasons why the factors cannot be merged."""
         weight, infos = f"{module}.weight", self._adapter.infos
         transposed = config.get("fan_in_fan_out") is True
         if name + _B not in infos:
@@ -119,7 +119,8 @@ class Merged:
 
 
 def _of_module(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
-    """Return the rank or the scale of a module: that of the first pattern that matches it."""
+    """Return the rank or the scale of a module: the value of the first pattern that matches the
+    module, else `config[default]`."""
     by_pattern = config.get(patterns) or {}
     keys: Iterable[str] = by_pattern if isinstance(by_pattern, Mapping) else ()
     for key in keys:

@@ -1,7 +1,7 @@
 """Families and flavors by TorchTitan's names, and the `config.json` of each.
 
-`MODELS` in `flavors` has the models that can be trained here. This module adds the published sizes
-of other families, and TorchTitan's small debug models.
+`MODELS` in `flavors` has the models that the reference run can train. This module adds the
+published sizes of other families, and TorchTitan's small debug models.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ def flavors_of(name: str) -> list[str]:
 
 
 def published(name: str, flavor: str, vocab_size: int) -> dict[str, Any]:
-    """Return the `config.json` of a flavor. `vocab_size`: for a flavor without one of its own."""
+    """Return the `config.json` of a flavor. `vocab_size`: used if the flavor has no size of its
+    own."""
     if flavor in PUBLISHED.get(name, ()):
         return {**PUBLISHED[name][flavor]}
     sizes = MODELS[name][flavor]

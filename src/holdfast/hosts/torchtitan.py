@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import make_dataclass
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +22,25 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import execute, plan_cleanup
+from holdfast.catalog.marks import pin
 from holdfast.catalog.open_any import is_checkpoint
 from holdfast.catalog.steady import UNREADABLE
 from holdfast.comm import Ranks, all_ranks, run_on_rank_0
 from holdfast.dcp import Reader, Writer
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.components import MODEL
-from holdfast.format.names import Mark, steps_among
+from holdfast.format.names import steps_among
 from holdfast.hosts.sealing import sealed_by_all
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import mark_unless_store_failed, newest_resumable
 from holdfast.manager.retention import Retainer
-from holdfast.storage.opening import folder_store, is_url
+from holdfast.storage.opening import (
+    is_url,
+    open_store,
+    store_to_save,
+    without_scheme,
+    written_store,
+)
 
 if TYPE_CHECKING:
     from torchtitan.components.checkpointer import CheckpointManager as _Manager
@@ -55,9 +61,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
 
 
+def _titan() -> Any:
+    """TorchTitan's class."""
+    return import_module("torchtitan.components.checkpointer").CheckpointManager
+
+
 @cache
 def _manager_class() -> Any:
-    base: Any = import_module("torchtitan.components.checkpointer").CheckpointManager
+    base = _titan()
     # Made by `type`, since the base is known at run time only. By these names pickle finds both.
     names = {"__module__": __name__, "__qualname__": "CheckpointManager.Config"}
     config = make_dataclass(
@@ -75,11 +86,12 @@ class _TitanManager(_Manager):  # type: ignore[misc]
     the newest checkpoint that a run can resume from, and passes over damaged ones. `keep_latest_k`
     counts good checkpoints only. Stock TorchTitan loads what it saves.
 
-    A folder at a URL is left to TorchTitan.
+    The folder may be in an object store. A folder at another URL is left to TorchTitan.
     """
 
     _catalog: Catalog | None = None
-    """Catalog of the checkpoint folder; None for a URL, and while checkpoints are disabled."""
+    """Catalog of the checkpoint folder; None while checkpoints are disabled, and for a URL that
+    Holdfast cannot write to."""
 
     _retainer: Retainer | None = None
 
@@ -92,13 +104,14 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         super().__init__(config, **components)
         if not getattr(self, "enable", True):
             return
-        if is_url(self.folder):
+        if _is_left(self.folder):
             logger.warning(
-                "`%s` is a URL: TorchTitan saves and loads there itself, without Holdfast",
+                "`%s` is a URL to which Holdfast cannot write: TorchTitan saves and loads there "
+                "itself",
                 self.folder,
             )
             return
-        self._catalog = Catalog(folder_store(self.folder))
+        self._catalog = Catalog(store_to_save(self.folder))
         self._retainer = Retainer(self._catalog, Retention(latest_k=self.keep_latest_k))
 
     # ------------------------------------------------------------------------------------- saving
@@ -125,7 +138,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             HoldfastError: a rank failed. Nothing is published, and the older checkpoints stay.
         """
         rest = (async_mode, enable_garbage_collection, to_hf)
-        if is_url(checkpoint_id):
+        if _is_left(checkpoint_id):
             return super().dcp_save(state_dict, checkpoint_id, *rest)
         if to_hf:
             ranks = self._ranks()
@@ -162,12 +175,17 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             self._pin_exempt()
             self._retainer.saved(self._step)
 
+    def _should_purge(self) -> bool:
+        with _buckets_seen():
+            purges: bool = super()._should_purge()
+        return purges
+
     def _pin_exempt(self) -> None:
         """Pin the steps of `purge_exempt`, a key of versions of TorchTitan after 0.3."""
         exempt = getattr(self, "purge_exempt", None)
         if exempt is not None and self._catalog is not None:
             for step in filter(exempt, self._catalog.steps()):
-                Path(self.folder, str(Mark("pinned", step))).touch()
+                pin(self._catalog.store, step)
 
     def _close(self) -> None:
         super()._close()
@@ -188,8 +206,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         """
         catalog = self._catalog
         if catalog is None or not run_on_rank_0(self._ranks(), self._prepare):
-            loaded: bool = super().load(step)
-            return loaded
+            return self._load_by_titan(step)
         if step != -1:
             return self._load_requested(step)
         passed_over: list[str] = []
@@ -201,7 +218,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             if newest is None:
                 return self._load_initial(passed_over)
             try:
-                loaded = super().load(newest)
+                loaded = self._load_by_titan(newest)
             except UNREADABLE as error:
                 # Raised on every rank, so all ranks try the same step next.
                 self._pass_over(f"step {newest}: {error.what}", passed_over)
@@ -239,7 +256,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
 
     def _load_requested(self, step: int) -> bool:
         try:
-            loaded: bool = super().load(step)
+            loaded = self._load_by_titan(step)
         except UNREADABLE as error:
             newest = "`checkpoint.load_step = -1` takes the newest good checkpoint"
             error.hint = f"{error.hint}; {newest}" if error.hint else newest
@@ -265,7 +282,12 @@ class _TitanManager(_Manager):  # type: ignore[misc]
                 hint="use another `checkpoint.folder`; its `checkpoint.initial_load_path` may be a "
                 "model-only step of this one",
             )
-        loaded: bool = super().load(-1)
+        return self._load_by_titan(-1)
+
+    def _load_by_titan(self, step: int) -> bool:
+        """Load a step as TorchTitan does, which calls `dcp_load`."""
+        with _buckets_seen():
+            loaded: bool = super().load(step)
         return loaded
 
     def _protect(self, step: int) -> None:
@@ -288,13 +310,13 @@ class _TitanManager(_Manager):  # type: ignore[misc]
     ) -> None:
         """Load a checkpoint of Holdfast or stock DCP, and check each block that is read.
 
-        Collective. TorchTitan itself loads Hugging Face folders and URLs.
+        Collective. TorchTitan itself loads Hugging Face folders and other URLs.
 
         Raises:
             DamagedError: bytes are missing, or are not the bytes that were written.
             FormatError: the checkpoint refers to code, or cannot be read.
         """
-        if from_hf or is_url(checkpoint_id):
+        if from_hf or _is_left(checkpoint_id):
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         else:
             _read(state_dict, checkpoint_id, self.states)
@@ -303,7 +325,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         self, states: dict[str, Any], checkpoint_id: str, *, from_hf: bool, from_quantized: bool
     ) -> None:
         """Stands for `dcp_load` in versions of TorchTitan after 0.3."""
-        if from_hf or is_url(checkpoint_id):
+        if from_hf or _is_left(checkpoint_id):
             super()._load_checkpoint(
                 states, checkpoint_id, from_hf=from_hf, from_quantized=from_quantized
             )
@@ -314,6 +336,49 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         if self._ranks_here is None:
             self._ranks_here = all_ranks()
         return self._ranks_here
+
+
+def _is_left(path: str) -> bool:
+    """Whether a path is a URL that TorchTitan reads and writes without Holdfast."""
+    return is_url(without_scheme(path)) and written_store(path) is None
+
+
+class _Filesystem:
+    """TorchTitan's module `filesystem`, which finds folders in object stores by Holdfast."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def isdir(self, path: str) -> bool:
+        """Return whether there is such a folder."""
+        if not is_url(path) or _is_left(path):
+            found: bool = self._module.isdir(path)
+            return found
+        try:
+            return bool(open_store(path).list())
+        except NotFoundError:
+            return False
+
+    exists = isdir
+
+
+@contextmanager
+def _buckets_seen() -> Iterator[None]:
+    """Let TorchTitan's manager look for folders in object stores by Holdfast, which needs no
+    clients of fsspec."""
+    module: Any = import_module(_titan().__module__)
+    before = getattr(module, "filesystem", None)
+    if before is None:
+        yield
+        return
+    module.filesystem = _Filesystem(before)
+    try:
+        yield
+    finally:
+        module.filesystem = before
 
 
 def _read(state_dict: dict[str, Any], checkpoint_id: str, states: dict[str, Any]) -> None:

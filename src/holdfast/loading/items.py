@@ -18,7 +18,7 @@ from holdfast.state.layout import box_of
 from holdfast.state.shard import Piece
 
 BUNDLE_BYTES = 4 << 20
-"""Largest message: whole blocks."""
+"""Most bytes of items in one message, a multiple of a block."""
 
 _ALIGNMENT = 16
 """Alignment of the items in a message: itemsize of the widest dtype."""
@@ -27,9 +27,9 @@ Place = tuple[str, int]
 """A file, and an offset in it."""
 
 Read = Callable[[Source, torch.Tensor], "Wanted | int"]
-"""`read(source, room)`: reads an item into `room`, its bytes of the bundle, checks it, and returns
-the bytes read. Or returns `room` as a tensor to fill, so that boxes close to each other are read
-together."""
+"""`read(source, room)`: reads an item into `room`, checks it, and returns the number of bytes read.
+`room`: the item's part of the bundle's memory. Or returns a `Wanted` with this memory, so that the
+caller reads boxes that are close to each other together."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,16 +37,16 @@ class Item:
     """Part of a request that fits into one message."""
 
     sort_key: tuple[Place, tuple[int, ...], tuple[int, ...], str]
-    """Place of the chunk or container, region or range of bytes, and name: gives all ranks the same
-    order."""
+    """Place of the chunk or container, region or range of bytes, and name. All ranks sort the items
+    by it, so that they have the same order."""
 
     nbytes: int
     read: Read
     take: Callable[[torch.Tensor], None]
-    """`take(room)`: copies this rank's part from its bytes of the message to its target."""
+    """`take(room)`: copies the item from `room`, its part of the message, to this rank's target."""
 
     rows: Rows | None = None
-    """The columns that each rank wants of it. None if each wants all of it."""
+    """Columns of the item that each rank wants. None if each rank wants the whole item."""
 
     def nbytes_for(self, rank: int) -> int:
         """Bytes of the part that `rank` wants."""
@@ -60,27 +60,27 @@ def room_bytes(nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Consecutive elements of rows, of which each rank wants some columns."""
+    """Run of consecutive elements in a box of rows. Each rank wants some columns of the rows."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Shape of all the rows."""
+    """Shape of the box of rows."""
 
     first: int
-    """Number of the first element, in row-major order."""
+    """Index of the first element of the run, in row-major order."""
 
     count: int
-    """Number of elements."""
+    """Number of elements in the run."""
 
     cuts: Mapping[int, Region]
-    """Columns that each rank wants: a box in the rows, by rank."""
+    """Columns that each rank wants, keyed by rank: a box, relative to the box of rows."""
 
     def nbytes_for(self, rank: int) -> int:
         elements = sum(part.num_elements for _, _, part in self._parts(rank))
         return elements * self.dtype.itemsize
 
     def pack(self, room: torch.Tensor, rank: int, packed: torch.Tensor) -> None:
-        """Copy the part of `rank` from `room`, the bytes of all the elements, to `packed`."""
+        """Copy the elements that `rank` wants from `room`, the whole run, to `packed`."""
         elements, packed = room.view(self.dtype), packed.view(self.dtype)
         position = 0
         for start, box, part in self._parts(rank):
@@ -90,7 +90,7 @@ class Rows:
             position = stop
 
     def unpack(self, packed: torch.Tensor, rank: int, target: torch.Tensor, name: str) -> None:
-        """Copy the packed part of `rank` to `target`, which has all its columns."""
+        """Copy the packed elements of `rank` to `target`: all columns that this rank wants."""
         packed, cut, position = packed.view(self.dtype), self.cuts[rank], 0
         for _, _, part in self._parts(rank):
             stop = position + part.num_elements
@@ -99,8 +99,8 @@ class Rows:
             position = stop
 
     def _parts(self, rank: int) -> Iterator[tuple[int, Region, Region]]:
-        """Boxes that make up the elements and hold some for `rank`: number of the first element,
-        the box, and the part for `rank`."""
+        """Divide the run into boxes, and yield those with elements for `rank`: index of the box's
+        first element in the run, the box, and the part for `rank`."""
         start, cut = 0, self.cuts[rank]
         for box in boxes_of_run(self.shape, self.first, self.count):
             part = box & cut
@@ -110,8 +110,8 @@ class Rows:
 
 
 def tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterator[Item]:
-    """Items of at most `BUNDLE_BYTES` that make up one piece. They depend only on the checkpoint
-    and the piece, so all ranks that want the piece make equal ones."""
+    """Divide one piece into items of at most `BUNDLE_BYTES`. The items depend only on the
+    checkpoint and the piece, so all ranks that want the piece make equal items."""
     (piece,) = want.pieces
     for item in read:
         target = box_of(want.local, piece.local_of(item.region))
@@ -130,7 +130,7 @@ def tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> 
 
 
 def _box_item(name: str, dtype: torch.dtype, item: ReadItem, target: torch.Tensor) -> Item:
-    """Box of a tensor that lies in one chunk."""
+    """Make the item of a box that lies in one chunk."""
     region, shape = item.region, item.region.shape
 
     def take(room: torch.Tensor) -> None:
@@ -149,7 +149,8 @@ def _run_item(
     target: torch.Tensor,
     first: int,
 ) -> Item:
-    """Bytes `run` of a chunk's data: elements from number `first` on of `target`."""
+    """Make the item of the bytes `run` of a chunk's data. `first`: index in `target` of the first
+    element, in row-major order."""
     start, stop = run
 
     def take(room: torch.Tensor) -> None:
@@ -171,8 +172,8 @@ def rows_items(
     cuts: Mapping[int, Region],
     rank: int,
 ) -> Iterator[Item]:
-    """Items of at most `BUNDLE_BYTES` that make up `rows`, a box of the whole tensor in one chunk.
-    `rank`, this one, wants `item` of them. `cuts`: see `Rows`."""
+    """Divide `rows`, a box of the whole tensor in one chunk, into items of at most `BUNDLE_BYTES`.
+    `item`: columns that `rank`, this rank, wants. `cuts`: see `Rows`."""
     (piece,) = want.pieces
     name, chunk = want.name, item.chunk
     target = box_of(want.local, piece.local_of(item.region))
@@ -197,13 +198,13 @@ def rows_items(
 
 
 def _box_reader(name: str, dtype: torch.dtype, region: Region) -> Read:
-    """Reads a box of a tensor."""
+    """Return the `Read` of a box of a tensor, which leaves the reading to its caller."""
     piece = Piece(region, Region.whole(region.shape))
     return lambda _, room: Wanted(name, [piece], room.view(dtype).view(region.shape))
 
 
 def _run_reader(name: str, dtype: torch.dtype, chunk: Chunk, run: tuple[int, int]) -> Read:
-    """Reads bytes `run` of a chunk's data."""
+    """Return the `Read` of the bytes `run` of a chunk's data."""
     start, stop = run
 
     def read(source: Source, room: torch.Tensor) -> int:
@@ -220,7 +221,7 @@ def _run_reader(name: str, dtype: torch.dtype, chunk: Chunk, run: tuple[int, int
 
 
 def value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) -> list[Item]:
-    """Container of a value. `take` adds it to `containers`."""
+    """Make the item of a value's container. `take` adds the container to `containers`."""
     place = (entry.file, entry.item.offset)
 
     def read(source: Source, room: torch.Tensor) -> int:
@@ -230,7 +231,7 @@ def value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) ->
     def take(room: torch.Tensor) -> None:
         containers[place] = room.numpy().tobytes()
 
-    # Without the name: ranks may use different names for one container.
+    # The sort key has no name, since ranks may use different names for one container.
     return [Item((place, (), (), ""), entry.item.nbytes, read, take)]
 
 

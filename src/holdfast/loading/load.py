@@ -90,7 +90,8 @@ class Loaded:
     spans: Spans
 
     differences: tuple[str, ...] = ()
-    """One line per difference between checkpoint and state, over all ranks, of a partial load."""
+    """One line per difference between checkpoint and state, over all ranks. Only a partial load
+    allows differences."""
 
     notes: tuple[str, ...] = ()
     """One line per component that was not loaded exactly as saved, over all ranks, such as the
@@ -100,8 +101,8 @@ class Loaded:
     """Number of entries that this rank has loaded."""
 
     lacking: tuple[str, ...] = ()
-    """Names of this rank's tensors that are not in the base model, and need not be. They are
-    unchanged."""
+    """Names of this rank's tensors that are not in the checkpoint, which is allowed for a base
+    model. These tensors are unchanged."""
 
 
 Fill = Callable[[Source, Sequence[Wanted]], int]
@@ -115,8 +116,8 @@ Replicas = Literal["auto", "read", "broadcast"]
 """How several ranks get the same data, or columns of the same rows. `read`: each rank reads it.
 `broadcast`: one rank reads and checks it and sends each rank what it wants, so no byte is read
 twice. `auto`: `broadcast` if the checkpoint is behind a URL or the ranks are on several hosts,
-since each would fetch the data over the network. Ranks of one host share its page cache, so reading
-is faster there than waiting for each other."""
+since with `read` each rank would fetch the data over the network. Ranks of one host share its page
+cache, so for them `read` is faster than waiting for each other."""
 
 
 def load_tree(
@@ -169,14 +170,15 @@ def load_tree(
 
 
 def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """One line per difference between the checkpoint and the state of all ranks, and all notes.
-
-    An entry is unexpected only if no rank wants it: each pipeline stage has other layers.
+    """Return one line per difference between the checkpoint and the state, and all notes, over all
+    ranks. An entry is unexpected only if no rank wants it, since each pipeline stage has other
+    layers.
 
     Collective.
     """
     own = {"lines": [*match.mismatches.values()], "notes": [*match.notes], "extra": [*match.extra]}
-    # Nearly always equal on all ranks, or on all ranks of a pipeline stage, and then sent once.
+    # These lists are nearly always equal on all ranks, or on all ranks of a pipeline stage. Equal
+    # lists are sent once.
     reports = gather_deduplicated(ranks, own)
     lines: list[str] = []
     notes: list[str] = []
@@ -233,7 +235,7 @@ def _apply(match: Match, values: MadeValues, ranks: Ranks) -> None:
 
 
 _Staged = tuple[torch.Tensor, torch.Tensor]
-"""A tensor read into memory of its own to be checked, and the memory that it is copied to."""
+"""A tensor that is read into separate memory to be checked, and the memory to copy it to."""
 
 
 class _Reading:
@@ -257,7 +259,7 @@ class _Reading:
             stored: torch.dtype = getattr(torch, tensors[name].dtype)
             narrowed = needs_check(stored, local.dtype)
             if narrowed or name in tied:
-                # Nothing is overwritten before all checks have passed.
+                # The state must not change before all checks have passed.
                 staged = torch.empty_strided(
                     local.shape, local.stride(), dtype=stored, device=local.device
                 )
@@ -277,11 +279,11 @@ class _Reading:
         return bool(self._staged or self._match.checks)
 
     def check(self, read: Callable[[Sequence[Wanted]], int]) -> int:
-        """Read the entries that must be checked before the state is changed. Returns the bytes
+        """Read the entries to check before the state is changed, and check them. Returns the bytes
         read.
 
         Raises:
-            MismatchError: entries do not fit; all of them are listed.
+            MismatchError: entries do not fit. The message lists all of them.
         """
         nbytes = read([want for name, want in self.wanted.items() if name in self._read_first])
         wrong = [
@@ -309,7 +311,7 @@ class _Reading:
         return [want for name, want in self.wanted.items() if name not in self._read_first]
 
     def values(self) -> MadeValues:
-        """All values. Their containers are read, unless another rank has passed them on."""
+        """Decode all values. Reads their containers, except those that another rank has sent."""
         return self._made_values(self.entries)
 
     def _made_values(self, names: Iterable[str]) -> MadeValues:
@@ -342,8 +344,8 @@ class _Reading:
 def _tied_here_only(
     into: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
 ) -> list[tuple[str, str]]:
-    """Pairs of entries that are one tensor in the state, but two in the checkpoint: weights that
-    were not tied when saved, or that were stored twice."""
+    """Return the pairs of entries that are one tensor in the state, but two in the checkpoint:
+    weights that were not tied when saved, or that were stored twice."""
     first_at: dict[tuple[object, ...], str] = {}
     pairs = []
     for name, tensor in into.items():

@@ -34,38 +34,38 @@ from holdfast.state.shard import Piece
 from holdfast.storage.store import FileReader
 
 THREADS_MAX = 4
-"""Most threads per rank that read into host memory: more are no faster."""
+"""Most threads per rank that read into host memory. More threads are no faster."""
 
 DISTANT_THREADS_MAX = 16
-"""Most threads of a host that read from a distant store: each waits for its request, without a
-core."""
+"""Most threads of a host that read from a `Distant` store. They mostly wait for answers, and need
+hardly any CPU time."""
 
 DISTANT_THREADS_MIN = 4
-"""Least threads per rank that read from a distant store."""
+"""Fewest threads per rank that read from a `Distant` store."""
 
 DEVICE_THREADS_MAX = 16
-"""Most threads per rank that read for an accelerator, whose link is faster than four threads."""
+"""Most threads per rank that read for an accelerator. Its link is faster than four threads."""
 
 RING_BUFFERS = 3
-"""Buffers of a thread that reads for an accelerator: one is read into while the others are
-copied."""
+"""Number of buffers of a thread that reads for an accelerator. While the thread reads into one, the
+others are copied to the device."""
 
 JOB_BYTES = 32 << 20
-"""Approximate size of one job of a thread, a multiple of a block. Two jobs on one chunk may both
-read the block between them."""
+"""Approximate size of one job of a thread, a multiple of a block. Two adjacent jobs on one chunk
+may both read the block at their boundary."""
 
 SMALL_BYTES = 128 << 10
-"""Size up to which chunks that lie close to each other are read together: one more copy costs less
-than one more read call."""
+"""Largest chunk that is read together with chunks close to it. Such chunks are copied once more,
+which costs less than one more read call."""
 
 GAP_BYTES_MAX = 16 << 10
-"""Largest gap between small chunks that are read together: larger than the headers that
+"""Largest gap between small chunks that are read together. It is larger than the headers that
 `torch.save` writes between two tensors."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
-    """A tensor to fill: pieces of a stored tensor, and the memory that they go to."""
+    """A tensor to fill: the pieces of a stored tensor to read, and the memory that they go to."""
 
     name: str
     pieces: Sequence[Piece]
@@ -77,8 +77,8 @@ def read_tensors(
 ) -> int:
     """Fill every wanted tensor. Returns the bytes read.
 
-    Files are read in the order of their bytes, by `threads` threads; None for as many as one of
-    `num_local` processes on this host uses. The first error stops all threads.
+    Files are read in the order of their bytes. The first error stops all threads. `threads`: number
+    of reading threads; None: as `threads_for` decides. `num_local`: number of ranks on this host.
 
     Raises:
         DamagedError: bytes are missing, or are not the bytes that were written.
@@ -89,11 +89,11 @@ def read_tensors(
 
 
 def threads_for(num_local: int, source: Source, *, on_device: bool = False) -> int:
-    """Number of reading threads per rank, for `num_local` ranks on this host. `on_device`: they
-    read for an accelerator.
+    """Return the number of reading threads per rank, for `num_local` ranks on this host.
+    `on_device`: whether they read for an accelerator.
 
-    All ranks together use no more threads than the host has cores, unless the store is distant:
-    more would evict each other's blocks from the CPU cache before they are checked.
+    Unless the store is `Distant`, the ranks divide the cores of the host among them. More threads
+    would evict each other's blocks from the CPU cache before the blocks are checked.
     """
     if source.request_bytes is not None:
         return max(DISTANT_THREADS_MIN, DISTANT_THREADS_MAX // num_local)
@@ -111,15 +111,15 @@ class ReadJob:
     """Approximate offset in the file."""
 
     run: Callable[[_Worker], int]
-    """Returns the bytes read."""
+    """Function that reads the data, and returns the number of bytes read."""
 
 
 @gc_paused()
 def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
-    """All jobs of a read, in the order of their bytes."""
+    """Return all jobs of a read, in the order of their bytes in the files."""
     jobs: list[ReadJob] = []
     small: list[_Read] = []
-    # A thread of a distant store has one request in flight, so that each job is one.
+    # For a `Distant` store, each job is one request, since a thread has one in flight at a time.
     job_bytes = source.request_bytes or JOB_BYTES
     for want in wanted:
         entry = source.manifest.tensors[want.name]
@@ -147,7 +147,7 @@ def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Read:
-    """Wanted region of one chunk, and the memory that it goes to."""
+    """Read of a region of one chunk, and the memory that the elements go to."""
 
     name: str
     dtype: torch.dtype
@@ -231,7 +231,7 @@ class _Worker:
                 num_read += job.run(self)
 
     def reader(self, file: str) -> FileReader:
-        """FileReader of a file. The file that was open before is closed."""
+        """Return a reader of the file. Closes the file that was open before."""
         if file != self._file:
             self._open.close()
             self._reader = self._open.enter_context(self.source.store.open(self.source.key(file)))
@@ -239,7 +239,7 @@ class _Worker:
         return self._reader
 
     def data(self, read: _Read, start: int, checksums: Sequence[int] | None) -> ChunkData:
-        """Data of a chunk, which begins at `start` in its file."""
+        """Return the data of a chunk. `start`: offset of the data in its file."""
         place = read.chunk.file, Span(start, read.nbytes)
         reader = self.reader(read.chunk.file)
         return ChunkData(self.source, read.name, place, checksums, reader, self.ring.current)
@@ -250,7 +250,7 @@ class _Worker:
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """Bytes `start` to `stop` of a byte range, read by one call."""
+    """Bytes `start` to `stop` of a chunk's data, read by one call. They lie in `range`."""
 
     range: ByteRange
     start: int
@@ -270,8 +270,8 @@ def _read_slices(read: _Read, slices: Sequence[_Slice], worker: _Worker) -> int:
 
 
 def _slices(read: _Read, direct_bytes: int = JOB_BYTES) -> Iterator[_Slice]:
-    """Slices of a chunk that hold the wanted elements: up to `direct_bytes` if they are read
-    straight into the target, otherwise up to `WINDOW_BYTES`."""
+    """Yield the slices of a chunk that hold the wanted elements. A slice has up to `direct_bytes`
+    if it is read straight into the target, otherwise up to `WINDOW_BYTES`."""
     itemsize = read.dtype.itemsize
     for whole in byte_ranges(read.box, read.chunk.region.shape, itemsize, WINDOW_BYTES):
         if _is_direct(whole, read.dtype, box_of(read.target, whole.box)):
@@ -365,7 +365,7 @@ def _read_container(read: _Read, worker: _Worker) -> int:
     stored = locate_chunk(worker.source, read.name, read.chunk)
     transposed = stored.strides != contiguous_strides(shape)
     if transposed and read.nbytes > read.dtype.itemsize:
-        # Such as a transposed parameter. This is rare, so the whole chunk is read.
+        # The chunk holds, for example, a transposed parameter. This is rare, so read all of it.
         count = stored.data.nbytes // read.dtype.itemsize
         whole = torch.empty(count, dtype=read.dtype, device="cpu")
         data = worker.data(replace(read, nbytes=whole.nbytes), stored.data.offset, None)

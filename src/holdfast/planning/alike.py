@@ -1,8 +1,9 @@
-"""Check that containers are equal on all ranks that have them.
+"""Check that dicts, lists and other containers are equal on all ranks that have them.
 
-Models and optimizers may have other entries on each rank, which are merged. Any other container
-must have the same keys, length and kinds of entries on all ranks that have it, because a merged one
-would be a state that no rank had. Entries below keys such as `rank_3` are not compared.
+Models and optimizers may have different entries on each rank. A save merges these entries. Any
+other container must have the same keys, length and kinds of entries on all ranks that have it,
+because a merged container would be a state that no rank had. Entries below keys such as `rank_3`
+are not compared.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def check_alike(all_plans: AllPlans, size: int) -> None:
     """Check that each container is equal on all ranks that have it.
 
     Raises:
-        MismatchError: some containers differ; each difference is listed.
+        MismatchError: some containers differ. The message lists the differences.
     """
     if all(len(plans) == 1 and len(plans[0].ranks) == size for plans in all_plans.values()):
         return
@@ -45,7 +46,7 @@ def check_alike(all_plans: AllPlans, size: int) -> None:
 
 
 def _differences(all_plans: AllPlans) -> Iterator[str]:
-    """One line per path that is not equal on all ranks that have its top-level key."""
+    """Yield one line per path whose kind differs between ranks that have its top-level key."""
     plans = [
         (shared.ranks, _kinds_by_key(shared.local_plan))
         for component in sorted(all_plans)
@@ -55,7 +56,7 @@ def _differences(all_plans: AllPlans) -> Iterator[str]:
         key: None
         for _, branches in plans
         for key, kinds in branches.items()
-        # Without tensors and values at the top level, which `plan` compares.
+        # Leave out tensors and values at the top level, since `plan` compares them.
         if {*kinds.values()} - _LEAVES | {*kinds} - {(key,)}
     }
     for key in containers:
@@ -76,7 +77,7 @@ def _differences(all_plans: AllPlans) -> Iterator[str]:
 
 
 def _merged(branches: Sequence[Mapping[Path, str]]) -> dict[Path, str]:
-    """All paths. If a leaf and a container have one path, the container's kind counts."""
+    """Merge the kinds of all paths. If a container and a leaf have one path, keep the container."""
     every = [(path, kind) for kinds in branches for path, kind in kinds.items()]
     return dict(sorted(every, key=lambda item: item[1] not in _LEAVES))
 
@@ -84,7 +85,7 @@ def _merged(branches: Sequence[Mapping[Path, str]]) -> dict[Path, str]:
 def _compared(
     rank: int, kinds: Mapping[Path, str], other_rank: int, other_kinds: Mapping[Path, str]
 ) -> Iterator[str]:
-    """One line per path whose kind differs between two ranks."""
+    """Yield one line per path whose kind differs between two ranks."""
     for path in dict.fromkeys([*kinds, *other_kinds]):
         kind, other_kind = kinds.get(path), other_kinds.get(path)
         if kind == other_kind:
@@ -99,7 +100,7 @@ def _compared(
 
 
 def _kinds_by_key(local_plan: LocalPlan) -> dict[str | int, dict[Path, str]]:
-    """Kind of each path below each top-level key, without the keys and entries that may differ."""
+    """Return the kind of each path, by top-level key, without paths that may differ by rank."""
     unions = local_plan.unions
     kinds = [*_leaves(local_plan)]
     for path, node in local_plan.structure.items():
@@ -113,15 +114,15 @@ def _kinds_by_key(local_plan: LocalPlan) -> dict[str | int, dict[Path, str]]:
 
 
 def _leaves(local_plan: LocalPlan) -> Iterator[tuple[Path, str]]:
-    """Path and kind of each leaf."""
+    """Yield the path and kind of each leaf."""
     yield from ((tensor.path, _TENSOR) for tensor in local_plan.tensors.values())
     yield from ((path, _TENSOR) for _, path in local_plan.aliases.values())
     yield from ((path, _VALUE) for path in local_plan.values.values())
 
 
 def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tuple[Path, str]]:
-    """Path and kind of each container that a node describes, except dicts that follow from the
-    paths of their entries."""
+    """Yield the path and kind of each container that a node describes, except dicts that follow
+    from the paths of their entries."""
     while isinstance(node, dict) and "object" in node:
         node = node["object"]
     kind = kind_of_node(node)
@@ -140,7 +141,7 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
         kept.append(key)
         yield from _kinds_of(child_path, child, unions)
     if kept and kind == "dict" and all(type(key) is str for key in kept):
-        # Its entries are compared instead, since it may have a node only because of skipped keys.
+        # Compare only the dict's entries: it may have a node only because of skipped keys.
         return
     if kept or not children:
         keys = ", ".join(sorted(map(repr, kept))) if kind in MAPPINGS else f"{len(kept)} members"
@@ -149,7 +150,7 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
 
 
 def _lone_slots(all_plans: AllPlans) -> Iterator[str]:
-    """One line per slot that is missing on a rank whose optimizer holds the slot's parameter."""
+    """Yield one line per slot that a rank lacks although its optimizer has the parameter."""
     for plans in all_plans.values():
         if len(plans) < 2:
             continue
@@ -176,7 +177,7 @@ def _lone_slots(all_plans: AllPlans) -> Iterator[str]:
 
 
 def _slots_of(local_plan: LocalPlan, root: Path) -> dict[str, set[str]]:
-    """Names of the slots of each parameter, in the optimizer at `root`."""
+    """Return the names of the slots of each parameter in the optimizer at `root`."""
     depth = len(root)
     slots: dict[str, set[str]] = {}
     parameters: list[str] = []

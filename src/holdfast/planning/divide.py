@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 def divide(region: Region, num_elements_max: int) -> Iterator[Region]:
-    """Divide a region into boxes of at most `num_elements_max` elements, in row-major order: rows
-    of the first dim longer than 1, or parts of rows if one row has more elements."""
+    """Divide a region into boxes of at most `num_elements_max` elements, in row-major order. A box
+    has whole rows of the first dim longer than 1, or a part of one row if a row is larger."""
     if region.num_elements <= num_elements_max:
         yield region
         return
@@ -23,12 +23,12 @@ def divide(region: Region, num_elements_max: int) -> Iterator[Region]:
 
 
 def dim_of_rows(region: Region) -> int:
-    """The first dim longer than 1. A region of several elements has one."""
+    """Return the first dim longer than 1. The region must have several elements."""
     return next(dim for dim, size in enumerate(region.shape) if size > 1)
 
 
 def divide_rows(region: Region, dim: int, num_rows: int) -> Iterator[Region]:
-    """Divide a region along one dim into boxes of `num_rows`; the last may be smaller."""
+    """Divide a region along one dim into boxes of `num_rows` rows. The last may have fewer."""
     for first in range(region.start[dim], region.stop[dim], num_rows):
         last = min(first + num_rows, region.stop[dim])
         start = (*region.start[:dim], first, *region.start[dim + 1 :])
@@ -47,7 +47,7 @@ def aligned(start: int, stop: int, nbytes: int) -> Iterator[tuple[int, int]]:
 def grouped(
     items: Iterable[T], nbytes_of: Callable[[T], int], nbytes_max: int
 ) -> Iterator[list[T]]:
-    """Groups of consecutive items of at most `nbytes_max` together, or one larger item."""
+    """Yield groups of consecutive items. A group has at most `nbytes_max`, or one larger item."""
     group: list[T] = []
     total = 0
     for item in items:

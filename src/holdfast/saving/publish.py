@@ -29,7 +29,8 @@ def publish(
     """Publish the files of all ranks. Returns the checkpoint's bytes.
 
     `results`: one per rank.
-    `facts`: manifest without entries and files. A kind of None is derived from the tensors' names.
+    `facts`: manifest without entries and files. If its kind is None, the top-level names of
+        the state decide the kind.
 
     Raises:
         StorageError: rank 0 does not see another rank's file, or an index cannot be written.
@@ -47,9 +48,9 @@ def publish(
 def index_files(
     results: Sequence[WriteResult], index: Index, facts: Manifest
 ) -> tuple[dict[str, Sequence[Buffer]], int]:
-    """The parts of each index file of a checkpoint, in the order of their writes, and the
+    """Return the parts of each index file, in the order in which the files are written, and the
     checkpoint's bytes. See `publish`."""
-    # Before the pause, because encoding may take minutes, and training runs meanwhile.
+    # Encode before the pause, because this may take minutes, during which training runs.
     encoded = index.encoded()
     with gc_paused():
         return _index_files(results, index, encoded, facts)
@@ -60,7 +61,7 @@ def _index_files(
 ) -> tuple[dict[str, Sequence[Buffer]], int]:
     writing = [result for result in results if result.file]
     data = [file for result in results for file in result.files()]
-    # Without its tensors, which `encoded` has.
+    # Leave out the tensors, since `encoded` has them.
     manifest = replace(
         facts,
         values={

@@ -1,4 +1,4 @@
-"""Removes old checkpoints: takes their names away at once, and deletes their files in a thread."""
+"""Delete old checkpoints: take their names away at once, and delete their files in a thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 
 class Remover:
-    """Removes checkpoints of one catalog. Problems are logged: the next save tries again."""
+    """Deletes checkpoints of one catalog. It logs errors, and the next save tries again."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
@@ -33,12 +33,12 @@ class Remover:
         return True
 
     def start(self) -> None:
-        """Start to delete the files, also those that an earlier try could not delete."""
+        """Start to delete the files of removed checkpoints, also those that a failed try left."""
         self.wait()
         found = capture(lambda: plan_cleanup(self._catalog.store.list()))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for files to delete: %s", found.what)
-        # The other actions may be executed only while no process saves to this folder.
+        # Execute only deletions: the other actions need a folder that no process saves to.
         elif deletions := [action for action in found if action.role == "removing"]:
             # If the process ends before the thread is done, the next start deletes the rest.
             self._thread = threading.Thread(

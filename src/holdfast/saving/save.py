@@ -74,8 +74,8 @@ def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is not a checkpoint;
             or another save has created or is replacing it.
-        UsageError: an argument has the wrong type, or an entry could not be loaded as it is. Its
-            name and type are in the message. Nothing was written.
+        UsageError: an argument has the wrong type, or a load could not restore an entry. The
+            message has the entry's name and type. Nothing was written.
         StorageError: space or permissions are missing. Nothing is left behind.
     """
     with gc_paused():
@@ -160,14 +160,14 @@ class Pending:
     """Memory of the snapshot, laid out as the file that this rank writes."""
 
     deduplicator: Deduplicator | None = None
-    """Links files of an earlier checkpoint, if the run does that."""
+    """Deduplicator of the run; None if the run does not deduplicate."""
 
     host_part: FilePart | None = None
     """This rank's part of the file of its host; None if it writes a file of its own."""
 
     deletes: bool = True
-    """Whether this rank deletes the attempt if the save fails: rank 0 in a folder that all ranks
-    share, else one rank on each host."""
+    """Whether this rank deletes the attempt if the save fails. Rank 0 does so in a folder that all
+    ranks share, otherwise one rank on each host."""
 
     @property
     def file_nbytes(self) -> int:
@@ -178,19 +178,19 @@ class Pending:
         return part.nbytes if part.leads else 0
 
     def windows_of(self, item: TensorItem) -> Iterable[memoryview]:
-        """Bytes of an item, as `write` takes them."""
+        """Return the bytes of an item, as `write` takes them."""
         return host_windows(self.tensor_of(item), item.dtype)
 
     def data_of(self, item: TensorItem, box: Region) -> memoryview:
-        """Bytes of a box of an item, row-major. `box` is relative to the item's region."""
+        """Return the bytes of a box of an item, row-major. `box`: relative to the item's region."""
         return host_bytes(box_of(self.tensor_of(item), box), item.dtype)
 
 
 Begin = Callable[[int], HiddenFolder]
-"""Makes an attempt for a number of bytes."""
+"""Function that makes an attempt, given the number of bytes to save."""
 
 CommitBy = Callable[[Pending, WriteResult | HoldfastError, Ranks], int]
-"""Publishes a save, given the write result of this rank. Returns the checkpoint's bytes."""
+"""Function that publishes a save, given the rank's write result. Returns the checkpoint's bytes."""
 
 
 def begin_save(
@@ -205,9 +205,10 @@ def begin_save(
     deduplicator: Deduplicator | None = None,
     begin: Begin | None = None,
 ) -> Pending:
-    """Plan to save flat state as the checkpoint `name` of `catalog`, and make the attempt folder.
+    """Plan the save of a state as the checkpoint `name` of `catalog`, and make the attempt folder.
 
-    `facts`: manifest without entries and files. Layout and versions are added. Rank 0's is stored.
+    `facts`: manifest without entries and files. This adds layout and versions. Rank 0's facts are
+        stored.
     `dtype`: dtype in which floating-point tensors are stored; None for their own.
     `overwrite`: replace the checkpoint that has the name now.
     `deduplicator`: links files of an earlier checkpoint whose tensors have not changed.
@@ -222,7 +223,8 @@ def begin_save(
         begun = None
         while begun is None:
             held = planner.agree(capture(lambda: planner.hold(state, dtype)))
-            # A save that can link files writes less. It checks the space once it knows how much.
+            # A save that can link files writes less. It checks the free space once it knows how
+            # much it writes.
             is_full = deduplicator is None or not deduplicator.can_link(name)
             begun = _begin_if_alike(held, begin, planner=planner, is_full=is_full)
     file_layout, attempt = begun
@@ -292,7 +294,7 @@ def _begin_attempt(catalog: Catalog, name: str, overwrite: bool, nbytes: int) ->
 
 
 def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
-    """Raises StorageError if checkpoint `name` needs more bytes than are free."""
+    """Raise StorageError if checkpoint `name` needs more bytes than are free."""
     free = catalog.store.free_bytes()
     if free is not None and nbytes > free:
         raise StorageError(
@@ -303,7 +305,7 @@ def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
 
 
 def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
-    """The item's region of the training tensor."""
+    """Return the item's region of the training tensor."""
     pieces, region = held.known[item.name].layout.pieces, item.region
     piece, tensor = pieces[0], held.tensors[item.name]
     if tensor.requires_grad:
@@ -317,7 +319,7 @@ def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
 
 @cache
 def software_versions() -> dict[str, str]:
-    """Versions of the software that saves, for the manifest."""
+    """Return the versions of the software that saves, for the manifest."""
     return {
         "holdfast": installed_version(),
         "torch": torch.__version__,
@@ -333,11 +335,12 @@ def take_snapshot(
     now: Sequence[TensorItem],
     later: Sequence[TensorItem],
 ) -> tuple[Pending, Staging]:
-    """Copy the items of `now`. Returns the save from the snapshot, and the copy of `later`, which
-    is still to be run.
+    """Copy the items of `now` into the snapshot. Returns the save, which now reads the snapshot,
+    and the copy of the items of `later`, which the caller must run.
 
     After this returns, training may change the tensors of `now`. It may change those of `later`
-    after `Staging.wait`. Together they are all items of the file. The snapshot must have room.
+    after `Staging.wait`. `now` and `later` together must be all items of the file. The snapshot
+    must have room for them.
 
     Collective.
     """
@@ -378,11 +381,11 @@ def finish_save(
 ) -> Saved:
     """Finish the copy, write the file and publish the checkpoint.
 
-    `staging`: the copy to finish; this must be called in a thread of its own then.
+    `staging`: the copy to finish. With it, call this in a separate thread.
     `bytes_per_s`: limit on the bytes that this rank writes per second.
     `commit_by`: collective function that replaces `commit`.
 
-    Collective: nothing else may use `ranks` meanwhile.
+    Collective: nothing else may use `ranks` until this returns.
     """
     catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
     written = _stage_and_write(pending, ranks, staging, bytes_per_s)
@@ -409,7 +412,7 @@ def finish_save(
 def _stage_and_write(
     pending: Pending, ranks: Ranks, staging: Staging | None, bytes_per_s: float | None
 ) -> WriteResult | HoldfastError:
-    """Finish the copy, and write what this rank writes. Returns the result, or the error, for the
+    """Finish the copy, and write this rank's files. Returns the result, or the error, for the
     commit. If ranks write one file together, an error of one of them is raised on all."""
     store = pending.catalog.store
 
@@ -417,15 +420,16 @@ def _stage_and_write(
         if staging is not None:
             with pending.spans("stage"):
                 staging.run()
-            # Optimizers wait for the copy, so only what follows it may run behind training.
+            # Do this only after the copy, since optimizers wait for the copy.
             lower_priority()
         if pending.index is not None and pending.deduplicator is None:
-            # In parallel with the write. If it fails, `commit` encodes again and raises the error.
+            # Encode in parallel with the write. If this fails, `commit` tries again, and raises the
+            # error.
             encode = partial(capture, pending.index.encoded)
             threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
 
     def write_to(target: Creating) -> WriteResult:
-        # Empty if the digests were taken with the copy of a snapshot.
+        # There are no tensors left if the digests were taken with the copy of a snapshot.
         needs_digests = bool(pending.replicas.tensors)
         with _in_parallel(pending) if needs_digests else nullcontext():
             return _write(pending, target, Pace(bytes_per_s))
@@ -454,7 +458,7 @@ def _stage_and_write(
 
 
 def _write(pending: Pending, target: Creating, pace: Pace) -> WriteResult:
-    """Write this rank's file to `target`, or the files that it does not link."""
+    """Write this rank's file to `target`. A deduplicator links files, and writes only the rest."""
     spans = pending.spans
     if pending.deduplicator is not None:
         return pending.deduplicator.write(
@@ -471,8 +475,8 @@ def _write(pending: Pending, target: Creating, pace: Pace) -> WriteResult:
 
 @contextmanager
 def _in_parallel(pending: Pending) -> Iterator[None]:
-    """Take the digests in a thread while a file is written, since writing mostly waits for the
-    disk. Raises the error of the thread at the end."""
+    """Compute the digests in a thread while a file is written, since writing mostly waits for the
+    disk. Raises the error of the thread on exit."""
     queued = accelerator.QueuedWork(pending.devices)
     outcome: list[HoldfastError | None] = []
 

@@ -1,1 +1,1 @@
-"""Guides for coding agents, shipped in `.agents/skills`, and the sync of a user's copies."""
+"""Skills (guides for coding agents, in `.agents/skills`), and the sync of a user's copies."""

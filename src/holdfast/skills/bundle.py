@@ -34,7 +34,7 @@ class Skill:
 
 
 def shipped() -> dict[str, Skill]:
-    """Read all shipped skills; returns them by name."""
+    """Read all shipped skills. Return them by name."""
     skills = {}
     for folder in sorted((Path(__file__).parent.parent / ".agents" / "skills").iterdir()):
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]

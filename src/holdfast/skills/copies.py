@@ -1,9 +1,9 @@
-"""A user's folder of skills: the copies in it, and the records of them.
+"""Manage a user's folder of skills: the copies of skills in it, and the records about them.
 
     NAME/                        a copy, with its receipt
     .holdfast-skills/ledger.json names of skills that were installed or removed
-    .holdfast-skills/synced      version of the newest full sync: a start needs to read only this
-    .holdfast-skills/lock        locked by the process at work
+    .holdfast-skills/synced      version of the newest full sync, checked when a command starts
+    .holdfast-skills/lock        locked by the process that changes the folder
     .holdfast-skills/kept-*      archives of copies that were replaced or removed
     .holdfast-skills/stage-*     a copy in progress, or the remains of one after a kill
     .holdfast-skills/write-*     a file in progress, or the remains of one
@@ -41,19 +41,19 @@ STATE = ".holdfast-skills"
 
 
 class Copies:
-    """The copies in one folder."""
+    """Copies of skills in one folder."""
 
     def __init__(self, root: Path, *, categories: bool = False, disk: Disk | None = None) -> None:
-        """`categories`: the user may have moved a copy one folder deeper."""
+        """`categories`: whether the user may have moved copies one folder deeper."""
         self.root: Path = root
         self.state: Path = root / STATE
         self._categories, self._disk = categories, disk or Disk()
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
-        """Lock the folder until the context ends; yields False where another process has locked it.
+        """Lock the folder until the context ends. Yield False if another process has locked it.
 
-        Makes the folder if it does not exist, and cleans up after a killed process.
+        Make the folder if it does not exist, and clean up after a killed process.
         """
         with _explained(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -65,14 +65,14 @@ class Copies:
                 yield False
                 return
             try:
-                self.ledger()  # Raises where it is damaged, before a byte is written.
+                self.ledger()  # Raises an error for a damaged ledger, before anything is changed.
                 self._recover()
                 yield True
             finally:
                 lock.release()
 
     def folder(self, name: str) -> Path:
-        """Returns the path of a skill's copy, even if there is none."""
+        """Return the path of a skill's copy, even if the copy does not exist."""
         folder = self.root / name
         if self._categories and not os.path.lexists(folder):
             with suppress(OSError):
@@ -81,7 +81,7 @@ class Copies:
         return folder
 
     def receipt(self, name: str) -> SyncRecord | None:
-        """Returns the receipt in a skill's copy; None where it is missing or damaged."""
+        """Return the receipt in a skill's copy; None if it is missing or damaged."""
         folder = self.folder(name)
         try:
             return None if folder.is_symlink() else decode_receipt((folder / RECEIPT).read_bytes())
@@ -89,9 +89,9 @@ class Copies:
             return None
 
     def digests(self, name: str) -> Digests | None:
-        """Returns the digests of a skill's copy; None where there is none.
+        """Return the digests of the files in a skill's copy; None if there is no copy.
 
-        Empty where a file or a link has the name of the copy.
+        The digests are empty if there is a file or a link in place of the copy.
         """
         folder = self.folder(name)
         if not os.path.lexists(folder):
@@ -99,7 +99,7 @@ class Copies:
         return digests_in(folder) if folder.is_dir() and not folder.is_symlink() else {}
 
     def ledger(self) -> Ledger:
-        """Read the ledger. Only a missing file counts as an empty one.
+        """Read the ledger. A missing file counts as an empty ledger.
 
         Raises:
             StorageError, FormatError: the file cannot be read, or is damaged.
@@ -114,7 +114,7 @@ class Copies:
         return decode_ledger(data, where=str(path))
 
     def synced(self) -> str:
-        """Returns the version of the newest full sync; empty before the first."""
+        """Return the version of the newest full sync; empty before the first sync."""
         try:
             return (self.state / "synced").read_text()
         except (OSError, UnicodeDecodeError):
@@ -131,7 +131,7 @@ class Copies:
             self._replace(self.state / "synced", version.encode())
 
     def write_receipt(self, skill: Skill, version: str) -> None:
-        """Write the receipt of a copy that equals the shipped skill and lacks the right receipt."""
+        """Write the receipt of a copy that equals the shipped skill, but has no correct receipt."""
         receipt = SyncRecord(version, skill.digests)
         self._replace(self.folder(skill.name) / RECEIPT, receipt.encode())
 
@@ -139,7 +139,7 @@ class Copies:
         """Replace a skill's copy by the shipped files, atomically. The user's own files stay.
 
         Raises:
-            ExistsError: the user changed the copy in the meantime; it stays.
+            ExistsError: the user changed the copy in the meantime; the changed copy stays.
             StorageError: the disk failed; the old copy stays.
         """
         folder = self.folder(skill.name)
@@ -159,7 +159,7 @@ class Copies:
             self._remove_stage(stage, folder)
 
     def remove(self, name: str) -> None:
-        """Delete a skill's copy, atomically. Does nothing where there is none."""
+        """Delete a skill's copy, atomically. Do nothing if there is no copy."""
         folder = self.folder(name)
         if not os.path.lexists(folder):
             return
@@ -169,7 +169,7 @@ class Copies:
             self._remove_stage(stage, folder)
 
     def archive(self, folder: Path, name: str) -> Path:
-        """Archive a folder with everything in it; returns the path of the archive."""
+        """Archive a folder with everything in it. Return the path of the archive."""
         buffer = io.BytesIO()
         with _explained(folder), tarfile.open(fileobj=buffer, mode="w:gz") as archive:
             archive.add(folder, name)
@@ -178,7 +178,7 @@ class Copies:
         return path
 
     def _staged(self, skill: Skill, version: str, folder: Path, users_files: list[str]) -> Path:
-        """Write a durable new copy to `new` in a new stage; returns the stage."""
+        """Write a durable new copy to the folder `new` in a new stage. Return the stage."""
         stage = self._new_stage(skill.name)
         new = stage / "new"
         # Sorted, so that each folder is made before its subfolders.
@@ -208,10 +208,11 @@ class Copies:
         return stage
 
     def _swap_in(self, copy: Path, folder: Path, stage: Path) -> Path:
-        """Rename `copy` to `folder`; returns the new path of the copy that was there."""
+        """Rename `copy` to `folder`. Return the new path of the copy that was there before."""
         if self._disk.exchange(copy, folder):
             return copy
-        # Two renames. If the process dies in between, `_recover` renames the old copy back.
+        # Without an exchange, rename twice. If the process dies in between, `_recover` renames the
+        # old copy back.
         aside = stage / ("old" if copy.name == "new" else "new")
         self._disk.rename(folder, aside)
         self._disk.rename(copy, folder)
@@ -226,9 +227,9 @@ class Copies:
     def _recover(self) -> None:
         """Clean up after a killed process.
 
-        An old copy whose new one is not in place is renamed back. Other copies are archived, since
-        the user may have changed them at the last moment. A copy without a receipt is incomplete,
-        and all its files exist elsewhere.
+        If the new copy is not in place, rename the old copy back. Archive all other copies with a
+        receipt, since the user may have changed them at the last moment. Delete those without one:
+        they are incomplete, and all their files exist elsewhere.
         """
         for unfinished in self.state.glob("write-*"):
             unfinished.unlink()
@@ -254,7 +255,7 @@ class Copies:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Raise a StorageError about `path` in place of an OSError."""
+    """Convert an OSError in the context to a StorageError about `path`."""
     try:
         yield
     except OSError as error:

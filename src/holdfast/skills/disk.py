@@ -1,6 +1,6 @@
-"""The sync's operations on the disk, one method each, so that tests can cut the power in between.
+"""Disk operations of the sync, one method each, so that tests can simulate power cuts between them.
 
-After a power cut, only the changes are sure to be there that a method calls durable.
+Only changes that the docstring of a method calls durable are certain to survive a power cut.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Disk:
         path.mkdir()
 
     def write(self, path: Path, data: bytes) -> None:
-        """Write a new file. Its content is durable at once, its name after `sync_folder`."""
+        """Write a new file. Its content is durable at once, its name only after `sync_folder`."""
         self._write(path, data, 0o666)
 
     def copy(self, source: Path, target: Path) -> None:
-        """Copy a file with its mode, or a link. A file is as durable as one by `write`."""
+        """Copy a file with its mode, or a link. A copied file is as durable as after `write`."""
         if source.is_symlink():
             target.symlink_to(source.readlink())
         else:
@@ -49,7 +49,7 @@ class Disk:
         source.rename(target)
 
     def exchange(self, a: Path, b: Path) -> bool:
-        """Exchange the names of two folders atomically; False where the system cannot do that."""
+        """Exchange the names of two folders atomically; False if the system cannot do that."""
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if renameat2 is None:
             return False

@@ -1,4 +1,4 @@
-"""Data that the sync compares and stores: digests of files, receipts of copies, one ledger."""
+"""Data that the sync compares and stores: digests of files, receipts of copies, and a ledger."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ RECEIPT = ".holdfast-skill.json"
 """File name of the receipt in each installed copy."""
 
 _IGNORED = {"__pycache__", ".DS_Store", "Thumbs.db", "desktop.ini", RECEIPT}
-"""Names of files that the user did not write: programs create them."""
+"""Names of files and folders that programs create, so they do not count as the user's."""
 
 Digests = Mapping[str, str]
-"""Path in a folder, with `/` -> SHA-256 of the file, or target of the link."""
+"""SHA-256 of each file in a folder, or target of each link, by path with `/`."""
 
 
 def digest(data: bytes) -> str:
-    """Returns the SHA-256 of a file. In text CRLF counts as LF, so checkouts on Windows match."""
+    """Return the SHA-256 of a file. Hash CRLF in text as LF, so that checkouts on Windows match."""
     if b"\0" not in data:
         data = data.replace(b"\r\n", b"\n")
     return hashlib.sha256(data).hexdigest()
 
 
 def digests_in(folder: Path) -> Digests:
-    """Returns the digests of all files below a folder. Links are not followed.
+    """Return the digests of all files below a folder. Links are not followed.
 
     Raises:
         StorageError: a file cannot be read, or is a pipe, socket or device.
@@ -62,7 +62,7 @@ def _digest_of(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SyncRecord:
-    """Content of a receipt: the installed version. It is inside the copy, so both move together."""
+    """Content of a receipt: what was installed. It is stored in the copy, so both move together."""
 
     version: str
     """Version of Holdfast that installed the copy."""
@@ -75,7 +75,7 @@ class SyncRecord:
 
 
 def decode_receipt(data: bytes) -> SyncRecord | None:
-    """Decode a receipt; None where it is damaged, so that the copy counts as the user's own."""
+    """Decode a receipt; None if it is damaged, so that the copy counts as the user's own."""
     try:
         body: Any = json.loads(data)
         version, files = body["holdfast"], dict(body["files"].items())
@@ -88,14 +88,14 @@ def decode_receipt(data: bytes) -> SyncRecord | None:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Names by which a copy that the user deleted is told from one that was never installed."""
+    """Names of skills, to tell a copy that the user deleted from one that was never installed."""
 
     offered: frozenset[str] = frozenset()
-    """Skills that were installed once, and were shipped at the last sync."""
+    """Skills that have been installed, and that were still shipped at the last sync."""
 
     removed: frozenset[str] = frozenset()
-    """Skills that the user removed, and installed skills that are no longer shipped. If they have
-    no copy, no sync installs one."""
+    """Skills that the user removed, and installed skills that are no longer shipped. A sync never
+    installs a missing copy of them."""
 
     def encode(self) -> bytes:
         return _encode({"offered": sorted(self.offered), "removed": sorted(self.removed)})
@@ -105,7 +105,7 @@ def decode_ledger(data: bytes, *, where: str) -> Ledger:
     """Decode a ledger.
 
     Raises:
-        FormatError: it is damaged. Treating it as empty would bring back deleted skills.
+        FormatError: the ledger is damaged. Treating it as empty would bring back deleted skills.
     """
     try:
         body: Any = json.loads(data)
@@ -125,7 +125,7 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 
 def order_of(version: str) -> tuple[int, ...]:
-    """Returns the numbers at the start of a version, for comparing versions.
+    """Return the numbers at the start of a version, to compare versions.
 
     >>> order_of("0.10.1.dev3") > order_of("0.9")
     True

@@ -1,4 +1,4 @@
-"""The quiet sync at the start of a command, in folders that the user has synced before."""
+"""Sync skills at the start of a command, in folders that the user has synced before."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from holdfast.skills.targets import all_targets
 def refresh(environment: Mapping[str, str]) -> list[str]:
     """Sync every folder of this user that an older version of Holdfast has synced.
 
-    Returns a line for each folder that changed, and for each failure. Never raises, never waits for
-    a lock, and reads one file per folder while nothing is to be done. Does nothing in CI, and on
-    ranks other than 0.
+    Return a line for each folder that changed, and for each failure. This function never raises and
+    never waits for a lock. It reads only one file of a folder that is up to date. It does nothing
+    in CI, and on ranks other than 0.
     """
     ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     if environment.get("CI") or any(environment.get(rank, "0") != "0" for rank in ranks):

@@ -1,4 +1,4 @@
-"""The sync: compares a user's copies with the shipped skills, and replaces unchanged copies."""
+"""Compare a user's copies with the shipped skills, and update those the user has not changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from holdfast.skills.records import Digests, Ledger, SyncRecord, order_of
 State = Literal["new", "outdated", "current", "modified", "deleted", "foreign", "newer"]
 """State of a copy. new: never installed. outdated: unchanged, and the shipped skill is newer.
 current: equal to the shipped skill. modified: the user changed a shipped file. deleted: the user
-deleted it. foreign: no sync made the folder. newer: a later version installed it."""
+deleted the copy. foreign: no sync made the folder. newer: a later version of Holdfast installed
+the copy."""
 
 SKIPPED: Sequence[State] = ("modified", "deleted", "foreign", "newer")
 """States of copies that a sync leaves alone."""
@@ -35,20 +36,20 @@ class SyncedSkill:
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """Result of a sync, or of a survey."""
+    """Result of `sync`, or of `survey`."""
 
     root: str
     skills: tuple[SyncedSkill, ...] = ()
     cleaned: tuple[str, ...] = ()
-    """Names of installed skills that are no longer shipped, nor installed by a later version. Their
-    files stay."""
+    """Names of installed skills that are no longer shipped, unless a later version installed them.
+    The sync removes the names from the ledger, and keeps the files."""
 
     busy: bool = False
-    """Whether another sync was at work, so that this one did nothing."""
+    """Whether another sync was in progress, so that this one did nothing."""
 
     @property
     def problems(self) -> list[str]:
-        """Reasons of copies that could not be brought up to date, each with the skill's name."""
+        """Reasons why copies could not be brought up to date, each with the name of the skill."""
         return [f"{skill.name}: {skill.problem}" for skill in self.skills if skill.problem]
 
     def names(self, *states: State) -> list[str]:
@@ -56,7 +57,7 @@ class Synced:
 
     @property
     def changes(self) -> bool:
-        """Whether the sync changed something, or failed to."""
+        """Whether the sync changed a copy or the ledger, or had a problem."""
         return bool(self.names("new", "outdated") or self.cleaned or self.problems)
 
     def __str__(self) -> str:
@@ -81,7 +82,8 @@ def _state_of(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> Sta
     if receipt is None:
         return "current" if copied == wanted else "foreign"
     if not receipt.files.items() <= copied.items():
-        # The user may have restored the shipped files by hand. Their own files do not count.
+        # The copy differs from its receipt, but the user may have restored the shipped files by
+        # hand. Files that the user added do not count.
         return "current" if wanted.items() <= copied.items() else "modified"
     if receipt.files == wanted:
         return "current"
@@ -92,18 +94,18 @@ def _state_of(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> Sta
 
 
 def _is_newer(receipt: SyncRecord, version: str) -> bool:
-    """Whether a later version than this one installed the copy."""
+    """Whether a version of Holdfast later than `version` installed the copy."""
     return order_of(receipt.version) > order_of(version)
 
 
 def _is_cleaned(name: str, copies: Copies, version: str) -> bool:
-    """Whether to forget an installed skill that is not shipped: not if a later version ships it."""
+    """Whether to forget a skill that is not shipped: yes, unless a later version installed it."""
     receipt = copies.receipt(name)
     return receipt is None or not _is_newer(receipt, version)
 
 
 def _in_the_way(users_file: str, wanted: Digests) -> bool:
-    """Whether a user's file has the path of a shipped file, or of a folder that one needs."""
+    """Whether a user's file prevents the installation of a shipped file."""
     return any(
         users_file == file or file.startswith(f"{users_file}/") or users_file.startswith(f"{file}/")
         for file in wanted
@@ -111,7 +113,7 @@ def _in_the_way(users_file: str, wanted: Digests) -> bool:
 
 
 def survey(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
-    """Returns the result that a sync would have. Writes nothing."""
+    """Return the result that a sync would have. Write nothing."""
     ledger = copies.ledger()
     states = tuple(_examined(skill, copies, ledger, version) for _, skill in sorted(skills.items()))
     missing = sorted(ledger.offered - skills.keys())
@@ -122,11 +124,11 @@ def survey(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
 def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
     """Install new skills, replace outdated copies, and leave all others alone.
 
-    If the process is killed, each copy is the old or the new one, and the next sync continues.
+    If the process is killed, each copy is either old or new as a whole. The next sync continues.
 
     Raises:
-        StorageError, FormatError: the ledger cannot be read, or the folder cannot be locked;
-            nothing was changed.
+        StorageError, FormatError: the ledger cannot be read, or the folder cannot be locked. In
+            both cases, nothing was changed.
     """
     with copies.locked() as locked:
         if not locked:
@@ -136,8 +138,8 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
         synced = replace(before, skills=tuple(updated))
         present = set(synced.names("new", "outdated", "current", "modified", "newer"))
         cleaned, ledger = {*synced.cleaned}, copies.ledger()
-        # Cleaned names count as removed: if the user deletes the files that stay, a version that
-        # ships the skill again must not bring them back.
+        # Cleaned names count as removed. If the user deletes the files of such a skill, a version
+        # that ships it again must not bring the files back.
         offered = (ledger.offered | present) - cleaned
         removed = (ledger.removed - present) | cleaned
         copies.write_ledger(Ledger(offered=offered, removed=removed))
@@ -147,9 +149,9 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
 
 
 def reset(skill: Skill, copies: Copies, version: str) -> str | None:
-    """Replace a copy by the shipped skill, in any state but foreign.
+    """Replace a copy by the shipped skill, unless the copy is foreign.
 
-    Returns the path of the archive, where the user had changed the copy.
+    If the user had changed the copy, archive it first, and return the path of the archive.
 
     Raises:
         ExistsError: the folder is foreign, or another sync is at work.
@@ -162,7 +164,7 @@ def reset(skill: Skill, copies: Copies, version: str) -> str | None:
 
 
 def remove(skill: Skill, copies: Copies, version: str) -> str | None:
-    """Delete a copy, so that no sync installs it again. Returns and raises as `reset`."""
+    """Delete a copy for good: no sync installs it again. Result and errors are as for `reset`."""
     with _archived(skill, copies, version) as archive:
         ledger = copies.ledger()
         copies.write_ledger(Ledger(ledger.offered - {skill.name}, ledger.removed | {skill.name}))
@@ -172,7 +174,7 @@ def remove(skill: Skill, copies: Copies, version: str) -> str | None:
 
 @contextmanager
 def _archived(skill: Skill, copies: Copies, version: str) -> Iterator[str | None]:
-    """Lock the copies, and archive one if the user changed it; yields the path of the archive."""
+    """Lock the copies. If the user changed this one, archive it, and yield the archive's path."""
     with copies.locked() as locked:
         if not locked:
             raise ExistsError(f"another sync is at work in `{copies.root}`", hint="wait for it")
@@ -198,7 +200,7 @@ def _examined(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> Syn
 
 
 def _updated(skill: Skill, before: SyncedSkill, copies: Copies, version: str) -> SyncedSkill:
-    """Bring one copy up to date, unless its state is one to skip."""
+    """Bring one copy up to date, unless its state is in `SKIPPED`."""
     try:
         if not before.problem and before.state in ("new", "outdated"):
             copies.install(skill, version)

@@ -14,18 +14,18 @@ HOMES = {
     "codex": (".codex", "CODEX_HOME"),
     "hermes": (".hermes", "HERMES_HOME"),
 }
-"""Name for `--to` -> folder in the home directory, and the environment variable with another."""
+"""Folder in the home directory, and environment variable that overrides it, by name for `--to`."""
 
 OF_PROJECTS = ("agents", "claude", "codex")
-"""Names in `HOMES` of agents that also read a folder in the current repository."""
+"""Names in `HOMES` of agents that read a folder in the current repository too."""
 
 
 def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: Path) -> Copies:
-    """Returns the copies in the folder that `--to` names: one of `HOMES`, or a path.
+    """Return the copies in the folder that `--to` names: one of `HOMES`, or a path.
 
     Raises:
-        UsageError: `project` with a path, or with an agent that has no folder in projects.
-        NotFoundError: `project`, and `here` is in no repository.
+        UsageError: `project` is set, and `to` is a path, or an agent without folders in projects.
+        NotFoundError: `project` is set, and `here` is not in a repository.
     """
     if not project and to not in HOMES:
         return Copies(here / Path(to).expanduser())
@@ -45,7 +45,7 @@ def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: P
 
 
 def all_targets(environment: Mapping[str, str], here: Path) -> Iterator[Copies]:
-    """Yields the copies in every folder that has a name for `--to`, whether or not it exists."""
+    """Yield the copies in every folder that `--to` can name, even if the folder does not exist."""
     for name in HOMES:
         yield target_of(name, project=False, environment=environment, here=here)
     if _repository(here) is not None:

@@ -20,10 +20,11 @@ from holdfast.state.subclass import is_plain_tensor
 from holdfast.state.tree import Path
 
 Like = Callable[[TensorEntry, str | None], torch.Tensor | torch.device | None]
-"""`like(entry, name)` places a new tensor: like the returned tensor, or on the returned device.
-None: on a device of the saved tensor's kind.
+"""`like(entry, name)` decides where a new tensor is placed: like the returned tensor, or on the
+returned device. None: on a device of the saved tensor's kind.
 
-A sharded tensor has a `name`: the parameter with the same placement, or "" if there was none.
+`name`: for a sharded tensor, the parameter that had the same placement at the save, or "" if none
+had; None for other tensors.
 """
 
 
@@ -33,7 +34,7 @@ Check = Callable[[Values], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The target of each entry. The state changes only in `take`."""
+    """Targets of a checkpoint's entries. The state changes only in `take`."""
 
     stored: StoredState
     parameter: Callable[[str], torch.Tensor | None] = lambda _: None
@@ -107,8 +108,8 @@ class Match:
         self.mismatches[name] = f"`{name}` is not in the checkpoint"
 
     def mismatch(self, name: str, what: str, branch: Branch | None = None) -> None:
-        """Note a mismatch. `what` follows the name of the entry or path in its line. Entries of
-        `branch` are not reported as unexpected as well."""
+        """Note a mismatch. `what`: rest of its line, after the name of the entry or path. `branch`:
+        entries that are then not reported as unexpected too."""
         self.mismatches[name] = f"`{name}` {what}"
         if branch is not None:
             self.taken.update(branch.entries())
@@ -131,12 +132,12 @@ class Match:
 
     def request_at(self, path: Path, like: Like = lambda *_: None) -> Make | None:
         """Plan to read everything at and below a path, with the structure that is stored for it.
-        None: the checkpoint has nothing there."""
+        Return None if the checkpoint has nothing there."""
         branch, node = self.stored.below(path), self.stored.node(path)
         return None if branch.is_empty and node is None else self.request(branch, node, like)
 
     def like_parameter(self, _: TensorEntry, name: str | None) -> torch.Tensor | None:
-        """Place a tensor like the parameter `name`: a `Like`."""
+        """Return the parameter `name`, so that a tensor is placed like it. This is a `Like`."""
         return self.parameter(name) if name else None
 
     def _allocator(

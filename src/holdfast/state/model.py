@@ -23,7 +23,7 @@ from holdfast.state.subclass import UNINITIALIZED, is_plain_tensor
 from holdfast.state.tree import Flattener, Path, dotted, type_name
 
 _TRANSPARENT = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-"""Wrappers with the model as `module`, a path element that checkpoints leave out."""
+"""Wrappers that hold the model as `module`. Checkpoints leave out this path element."""
 
 
 @cache
@@ -119,7 +119,7 @@ class ModelState:
         trained: Trained | None = None,
         is_base: bool = False,
     ) -> None:
-        """With `trained`, checkpoints contain only these parameters, since the base model has the
+        """With `trained`, checkpoints contain only trained parameters, since the base model has the
         others. With `is_base`, this is the base model, which may lack trained parameters."""
         self.parts: Sequence[nn.Module] = list(parts)
         self._names: list[Names] = []
@@ -169,7 +169,7 @@ class ModelState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all parts by canonical name: the parameters and buffers themselves,
-        with their gradients."""
+        not detached."""
         self._find_names()
         self._find_trained()
         state: dict[str, Any] = {}
@@ -267,7 +267,7 @@ class ModuleMatch:
                 self._request(name, name)
 
     def _stored_as(self, raw: str) -> str:
-        """Return the name below the path that the checkpoint has for the module's entry `raw`."""
+        """Return the checkpoint's name, below the path, for the module's entry `raw`."""
         name, match = self._names.of(raw), self._match
         if not match.stored.holds(self._prefix + name, (*self._path, name)):
             for other in self._names.earlier(raw):
@@ -307,7 +307,7 @@ class ModuleMatch:
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's `state_dict`; with gradients, unless the module overrides the method."""
+    """Return a module's `state_dict`, not detached unless the module overrides the method."""
     with torch.no_grad():
         if type(module).state_dict is nn.Module.state_dict:
             # Without `keep_vars` torch detaches every DTensor, which is slow. Readers and writers

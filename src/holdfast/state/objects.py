@@ -38,8 +38,8 @@ class StateTree:
     """A nested state, with the state of all objects in it.
 
     `state` is one module, or maps names to tensors, plain values, dicts, lists and objects with a
-    `state_dict`. The entries of `state[flat]` are named without that key, as TorchTitan names those
-    of the model. `others` are further top-level names that do not belong to the model. `watch` is
+    `state_dict`. The names of the entries in `state[flat]` lack that key, as those of a model do in
+    TorchTitan. `others` are further top-level names that do not belong to the model. `watch` is
     called with every optimizer in the tree, at any depth, before `flatten` returns.
     """
 
@@ -100,7 +100,8 @@ class StateTree:
             self._flat_component.match(match, ())
         for name, key in self._keys.items():
             if key != self._flat:
-                # A value stored next to the model of a run would never be read.
+                # With `flat`, this is the state of a run. A run never reads values that a load puts
+                # into `state`.
                 put = _refusal(key, self._state[key]) if self._flat else setter(self._state, key)
                 plain.member(self._state[key], (name,), put)
         if strict:
@@ -125,7 +126,7 @@ class StateTree:
             for optimizer in component.optimizers:
                 self._watch(optimizer)
         if component is not None and len(path) <= 1 and owner is None:
-            # Not for deeper objects: a load may replace them with the state that contains them.
+            # Do not keep the components of deeper objects: a load may replace these objects.
             self._components[path] = value, component
         return component
 

@@ -2,8 +2,8 @@
 can load it, with parameters in any order.
 
 Names are those of torch's flattened optimizer state dict, as in TorchTitan:
-`state.<parameter>.<slot>` and `param_groups.<parameter>.<option>`. The optimizer's own `state_dict`
-and `load_state_dict` are called.
+`state.<parameter>.<slot>` and `param_groups.<parameter>.<option>`. This module calls the own
+`state_dict` and `load_state_dict` of the optimizer.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class OptimizerState:
         """Return the name of each parameter, by `id`.
 
         A parameter that belongs to no module is named by its number. If different parameters have
-        the same name, the path of its module is put in front of each.
+        the same name, each of these names begins with the path of its module.
         """
         names: dict[int, str] = {}
         qualified: dict[int, str] = {}
@@ -110,7 +110,7 @@ class OptimizerState:
         taken = {*names.values()}
         for number, key in enumerate(ids):
             if key not in names:
-                # A module may have given this number as a name.
+                # A module may use this number as the name of a parameter.
                 names[key] = f"number.{number}" if str(number) in taken else str(number)
         return names
 
@@ -190,7 +190,7 @@ class OptimizerState:
                 if is_placed_like(value, parameter):
                     flattener.add((*path, entry), value, above + entry)
                 elif type(value) is torch.Tensor and value.shape == parameter.shape:
-                    # Mark it as whole: by its shape, a load would shard it like its parameter.
+                    # Mark it as whole: it has its parameter's shape, so a load would shard it too.
                     flattener.add((*path, entry), value, above + entry)
                     flattener.state.structure[*path, entry] = {"tensor": {"place": "whole"}}
                 else:
@@ -258,7 +258,7 @@ class OptimizerState:
 
 
 def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
-    """Return whether an optimizer's state has torch's form, by the numbers of its parameters."""
+    """Return whether an optimizer's state has torch's form, keyed by parameter number."""
     if not isinstance(optimizer, Optimizer):
         return False
     cls = type(optimizer)
@@ -268,7 +268,7 @@ def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
 def is_zero(optimizer: object) -> bool:
     """Return whether an optimizer is torch's `ZeroRedundancyOptimizer`.
 
-    Its `state_dict` must first be gathered on one rank. Here, each rank saves its own state.
+    By its own `state_dict`, one rank saves the state of all. Here, each rank saves its own state.
     """
     return any(
         cls.__name__ == "ZeroRedundancyOptimizer" and cls.__module__.startswith("torch.")

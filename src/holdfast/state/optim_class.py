@@ -54,7 +54,8 @@ class ClassCheck:
     def check(
         self, optimizer: Any, options: Collection[str], slots: Iterable[Collection[str]]
     ) -> None:
-        """Refuse a state from which the optimizer cannot continue; note another class for the log.
+        """Refuse a state from which the optimizer cannot continue. If it can, but another class
+        saved the state, note that for the log.
 
         `options` are the stored options of its groups, `slots` the stored slots of each parameter.
         """

@@ -68,7 +68,7 @@ class OptimizerMatch:
             self._match_optimizer(optimizer, number, stored)
 
     def _sorted(self, branch: Branch, keys: list[str | int]) -> StoredOptimizer:
-        """Sort all entries below the path by parameter. Without those of unknown parameters."""
+        """Sort the entries below the path by parameter. Leave out entries of unknown parameters."""
         stored = StoredOptimizer()
         for key in keys:
             text, child = str(key), branch.child(key)
@@ -244,7 +244,7 @@ class OptimizerMatch:
                 ] = None
 
     def _match_options(self, names: list[str], stored: StoredOptimizer) -> Make:
-        """Return the maker of the options of a group, which its parameters must agree on."""
+        """Return the maker of a group's options, in which all its parameters must agree."""
         makers: dict[str, Make] = {}
         firsts: dict[str, Branch] = {}
         values = self._match.stored.manifest.values

@@ -28,7 +28,7 @@ _NOT_TENSORS = SCALARS - {type(None)}
 """Types of values that a tensor must not replace."""
 
 Put = Callable[[Any], None]
-"""Stores a loaded value in its container."""
+"""Function that stores a loaded value in the dict, list or other container of the old value."""
 
 
 class PlainMatch:
@@ -84,7 +84,7 @@ class PlainMatch:
         if self._match.stored.states_structure:
             self._match.missing(dotted(path))
             return
-        # Stock DCP stores nothing for an empty dict, so report the leaves alone.
+        # Stock DCP stores nothing for an empty dict, so report only leaves.
         flattener = Flattener(self._component_of)
         flattener.put(path, live)
         for name in flattener.state.leaves:
@@ -224,7 +224,7 @@ def _replace(live: Any, made: Any, put: Put) -> None:
 
 
 def setter(container: Any, key: Any) -> Put:
-    """Return a function that replaces a value in its container."""
+    """Return a function that replaces the value of `key` in `container`."""
 
     def put(value: Any) -> None:
         try:

@@ -12,12 +12,12 @@ from holdfast import accelerator
 
 
 class RngState:
-    """A `Stateful` for the generators of this process. Each rank has its own."""
+    """State of the generators of this process, as a `Stateful`. Each rank has a different one."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every generator. Numpy's is included if numpy was imported."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        # Such as "cuda".
+        # The key is a kind of device, such as "cuda".
         state |= accelerator.rng_states()
         numpy = sys.modules.get("numpy")
         if numpy is not None:

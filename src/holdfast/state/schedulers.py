@@ -17,8 +17,8 @@ class SchedulerState:
     """One or several schedulers as one component of the state.
 
     If all states are equal, as in the stages of a pipeline, one is saved, so that any number of
-    schedulers can load it. Otherwise each state is saved below its number. It is marked as an
-    object, because one scheduler's state may have numbers for keys too.
+    schedulers can load it. Otherwise each state is saved below its number. Each is marked as an
+    object, because the state of a single scheduler may have numbers as keys too.
     """
 
     def __init__(self, schedulers: Sequence[Stateful]) -> None:

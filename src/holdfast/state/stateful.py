@@ -26,7 +26,7 @@ class ObjectState:
     """Any object with `state_dict` and `load_state_dict` as a component of the state."""
 
     def __init__(self, owner: Stateful, *, is_read_back: bool = False) -> None:
-        """`is_read_back`: a load calls `state_dict` of the object after `load_state_dict`."""
+        """`is_read_back`: whether a load also calls `state_dict`, after `load_state_dict`."""
         self._owner, self._is_read_back = owner, is_read_back
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
@@ -50,8 +50,8 @@ class ObjectState:
             match.then(lambda values: self._give(make(values), path))
 
     def _match_guessed(self, match: Match, path: Path, branch: Branch) -> None:
-        """Match a state of stock DCP or of old versions, which stored only names. Types of keys
-        and containers, and what has no entries, come from the fresh object's state."""
+        """Match a state of stock DCP or of old versions, which stored only names. The types of keys
+        and containers, and everything without entries, come from the fresh object's state."""
         fresh: Any = self._owner.state_dict()
         for name in _missing(fresh, branch, path):
             match.missing(name)
@@ -108,7 +108,8 @@ def _request(match: Match, owner: Stateful, branch: Branch, node: Node) -> Make:
 
     The owner's fresh state shows where its inner objects and sharded tensors are.
     """
-    # Called only if needed, because it may have effects: it starts the workers of a data loader.
+    # Call it only if needed, because it may have effects, such as to start the workers of a data
+    # loader.
     fresh = cache(owner.state_dict)
     depth = len(branch.path)
 

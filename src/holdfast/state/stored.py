@@ -105,8 +105,8 @@ class StoredState:
         return None if name is None else self.manifest.tensors.get(name)
 
     def _below_name(self, top: str) -> Branch:
-        """Return a branch of the names that begin with `top.`, each as one key: for checkpoints
-        without paths."""
+        """Return a branch for a checkpoint without paths. It has each name that begins with `top.`,
+        with the rest of the name as one key."""
         if top not in self._branches_by_name:
             branch = self._branches_by_name[top] = Branch((top,))
             prefix = f"{top}."

@@ -34,7 +34,7 @@ def take_apart(
 ) -> tuple[dict[str, torch.Tensor], Any]:
     """Return the inner tensors of a wrapper subclass by attribute, and its metadata.
 
-    `must_be_known`: check that a load, which creates the tensor, can find its class by name.
+    `must_be_known`: check that the class is declared safe, since a load creates the tensor.
     """
     cls = type(tensor)
     if isinstance(tensor, UNINITIALIZED):

@@ -50,7 +50,7 @@ class Leaf(NamedTuple):
     path: Path
     value: Any
     names: Mapping[str, Path] = MappingProxyType({})
-    """Names and paths of a value stored under several names, the leaf's own first; else empty."""
+    """Paths of a value with several names, keyed by name, the leaf's own name first; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
 """Types of values that contain no other values."""
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, DTensor})
-"""Types of tensors without a state of their own."""
+"""Types of tensors that have no `state_dict`."""
 
 MAPPING_TYPES: dict[str, type[dict[Any, Any]]] = {
     "dict": dict,
@@ -91,7 +91,7 @@ class Component(Protocol):
     """A part of the state that has its own code to save and load."""
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
-        """Add its state below a path. Returns the node of that state."""
+        """Add the component's state below a path. Returns the node of the state."""
         ...
 
     def match(self, match: Match, path: Path) -> None:
@@ -192,14 +192,14 @@ class Flattener:
         kind, fields = _kind_of(path, value)
         check_depth(path)
         children: list[tuple[Any, Node]] = []
-        # Names alone express a dict with text keys, except for the order of several values.
+        # Names alone express a dict with text keys, but not the order of values in it.
         is_plain = kind == "dict" and bool(value)
         num_values_before = self._num_values
         for name, key in names_of(path, value).items():
             node = self.walk((*path, name), value[key], rebuilt=rebuilt)
             children.append((key, node))
-            # A model or optimizer of the caller is found at its path, but a load that rebuilds an
-            # object's state finds inner objects only by their nodes.
+            # A load finds the caller's own models and optimizers by their paths, so they need no
+            # node. It finds the objects inside a rebuilt state only by their nodes.
             is_marked = node is not None and (node != {"object": None} or rebuilt)
             is_plain = is_plain and not is_marked and type(key) is str
         if is_plain and (self._num_values == num_values_before or len(children) == 1):
@@ -297,7 +297,7 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
 
 
 def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the keys of a dict by their text."""
+    """Return the keys of a dict, keyed by their text."""
     where = f"`{dotted(path)}`" if path else "the state"
     names: dict[str, Any] = {}
     for key in value:
@@ -338,8 +338,8 @@ def _tensor_of(path: Path, array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def made_plain(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
-    """Replace numpy's numbers and empty bytes by Python's numbers and texts, because pickle writes
-    them as calls. Returns the value, and the replaced types with their positions in it."""
+    """Replace numpy's numbers by Python's, and empty bytes by text: pickle would write them as
+    function calls. Returns the value, and the replaced types with their positions in it."""
     if type(value) in SCALARS and value != b"":
         return value, []
     types: list[list[Any]] = []

@@ -99,7 +99,7 @@ def store_to_save(path: str | os.PathLike[str]) -> Store:
     text = without_scheme(path)
     if not is_url(text):
         return folder_store(text)
-    store = _written_store(text)
+    store = written_store(text)
     if store is None:
         raise UsageError(
             f"`{text}` is a URL to which Holdfast cannot write",
@@ -108,7 +108,7 @@ def store_to_save(path: str | os.PathLike[str]) -> Store:
     return store
 
 
-def _written_store(url: str) -> Store | None:
+def written_store(url: str) -> Store | None:
     """Return the store of a URL that can be written to; None if there is none."""
     if (store := third_party_store(url)) is not None:
         return store
@@ -129,7 +129,7 @@ def open_store(url: str | os.PathLike[str]) -> ReadStore:
     """
     text = without_scheme(url)
     if is_url(text):
-        if (store := _written_store(text)) is not None:
+        if (store := written_store(text)) is not None:
             return store
         from holdfast.storage.remote import RemoteStore  # Folders need no fsspec.
 

@@ -14,7 +14,8 @@ from holdfast.format.region import Region
 from holdfast.tensors.relation import Axes, Dim, Relation, Side, SideName, size_of
 
 READS_MAX = 64
-"""Most reads that a box with gaps is split into; beyond that, one read includes the gaps."""
+"""Most reads that a box with gaps is split into. If more are needed, a single read includes the
+gaps."""
 
 Box = dict[str, tuple[int, int]]
 """Half-open range of indices along each axis."""
@@ -22,7 +23,7 @@ Box = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A box of a tensor, seen along the axes that are merged into its dims."""
+    """A box of a tensor, with every merged dim split into its axes."""
 
     region: Region
     """Region of the tensor that is read or written: the smallest that includes the box."""
@@ -34,7 +35,8 @@ class View:
     """Shape of `region` with every merged dim split into its axes."""
 
     inside: tuple[slice, ...]
-    """Slices of the box within `factored`; smaller than it where `region` includes gaps."""
+    """Slices of `factored` that select the box. If `region` includes gaps, they select only a
+    part."""
 
     def of(self, region_data: NDArray[np.generic]) -> NDArray[np.generic]:
         """Return the box, one dim per axis, as a view of `region_data` (the region's elements)."""
@@ -76,10 +78,11 @@ class Copy:
         return self._in_target_order(source).reshape(self.target_view.region.shape)
 
     def _in_target_order(self, source: NDArray[np.generic]) -> NDArray[np.generic]:
-        """Return a view of the box with its dims in the order of the target's axes."""
+        """Return a view of the source box with its dims in the order of the target's axes."""
         source_axes, target_axes = self.source_view.axes, self.target_view.axes
-        # If only one side has an axis as a dim, the other has it in its tensor names, such as the
-        # number of a layer. The box covers one index of it, so its length here is 1.
+        # If only one side has an axis as a dim, the other side has it in its tensor names, such as
+        # the number of a layer. The box covers a single index of this axis, so the dim has length
+        # 1.
         dropped = tuple(n for n, axis in enumerate(source_axes) if axis not in target_axes)
         common = [axis for axis in source_axes if axis in target_axes]
         order = [common.index(axis) for axis in target_axes if axis in common]
@@ -105,8 +108,8 @@ class TensorMapping:
         axes: Axes,
         aliases: Mapping[SideName, Mapping[str, str]] | None = None,
     ) -> None:
-        """`axes`: indices of every axis that is not spelled by words. `aliases`: first names of
-        tied tensors, by second name."""
+        """`axes`: indices of every axis, except those that a relation spells by words. `aliases`:
+        first name of each tied tensor, by its second name."""
         self.axes: Axes = axes
         self.aliases: Mapping[SideName, Mapping[str, str]] = aliases or {"native": {}, "hf": {}}
         self._members: dict[SideName, dict[str, list[_Member]]] = {"native": {}, "hf": {}}
@@ -127,13 +130,15 @@ class TensorMapping:
         return member.relation.side(side).shape(member.axes)
 
     def dtype(self, side: SideName, name: str) -> str | None:
-        """Return the dtype that a tensor keeps whatever the others are converted to, or None."""
+        """Return the dtype that a tensor keeps in every conversion; None if it is converted like
+        others."""
         return self._members[side][name][0].relation.dtype
 
     def row_by_row(self, side: SideName, name: str) -> Relation | None:
-        """Return the relation to a tensor of the other side with the same rows, in any order.
+        """Return the relation to a tensor of the other side with the same rows, in any order; None
+        if there is no such tensor.
 
-        None: there is no such tensor. Both names in the relation are without fields.
+        The returned relation has complete tensor names, without fields such as `{l}`.
         """
         members = self._members[side].get(name, ())
         if len(members) != 1:
@@ -155,8 +160,8 @@ class TensorMapping:
     ) -> Iterator[Copy]:
         """Yield the copies that fill the box `wanted` of a tensor, each element once.
 
-        Target regions are relative to the first element of `wanted`. With `exact`, no source region
-        includes elements that are not copied, however many copies that takes.
+        Target regions are relative to the first element of `wanted`. `exact`: whether to leave all
+        gaps out of the source regions, however many copies this takes.
         """
         other: SideName = "hf" if side == "native" else "native"
         for member in self._members[side][name]:
@@ -179,7 +184,8 @@ def _single(indices: Mapping[str, int]) -> Box:
 
 
 def _boxes_in(side: Side, axes: Axes, wanted: Region) -> Iterator[Box]:
-    """Yield the elements of `wanted` that the relation describes, as boxes along its axes."""
+    """Yield the elements of `wanted` that a relation describes, as boxes along the relation's
+    axes."""
     for boxes in product(
         *(_dim_boxes(*d, axes) for d in zip(side.dims, wanted.start, wanted.stop, strict=True))
     ):
@@ -193,7 +199,7 @@ def _dim_boxes(dim: Dim, start: int, stop: int, axes: Axes) -> list[Box]:
 
 
 def _boxes(lo: int, hi: int, merged: Sequence[str], axes: Axes) -> list[Box]:
-    """Return elements `lo` to `hi` along merged axes as boxes, each of which is contiguous."""
+    """Divide elements `lo` to `hi` of a dim with merged axes into contiguous boxes."""
     if not merged:
         return [{}]
     axis, *rest = merged
@@ -232,8 +238,8 @@ def _without_gaps(source: Side, target: Side, axes: Axes, box: Box, exact: bool)
 
 
 def _axes_with_gaps(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:
-    """Yield each axis with gaps: the box has several indices along it, but only a part of an axis
-    further inside."""
+    """Yield each axis along which the box has gaps: the box has several indices along it, but
+    covers only a part of an axis that is merged further inside."""
     partial = False
     for axis in reversed(dim.axes):
         start, stop = box[axis]

@@ -19,15 +19,15 @@ from holdfast.storage.store import (
 )
 
 Fail = Callable[[str, str], None]
-"""`fail(verb, key)` raises the error of an operation, or returns to let it happen."""
+"""Function `fail(verb, key)`: it raises the error of an operation, or lets it happen."""
 
 
 class LinkingStore(FolderStore, Linking, Joining, Protocol):
-    """A store with every operation."""
+    """A store with all operations, including hard links and joint writing of a file."""
 
 
 class FailingStore:
-    """A wrapper of a store that calls `fail` before each operation.
+    """A wrapper of a store that calls `fail` before each operation except `evict`.
 
     The verbs are `list`, `size`, `read`, `make_folder`, `create`, `amend`, `join`, `write`, `end`
     (before the content of a file becomes durable, or a joined file is closed), `sync`, `rename`,

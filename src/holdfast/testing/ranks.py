@@ -20,8 +20,8 @@ T = TypeVar("T")
 class ThreadRanks:
     """A rank that is a thread of this process.
 
-    Items are deep-copied, as pickling would do. If a rank dies, the next exchange of the others
-    fails, as in a process group.
+    Ranks receive deep copies of items, as if the items were pickled. If a rank dies, the next
+    exchange fails on the other ranks, as in a process group.
     """
 
     def __init__(self, rank: int, board: _Board, host: str | None = None) -> None:
@@ -69,7 +69,7 @@ class ThreadRanks:
 
 
 class _Board:
-    """Items that the ranks exchange, by number of the exchange."""
+    """Shared memory for the items that ranks exchange, by number of the exchange."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size = size
@@ -77,7 +77,7 @@ class _Board:
         self._changed = threading.Condition()
         self._items: dict[int, dict[int, Any]] = {}
         self._sent: dict[tuple[int, int], deque[torch.Tensor]] = {}
-        """Messages that have not been received, by sender and receiver."""
+        """Tensors that were sent and not yet received, by sender and receiver."""
 
         self._gone: set[int] = set()
         self._duplicates: dict[int, _Board] = {}
@@ -92,7 +92,7 @@ class _Board:
             )
             if len(items) < self.size:
                 raise RankError(f"rank {rank} lost another rank")
-            # All ranks have entered this exchange, so none needs the one before the last.
+            # All ranks have entered this exchange, so no rank needs the items of earlier ones.
             self._items.pop(number - 2, None)
             return copy.deepcopy([items[other] for other in range(self.size)])
 
@@ -110,7 +110,7 @@ class _Board:
             return sent.popleft()
 
     def leave(self, rank: int) -> None:
-        """End a rank. Exchanges that it has not reached fail on the other ranks."""
+        """End a rank. Exchanges that it has not entered fail on the other ranks."""
         with self._changed:
             self._gone.add(rank)
             self._changed.notify_all()
@@ -133,8 +133,8 @@ def run_ranks(
 
     `hosts`: name of the host that each rank pretends to be on.
 
-    Raises the first error in rank order, a `RankError` only if there is no other. A rank that
-    waits longer than `timeout_s` for the others fails.
+    Raise the first error in rank order, but a `RankError` only if there is no other error. A rank
+    that waits longer than `timeout_s` for the others fails.
     """
     results = try_ranks(size, work, timeout_s=timeout_s, hosts=hosts)
     errors = [result for result in results if isinstance(result, BaseException)]

@@ -21,7 +21,7 @@ from holdfast.state.subclass import is_plain_tensor
 from holdfast.state.tree import is_object
 
 MODES = ("save", "disabled", "async", "async_with_pinned_mem")
-"""Ways to save: `holdfast.save`, and the values of `async_mode`."""
+"""Ways to save: `holdfast.save`, and a manager with each value of `async_mode`."""
 
 
 def round_trip(
@@ -45,7 +45,7 @@ def round_trip(
     Collective if `torch.distributed` is initialized.
 
     Raises:
-        AssertionError: in some mode the state differs; the message lists all differences.
+        AssertionError: the loaded state differs in some mode; the message lists all differences.
         UsageError: the state cannot be saved; the message names the entry and its type.
     """
     expected = {key: _state_of(value) for key, value in state.items()}
@@ -90,7 +90,7 @@ def _save_and_load(
 
 
 class _ValueState:
-    """Gives a plain value of a state the methods of a stateful object."""
+    """Wrapper that gives a plain value of a state the methods of a stateful object."""
 
     def __init__(self, state: Any, key: str) -> None:
         self._state, self._key = state, key
@@ -103,7 +103,7 @@ class _ValueState:
 
 
 class _LoadRecorder:
-    """Wraps an object, and keeps a copy of the argument of `load_state_dict`."""
+    """Wrapper of an object that keeps a copy of the argument of `load_state_dict`."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
@@ -127,8 +127,10 @@ def _is_other_object(value: Any) -> bool:
 
 
 def _state_of(value: Any) -> Any:
-    """Return a copy of the current state of a module, an optimizer, an object or a value; of a
-    `_LoadRecorder` the state that was loaded."""
+    """Return a copy of the current state of a module, an optimizer, an object or a value.
+
+    For a `_LoadRecorder`, return the argument of its `load_state_dict`.
+    """
     if isinstance(value, _LoadRecorder):
         return value.given
     if isinstance(value, nn.Module):
@@ -142,7 +144,7 @@ def _copied(state: Any) -> Any:
     try:
         return copy.deepcopy(state)
     except (RuntimeError, TypeError, AttributeError):
-        # Cannot be copied: a save refuses it, or it compares equal to itself.
+        # The state has no copy. Then a save refuses it, or the comparison finds it equal to itself.
         return state
 
 

@@ -17,7 +17,7 @@ def read_opened(store: Store, key: str) -> int:
 
 
 class StoreSuite:
-    """Tests that every `Store` must pass: derive a class for pytest that makes stores.
+    """Tests that every `Store` must pass. To run them, derive a class for pytest that makes stores.
 
     class TestMyStore(StoreSuite):
         def new_store(self) -> Store:
@@ -25,14 +25,14 @@ class StoreSuite:
     """
 
     stride = 1
-    """Distance of the ranges that are read: more than 1 for stores that take long to answer."""
+    """Distance between the tested starts and stops of ranges. Slow stores set it above 1."""
 
     def new_store(self) -> Store:
         """Return an empty store. Called once per test."""
         raise TypeError("derive a class that makes a store")
 
     def test_written_bytes_are_read_back_at_every_range(self) -> None:
-        """Method: parts written out of order; all ranges in and past the file."""
+        """Method: writes parts out of order, and reads all ranges in the file and past its end."""
         store, data = self.new_store(), bytes(range(20))
         with store.create("file", len(data)) as writer:
             writer.write(12, [memoryview(data)[12:15], bytearray(data[15:20])])
@@ -48,7 +48,7 @@ class StoreSuite:
                 assert target == data[start:stop] + b"?" * (stop - start - count)
 
     def test_a_write_of_many_parts_keeps_their_order(self) -> None:
-        """Method: more buffers than one system call takes, some of them empty."""
+        """Method: writes more buffers than one system call takes, some of them empty."""
         store = self.new_store()
         parts = [bytes([i % 251]) * (i % 4) for i in range(5000)]
         whole = b"".join(parts)
@@ -57,7 +57,7 @@ class StoreSuite:
         assert store.read("file", 0, len(whole)) == whole
 
     def test_a_file_may_be_empty(self) -> None:
-        """Method: no bytes, no writes."""
+        """Method: creates a file of size 0 without a write."""
         store = self.new_store()
         with store.create("file", 0):
             pass
@@ -65,14 +65,14 @@ class StoreSuite:
         assert store.read("file", 0, 10) == b""
 
     def test_a_file_is_never_overwritten(self) -> None:
-        """G1. Method: a second file of the same name; the first is unchanged."""
+        """G1. Method: creates a second file of the same name; the first file is unchanged."""
         store = self.new_store()
         put(store, "file", b"first")
         refuses(StorageError, lambda: put(store, "file", b"second"))
         assert store.read("file", 0, 9) == b"first"
 
     def test_an_error_while_writing_is_raised_to_the_caller(self) -> None:
-        """G7. Method: an error of the caller inside the context."""
+        """G7. Method: raises an error in the context of `create`."""
         store = self.new_store()
 
         def fail() -> None:
@@ -82,14 +82,14 @@ class StoreSuite:
         refuses(KeyError, fail)
 
     def test_the_root_may_be_made_repeatedly(self) -> None:
-        """Method: an empty key, with files in the store."""
+        """Method: makes the folder with the empty key while the store has a file."""
         store = self.new_store()
         put(store, "file", b"kept")
         store.make_folder("")
         assert list(store.list()) == ["file"]
 
     def test_a_missing_file_or_folder_is_not_found(self) -> None:
-        """Method: every reading method; the error names the key."""
+        """Method: calls every reading method; the error contains the key."""
         store = self.new_store()
         asks: list[Callable[[], object]] = [
             lambda: store.list("absent"),
@@ -102,8 +102,8 @@ class StoreSuite:
             assert "absent" in refuses(NotFoundError, ask).what
 
     def test_a_lock_has_one_holder_and_names_it_to_others(self) -> None:
-        """G11. Method: refused twice while locked, with the holder's note each time; free
-        afterwards."""
+        """G11. Method: tries twice to take a held lock; both errors have the note of the holder.
+        Afterwards the lock is free, even if its holder raised an error."""
         store = self.new_store()
         with store.lock("lock", "run 7 on host a"):
             for _ in range(2):
@@ -115,8 +115,8 @@ class StoreSuite:
         enter(store, "run 11")
 
     def test_the_holder_of_a_lock_can_be_queried(self) -> None:
-        """G16. Method: queries before, while and after it is locked; a query does not take the
-        lock."""
+        """G16. Method: queries a lock before it is taken, while it is held and after its release. A
+        query does not take the lock."""
         store = self.new_store()
         assert store.holder("lock") is None
         with store.lock("lock", "run 7 on host a"):
@@ -125,12 +125,12 @@ class StoreSuite:
         enter(store, "run 8")
 
     def test_free_space_is_a_positive_number_or_unknown(self) -> None:
-        """G11. Method: a new store."""
+        """G11. Method: queries the free space of a new store."""
         free = self.new_store().free_bytes()
         assert free is None or free > 0
 
     def test_a_published_attempt_is_a_checkpoint_with_all_its_files(self) -> None:
-        """G1. Method: listings before and after; the attempt has the name of no checkpoint."""
+        """G1. Method: lists the store before and after; at first no checkpoint is listed."""
         store = self.new_store()
         attempt = begin(store, "step-5", "00000001", {"a": b"1", "b": b"22"})
         with store.hold(attempt):
@@ -142,7 +142,7 @@ class StoreSuite:
         assert store.size("step-5/b") == 2
 
     def test_publishing_never_replaces_a_checkpoint_unasked(self) -> None:
-        """G1, G16. Method: a second attempt of the same name; both keep their files."""
+        """G1, G16. Method: publishes a second attempt of the same name; both keep their files."""
         store = self.new_store()
         first = begin(store, "step-5", "00000001", {"a": b"first"})
         second = begin(store, "step-5", "00000002", {"a": b"second"})
@@ -154,8 +154,8 @@ class StoreSuite:
         assert content(store, second) == {"a": b"second"}
 
     def test_a_checkpoint_is_replaced_as_a_whole(self) -> None:
-        """G1. Method: a checkpoint with other files; no file of the old one is left in the new one,
-        and its files wait in a hidden folder for the cleanup."""
+        """G1. Method: replaces a checkpoint by one with other files. No old file is in the new
+        checkpoint. The old files are in a hidden folder until the cleanup."""
         store = self.new_store()
         store.publish(begin(store, "step-5", "00000001", {"a": b"first", "c": b"3"}), "step-5")
         second = begin(store, "step-5", "00000002", {"a": b"second"})
@@ -170,8 +170,8 @@ class StoreSuite:
         assert content(store, "step-5") == {"a": b"second"}
 
     def test_an_unpublished_checkpoint_has_no_name_and_can_be_removed(self) -> None:
-        """G5. Method: two checkpoints, one of which loses its name and then its files; the name can
-        be taken again at once."""
+        """G5. Method: unpublishes one of two checkpoints, publishes a new one under its name, and
+        removes the old files."""
         store = self.new_store()
         for step, number in (("step-5", "00000001"), ("step-6", "00000002")):
             store.publish(begin(store, step, number, {"a": step.encode()}), step)
@@ -190,8 +190,8 @@ class StoreSuite:
         assert content(store, "step-5") == {"a": b"again"}
 
     def test_an_attempt_has_one_holder_and_can_be_removed(self) -> None:
-        """G16. Method: held twice, also once its holder has published it; free afterwards. The
-        name of a published attempt leads nowhere."""
+        """G16. Method: holds an attempt twice, which fails, and then the published checkpoint. The
+        name of an attempt does not exist after it is published."""
         store = self.new_store()
         attempt = begin(store, "step-5", "00000001", {"a": b"1"})
         with store.hold(attempt) as held:
@@ -223,8 +223,8 @@ class FolderStoreSuite(StoreSuite):
         raise TypeError("derive a class that makes a store")
 
     def test_folders_list_their_direct_members(self) -> None:
-        """Method: files, folders and nested ones; names are sorted, those of folders end in a
-        slash."""
+        """Method: lists files, folders and nested folders. Names are sorted. Those of folders end
+        in a slash."""
         store = self.new_store()
         assert list(store.list()) == []
         for folder in ("b", "b/inner", "a"):
@@ -236,7 +236,7 @@ class FolderStoreSuite(StoreSuite):
         assert list(store.list("a")) == []
 
     def test_an_existing_folder_is_not_made_again(self) -> None:
-        """G1. Method: making it again; its files are still there."""
+        """G1. Method: makes a folder a second time; its files are still there."""
         store = self.new_store()
         store.make_folder("folder")
         put(store, "folder/file", b"kept")
@@ -244,7 +244,7 @@ class FolderStoreSuite(StoreSuite):
         assert store.read("folder/file", 0, 9) == b"kept"
 
     def test_changing_a_missing_file_or_folder_is_an_error(self) -> None:
-        """G7. Method: every changing method."""
+        """G7. Method: calls every method that changes a store."""
         store = self.new_store()
         changes: list[Callable[[], object]] = [
             lambda: put(store, "absent/file", b"1"),
@@ -257,7 +257,7 @@ class FolderStoreSuite(StoreSuite):
         assert list(store.list()) == []
 
     def test_a_file_is_not_used_as_a_folder_nor_a_folder_as_a_file(self) -> None:
-        """G11. Method: each in place of the other."""
+        """G11. Method: passes the key of a file where a folder is needed, and the reverse."""
         store = self.new_store()
         put(store, "file", b"1")
         store.make_folder("folder")
@@ -273,7 +273,7 @@ class FolderStoreSuite(StoreSuite):
         assert list(store.list()) == ["file", "folder/"]
 
     def test_a_rename_moves_everything_in_a_folder(self) -> None:
-        """G1. Method: a folder with a folder in it."""
+        """G1. Method: renames a folder that contains a folder."""
         store = self.new_store()
         for folder in ("old", "old/inner"):
             store.make_folder(folder)
@@ -283,8 +283,8 @@ class FolderStoreSuite(StoreSuite):
         assert store.read("new/inner/file", 0, 1) == b"1"
 
     def test_a_rename_never_replaces_anything(self) -> None:
-        """G1. Method: a full folder, an empty one and a file have the name; both sides are
-        unchanged."""
+        """G1. Method: renames a folder to the name of a full folder, of an empty one and of a file,
+        which fails and changes none of them."""
         store = self.new_store()
         for folder in ("source", "full", "empty"):
             store.make_folder(folder)
@@ -297,7 +297,7 @@ class FolderStoreSuite(StoreSuite):
         assert store.read("source/file", 0, 99) == b"source/file"
 
     def test_remove_deletes_a_file_or_a_folder_with_its_content(self) -> None:
-        """Method: one of each; everything beside them stays."""
+        """Method: removes a file and a folder; everything beside them stays."""
         store = self.new_store()
         for folder in ("gone", "gone/inner", "kept"):
             store.make_folder(folder)
@@ -309,7 +309,7 @@ class FolderStoreSuite(StoreSuite):
         assert list(store.list("kept")) == ["file"]
 
     def test_a_held_folder_stays_held_when_it_is_renamed(self) -> None:
-        """G16. Method: held twice, renamed, and another folder under its old name."""
+        """G16. Method: holds a folder, renames it, and makes another folder with its old name."""
         store = self.new_store()
         store.make_folder("one")
         with store.hold("one") as held:
@@ -326,7 +326,7 @@ class FolderStoreSuite(StoreSuite):
         refuses(NotFoundError, lambda: store.hold("absent").__enter__())
 
     def test_a_held_folder_may_be_read_and_removed(self) -> None:
-        """G16. Method: by its holder; the name is free at once."""
+        """G16. Method: the holder reads and removes the folder. The name is free at once."""
         store = self.new_store()
         store.make_folder("one")
         put(store, "one/file", b"1")
@@ -339,8 +339,8 @@ class FolderStoreSuite(StoreSuite):
                 assert other
 
     def test_several_writers_fill_one_new_file(self) -> None:
-        """G1. Method: parts of a file by its creator and two that join it, if the store allows
-        that; then a file that is missing, and a folder."""
+        """G1. Method: the creator of a file and two other writers each write a part, if the store
+        supports that. Joining a missing file or a folder fails."""
         store = self.new_store()
         if not isinstance(store, Joining):
             return
@@ -355,7 +355,7 @@ class FolderStoreSuite(StoreSuite):
         refuses((NotFoundError, StorageError), lambda: store.join("folder").__enter__())
 
     def test_a_file_is_renamed_only_to_a_free_name(self) -> None:
-        """G16. Method: a file to the name of a file, then to a free name in another folder."""
+        """G16. Method: renames a file to a taken name, then to a free name in another folder."""
         store = self.new_store()
         store.make_folder("folder")
         put(store, "source", b"source")
@@ -374,7 +374,7 @@ def put(store: Store, key: str, data: bytes) -> None:
 
 
 def enter(store: Store, note: str) -> None:
-    """Take the lock of the suite, and release it."""
+    """Take the lock named `lock`, and release it."""
     with store.lock("lock", note):
         pass
 
@@ -391,7 +391,7 @@ def refuses(
 
 
 def begin(store: Store, name: str, number: str, files: Mapping[str, bytes]) -> str:
-    """Make an attempt to save `name`, with these files. Return its folder."""
+    """Make the attempt of a save of `name`, with these files. Return the folder of the attempt."""
     attempt = f".attempt-{name}-{number}"
     store.make_folder(attempt)
     for file, data in files.items():
@@ -400,7 +400,7 @@ def begin(store: Store, name: str, number: str, files: Mapping[str, bytes]) -> s
 
 
 def listed(store: Store) -> list[str]:
-    """Return the names at the root, without the files that some stores lock to hold a folder."""
+    """Return the names at the root, without the lock files by which some stores hold a folder."""
     return [name for name in store.list() if held_of(name) is None]
 
 

@@ -1,4 +1,4 @@
-"""Rows shared by many families. `holdfast.hf.family.decoder_axes` explains the letters."""
+"""Table rows shared by many families. `holdfast.hf.family.decoder_axes` explains the letters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from holdfast.tensors.relation import Relation, table
 
 
 def block(rows: str, layers: str = "l") -> tuple[Relation, ...]:
-    """Return the rows of every layer in the axis `layers`."""
+    """Parse rows that exist once for every layer in the axis `layers`."""
     return table(rows, f"layers.{{{layers}}}.", f"model.layers.{{{layers}}}.")
 
 
@@ -64,7 +64,8 @@ EXPERTS_FUSED = """
 
 
 def experts(config: Config, layers: str) -> tuple[Relation, ...]:
-    """Return the expert rows of every layer in the axis `layers`, fused if the checkpoint's are."""
+    """Return the expert rows of every layer in the axis `layers`. The rows are those of fused
+    experts if `config` says so."""
     return block(EXPERTS_FUSED if config.get(FUSED_EXPERTS) else EXPERTS, layers)
 
 
