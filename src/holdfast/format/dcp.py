@@ -184,7 +184,7 @@ def in_subfolder(data: bytes, folder: str) -> bytes | None:
 
 
 def leads_to_subfolder(start: bytes) -> bool:
-    """Return whether `in_subfolder` has made the `.metadata` that starts with these bytes.
+    r"""Return whether `in_subfolder` has made the `.metadata` that starts with these bytes.
 
     >>> leads_to_subfolder(OURS + b"\x8c\x09id/__0_0\x940"), leads_to_subfolder(OURS + b"\x8c\x01a")
     (True, False)
