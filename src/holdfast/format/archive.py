@@ -15,10 +15,11 @@ from itertools import pairwise
 from holdfast.format.manifest import Span
 
 Fetch = Callable[[int, int], bytes]
-"""Function that returns `nbytes` bytes of a file from `offset` on, or fewer if the file ends."""
+"""Function `fetch(offset, nbytes)`. Returns `nbytes` bytes of a file from `offset` on, or fewer if
+the file ends before."""
 
 DIRECTORY_BYTES_MAX = 64 << 20
-"""Maximum size of a directory. It has room for half a million records."""
+"""Maximum size of an archive's directory, which lists the records. Enough for half a million."""
 
 RECORD = b"PK\3\4"
 """First bytes of every record, and therefore of every archive."""
@@ -57,10 +58,11 @@ class Record:
 
 
 def windowed(fetch: Fetch, item: Span) -> Fetch:
-    """Return a `Fetch` for the archive at `item` of a file. Offset 0 is the start of the archive.
+    """Return a `Fetch` that reads the archive at position `item` of a file. Its offset 0 is the
+    start of the archive.
 
-    Reads the head and the tail of the archive once and keeps them, since all small records are
-    there.
+    Reads the first and the last bytes of the archive once and keeps them, since all small records
+    are there.
 
     Raises, when the returned function is called:
         ValueError: the bytes are outside of the archive.
@@ -82,7 +84,9 @@ def windowed(fetch: Fetch, item: Span) -> Fetch:
 
 
 def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
-    """Return the records of an archive of `nbytes` at offset 0, by name without the folder.
+    """Return the records of an archive of `nbytes` that starts at offset 0.
+
+    The keys are the names of the records, without the folder that all of them are in.
 
     Raises:
         ValueError, struct.error: the bytes are not an archive as `torch.save` writes it.
@@ -122,7 +126,8 @@ def record_names(fetch: Fetch, nbytes: int) -> set[str] | None:
 
 
 def _directory_span(fetch: Fetch, nbytes: int) -> tuple[int, int, int]:
-    """Return where the directory starts and stops, and how many records it should have."""
+    """Return start and stop of the directory of an archive of `nbytes`, and the number of records
+    that it should have."""
     end = nbytes - _END.size
     if end < 0:
         raise ValueError(f"{nbytes} bytes are too few")
@@ -150,8 +155,8 @@ def _end64(fetch: Fetch, locator: int) -> tuple[int, int, int, int]:
 
 
 def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int, bool]]:
-    """Yield for each record: its path, the offset of its header, its size, its CRC-32, and whether
-    its content is neither compressed nor encrypted."""
+    """Yield for each record in a directory: its path, the offset of its header, its size, its
+    CRC-32, and whether its content is neither compressed nor encrypted."""
     position = 0
     while position < len(directory):
         fields = _CENTRAL.unpack_from(directory, position)
@@ -170,7 +175,8 @@ def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int, bool]]:
 
 
 def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
-    """Return size and offset of a record. Numbers of more than 32 bits are in the ZIP64 field."""
+    """Return size and offset of a record, given its directory entry. A number that is `0xFFFFFFFF`
+    there is in the ZIP64 field of `extra` instead."""
     position = 0
     while position + 4 <= len(extra):
         tag, length = struct.unpack_from("<2H", extra, position)
@@ -187,7 +193,8 @@ def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
 
 
 def _data_span(fetch: Fetch, path: str, header: int, nbytes: int) -> Span:
-    """Return the position of a record's content, which follows the record's header."""
+    """Return the position of a record's content of `nbytes`. It follows the record's header, which
+    starts at offset `header`."""
     fields = _LOCAL.unpack(fetch(header, _LOCAL.size))
     start = header + _LOCAL.size
     if fields[0] != RECORD or fields[3] or fetch(start, fields[9]) != path.encode():

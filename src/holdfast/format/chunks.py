@@ -178,7 +178,7 @@ class RowFile:
     def connect(self, fetch: Callable[[int, int], bytes], where: str, unit_bytes: int) -> None:
         """Use `fetch(start, stop)` for all further reads. Errors call the file `where`.
 
-        `unit_bytes`: bytes of rows to fetch at least, a multiple of `BLOCK_BYTES`.
+        `unit_bytes`: minimum number of bytes to fetch at a time, a multiple of `BLOCK_BYTES`.
         """
         self._fetch, self.where, self._unit_bytes = fetch, where, unit_bytes
 
@@ -316,7 +316,7 @@ class ChunkRows(Sequence[Chunk]):
             yield from self._decoded(first, min(first + _BATCH_ROWS, self.num_rows))
 
     def overlapping(self, region: Region) -> list[Chunk]:
-        """Return the chunks that hold elements of `region`. Reads few rows besides theirs."""
+        """Return the chunks that hold elements of `region`. Reads few rows of other chunks."""
         if not region.num_elements:
             return []
         first, stop = 0, self.num_rows
@@ -336,11 +336,11 @@ class ChunkRows(Sequence[Chunk]):
         return [chunk for chunk in chunks if (chunk.region & region).num_elements]
 
     def _first_after(self, value: int, dim: int, first: int, stop: int, guess: int) -> int:
-        """Return the first row from `first` to `stop` whose chunk begins after `value` along `dim`.
-        Return `stop` if there is no such row.
+        """Return the index of the first row, from `first` to `stop`, whose chunk begins after
+        index `value` along `dim`. Return `stop` if there is no such row.
 
-        Looks around `guess` at growing distances, then bisects. If the shards have equal sizes, it
-        reads two rows of one block, where a plain bisection would read many blocks.
+        Looks around row `guess` at growing distances, then bisects. If the chunks have equal sizes,
+        it reads two rows of one block, where a plain bisection would read many blocks.
         """
         low, high, distance, probe = first, stop, 1, guess
         while low < high:
@@ -369,8 +369,8 @@ class ChunkRows(Sequence[Chunk]):
 
 
 def rows_of(stored: Sequence[Any], file: RowFile, decoder: ChunkDecoder) -> ChunkRows:
-    """Decode and check the member `rows` of a tensor: offset of the first row, number of rows, then
-    length of the longest chunk along each dim. Raises a ValueError if the member is invalid."""
+    """Decode and check the member `rows` of a tensor's entry: offset of the first row, number of
+    rows, then length of the longest chunk along each dim. Raises a ValueError if it is invalid."""
     offset, count, *longest = map(count_of, stored)
     rows = ChunkRows(file, offset, count, tuple(longest), decoder)
     if len(longest) != len(decoder.shape):

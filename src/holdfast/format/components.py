@@ -26,5 +26,5 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Parts that torch.compile, activation checkpointing and FSDP insert into parameter names."""
 
 OUTER_WRAPPER = "module"
-"""Part that DDP and other wrappers put before all names of a model. Further inside a name, it may
-be the model's own."""
+"""Part that DDP and other wrappers put before all parameter names of a model. Elsewhere in a name,
+it may be a module of the model itself."""

@@ -1,8 +1,8 @@
 """Read `.metadata`, the index of a `torch.distributed.checkpoint` folder, without torch.
 
 The file is a pickle. It may refer only to classes of metadata.py, filesystem.py and planner.py in
-torch/distributed/checkpoint, of torch 2.1 to 2.13, and to two classes of Megatron. `tables` writes
-the file.
+torch/distributed/checkpoint, of torch 2.1 to 2.13, and to two classes of Megatron. The module
+`tables` writes the file.
 """
 
 from __future__ import annotations
@@ -166,8 +166,9 @@ def in_subfolder(data: bytes, folder: str) -> bytes | None:
     """Return a copy of a `.metadata` that is valid one folder above the data files: it puts
     `folder` before each file name. Return None if Holdfast did not write the `.metadata`.
 
-    `tables` begins the pickle with the file names. MEMOIZE and POP follow each name, and the rest
-    of the pickle refers to the names by memo index. So only these strings change.
+    The pickle of a `.metadata` by Holdfast begins with the file names. MEMOIZE and POP follow each
+    name, and the rest of the pickle refers to the names by memo index. So only these strings
+    change.
     """
     if not is_ours(data):
         return None

@@ -57,7 +57,7 @@ class Dumper:
         return len(self._memo)
 
     def index(self, value: object) -> int:
-        """Return the index of a memoized global or string."""
+        """Return the memo index of a memoized global or string."""
         return self._memo[value]
 
     def get(self, value: object) -> bytes:

@@ -127,7 +127,7 @@ class Manifest:
     """Contents of the model's `config.json` in HF format; empty if unknown."""
 
     timings: Mapping[str, Stage] = field(default_factory=dict)
-    """Time of each stage of the save, over all ranks. The commit is missing: it writes this."""
+    """Time of each stage of the save before the commit, over all ranks."""
 
     metadata: tuple[int, int] | None = None
     """Size in bytes and checksum of the `.metadata` beside the manifest."""
@@ -136,8 +136,8 @@ class Manifest:
     """`index.bin`, which lists the chunks; None if the manifest itself lists them."""
 
     structure: Mapping[Path, Node] | None = None
-    """Nodes with the containers and key types of the state, for paths whose entries do not show
-    them: see `structure`. None if unknown, as in other formats."""
+    """Types of the dicts, lists and keys of the state where its paths do not show them: nodes by
+    path, see the module `structure`. None if unknown, as in other formats."""
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +155,7 @@ class Manifest:
 def encode_tensor(
     name: str, dtype: str, shape: tuple[int, ...], path: Path, numbers: Sequence[int]
 ) -> bytes:
-    """Encode one member of `tensors`.
+    """Encode one member of the object `tensors` in `manifest.json`: name and entry of a tensor.
 
     `numbers` has, for each chunk: index of its file, offset and bytes of its item, offset of its
     data, index of its first block, then start and stop along each dim.
@@ -168,7 +168,7 @@ def encode_tensor(
 
 @lru_cache(maxsize=64)
 def _rows_format(size: int, count: int) -> str:
-    """Return the format string of `count` rows of `size` numbers."""
+    """Return a `%` format string for `count` lists of `size` ints, separated by commas."""
     row = "[" + ",".join(["%d"] * size) + "]"
     return ",".join([row] * count)
 
@@ -176,27 +176,27 @@ def _rows_format(size: int, count: int) -> str:
 def encode_tensor_with_rows(
     name: str, dtype: str, shape: tuple[int, ...], path: Path, rows: Sequence[int]
 ) -> bytes:
-    """Encode one member of `tensors` whose chunks are in `index.bin`. `rows`: see `rows_of`."""
+    """Like `encode_tensor`, for a tensor whose chunks are in `index.bin`. `rows`: offset of its
+    first row, number of its rows, then length of its longest chunk along each dim."""
     return _start(name, dtype, shape, path) + b',"rows":' + _json(rows) + b"}"
 
 
 def _start(name: str, dtype: str, shape: tuple[int, ...], path: Path) -> bytes:
-    """Encode a tensor's name, and its entry without the last member."""
+    """Encode a tensor's name, and its entry without the last member, which lists the chunks."""
     start = _json(name) + b":" + _head(dtype, shape)
     return start if path == (name,) else start + b',"path":' + _json(path)
 
 
 @lru_cache(maxsize=1024)
 def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Encode the first members of an entry. Cached: thousands have the same dtype and shape."""
+    """Encode the first two members of a tensor's entry. Cached, since thousands are equal."""
     return _json({"dtype": dtype, "shape": shape})[:-1]
 
 
 def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
     """Encode `manifest.json`. Return its bytes in parts.
 
-    `tensors`: the encoded member `tensors`, which a run encodes once for all saves. It is used in
-    place of `manifest.tensors`.
+    `tensors`: encoded `manifest.tensors`, which itself is ignored. A run encodes them only once.
     """
     number = {file: index for index, file in enumerate(manifest.files)}
     metrics = {n: v if math.isfinite(v) else None for n, v in manifest.metrics.items()}
@@ -282,7 +282,8 @@ class LastTensors:
     def of(
         self, encoded: bytes, files: list[DataFile], block_bytes: int
     ) -> Mapping[str, TensorEntry] | None:
-        """Decode the end of a manifest, from `"tensors"` on. Return None if more members follow."""
+        """Return the tensors in `encoded`, JSON with the one member `tensors`. Decode them unless
+        they are in the cache. Return None if the JSON has more members."""
         places = [(file.name, file.nbytes, file.table.offset) for file in files]
         key = encoded, places, block_bytes
         if key != self._key:

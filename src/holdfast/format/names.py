@@ -7,7 +7,7 @@ step-500                  a published checkpoint
 .pinned-step-500          a mark: retention never deletes step-500
 .damaged-step-500         a mark: step-500 was found damaged
 .held-NAME-1f2e3d4c       file locked instead of folder NAME, where folders cannot be locked
-.lock                     note about the run that saves here
+.lock                     lock of the run that saves here
 .tier.json                where the run's checkpoints are on the hosts
 .lock.taking              a lock that is being taken, where there is no flock
 
@@ -207,7 +207,8 @@ def mark_of(name: str) -> Mark | None:
 
 
 def held_file(name: str) -> str:
-    """Return the name of the file that is locked in place of a folder, beside the folder.
+    """Return the name of the file that is locked in place of the folder `name`. The file is beside
+    the folder.
 
     A checkpoint has the same file under its `.replaced` and `.removing` names, since a process that
     has locked the checkpoint may rename it. An attempt has a file of its own.
@@ -221,7 +222,8 @@ def held_file(name: str) -> str:
 
 
 def held_of(name: str) -> str | None:
-    """Return the folder in place of which a `held_file` is locked; None for other files."""
+    """Return the folder for which `held_file` returns the name `name`; None if there is none. A
+    `.replaced` or `.removing` folder counts as the checkpoint that it was."""
     folder = name.removeprefix(_HELD)[:-9]
     return folder if name == held_file(folder) else None
 

@@ -31,7 +31,8 @@ INVALID = (
 """Errors that `Unpickler` raises if the bytes are not a complete, valid pickle."""
 
 MARKS_MAX = 10_000
-"""Maximum number of open marks. torch opens a few for each level of nesting."""
+"""Maximum number of open MARK opcodes: those whose list, tuple or dict has not ended yet. torch
+opens a few for each level of nesting."""
 
 KEY_MEMBERS_MAX = 64
 """Maximum length of a tuple that is a dict key. A pickle needs a byte or two for each use of the
@@ -45,8 +46,8 @@ with equal hashes, which makes a dict as slow as a list."""
 
 
 OTHERS_MAX = 10_000
-"""Maximum size of an `AnyGlobal`. It makes a class for each global of a pickle that is not allowed,
-and each class takes a kilobyte of memory."""
+"""Maximum size of an `AnyGlobal`. For each global that is not allowed, it makes a class, and each
+class takes a kilobyte of memory."""
 
 
 def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) -> Any:
@@ -123,7 +124,7 @@ class DtypeName:
 if TYPE_CHECKING:
 
     class _PythonUnpickler:
-        """The attributes that `Unpickler` uses, with their types."""
+        """Types of those attributes of Python's unpickler that `Unpickler` uses."""
 
         dispatch: ClassVar[dict[int, Callable[..., None]]]
         memo: dict[int, Any]
@@ -321,7 +322,8 @@ Unpickler.dispatch = {
 
 
 def _call(function: Any, args: object) -> Any:
-    """Return the result of a call. Does not copy the arguments, since many calls may share them."""
+    """Return the result of a call in a pickle. Does not copy the arguments, since many calls may
+    share them."""
     if type(args) is not tuple:
         raise ValueError("a call without a tuple of arguments")
     if isinstance(function, type) and issubclass(function, Plain):

@@ -2,7 +2,8 @@
 
 An object store cannot rename folders, so a checkpoint's files are in `NAME/ID/`. The pointer is a
 small object that says which ID is published. Before the first publication, a reservation is in its
-place, which says which attempt has reserved the name. docs/format.md specifies both.
+place: an object with the ID of the attempt that has reserved the name. docs/format.md specifies
+both.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def is_id(name: str) -> bool:
 
 
 def encode_pointer(attempt_id: str) -> bytes:
-    """Encode the pointer to `NAME/attempt_id/`. No two calls return the same bytes: see `_encode`.
+    """Encode a pointer, which says that the attempt with this ID is published.
+
+    No two calls return the same bytes, so the store can tell two versions of a pointer apart.
 
     >>> encode_pointer("1f2e3d4c")[:37]
     b'{"holdfast": 2, "folder": "1f2e3d4c",'
@@ -38,7 +41,7 @@ def encode_pointer(attempt_id: str) -> bytes:
 
 
 def encode_reservation(attempt_id: str) -> bytes:
-    """Encode the object that reserves a free name for an attempt.
+    """Encode a reservation, which says that the attempt with this ID has reserved the name.
 
     >>> encode_reservation("1f2e3d4c")[:39]
     b'{"holdfast": 2, "reserved": "1f2e3d4c",'

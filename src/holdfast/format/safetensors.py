@@ -72,6 +72,8 @@ _NAMES = {torch: ours for ours, torch in _DTYPES.items()}
 def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> Manifest:
     """Return the manifest of a safetensors file of `nbytes`. Fetches only the file's header.
 
+    `file`: name of the file in the manifest. Errors call the file `where`.
+
     Raises:
         FormatError: the file is not a safetensors file, or is truncated.
     """
@@ -162,7 +164,7 @@ _NUMBER_DIGITS_MAX = 9
 
 
 def missing_shards(files: Iterable[str]) -> list[str]:
-    """Return the names of files that are missing from sets of shards, at most `LISTED_MAX`.
+    """Return the names of the shards that are missing beside `files`, at most `LISTED_MAX`.
 
     >>> missing_shards(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"])
     ['model-00002-of-00003.safetensors']
@@ -186,8 +188,8 @@ def missing_shards(files: Iterable[str]) -> list[str]:
 def joined(
     parts: Mapping[str, Manifest], index: Mapping[str, str] | None, *, where: str
 ) -> Manifest:
-    """Join the manifests of a folder's files. `index`: file name of each tensor, if there is an
-    index.
+    """Join the manifests of a folder's files. `parts`: manifest of each file, by file name.
+    `index`: file name of each tensor; None if the folder has no index.
 
     Raises:
         FormatError: a tensor is in two files, or not in the file that the index names.
@@ -232,7 +234,7 @@ class SafetensorsLayout:
 
 
 def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> SafetensorsLayout:
-    """Lay out a file, given the dtype and shape of each tensor.
+    """Lay out a safetensors file, given the dtype and shape of each tensor.
 
     Tensors are sorted by decreasing itemsize, so that all are aligned. The header has
     `{"format": "pt"}`, which transformers requires, and is padded to a multiple of 8 bytes.

@@ -29,7 +29,7 @@ class SealedFile:
 
     nbytes: int
     checksums: tuple[int, ...]
-    """Checksum of each block."""
+    """Checksum of each block of `BLOCK_BYTES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,5 +111,5 @@ def _check(name: str, file: SealedFile) -> None:
 
 
 def _tail(body: bytes) -> bytes:
-    """Encode the end of the file: the checksum of `body`, the object without its last member."""
+    """Encode the end of a seal, its member `checksum`. `body`: JSON of the seal without it."""
     return b',"checksum":"' + checksum.to_hex([checksum.checksum(body)]).encode() + b'"}'

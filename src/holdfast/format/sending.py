@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 def sent_by_fields(cls: type[T]) -> type[T]:
-    """Make a dataclass pickle its instances as a call of the class with all fields, in order. The
-    class must have two or more fields.
+    """Class decorator: pickle each instance of a dataclass as a call of the class with the values
+    of all its fields, in order. The class must have two or more fields.
 
     >>> from dataclasses import dataclass
     >>> @sent_by_fields

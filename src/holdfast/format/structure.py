@@ -1,4 +1,4 @@
-"""JSON that describes those containers and key types of a state that its paths do not show.
+"""JSON that describes the types of dicts, lists and keys of a state where paths do not show them.
 
 A node describes the state below one path. The node `null` adds nothing to the paths: it stands for
 one entry, or for entries in lists and in dicts with string keys. docs/format.md has the grammar.
@@ -38,8 +38,8 @@ EMPTY_BYTES = "empty bytes"
 """Type name of `b""`. Stored as an empty string, since pickle would write a call of `bytes`."""
 
 OPTIMIZERS = "optimizers"
-"""Member of an object's node: the classes of its optimizers. A manifest stores it apart from the
-node."""
+"""Key of the member of an object's node that lists the classes of the object's optimizers. A
+manifest stores this member apart from the node."""
 
 DEPTH_MAX = 100
 """Maximum depth of nested nodes."""
@@ -89,7 +89,8 @@ def key_of(text: str) -> Any:
 
 
 def children_of(node: Node) -> list[tuple[Any, Node]] | None:
-    """Return the children of a container's node, each with its key or index; None for other nodes.
+    """Return the children of the node of a dict, list or tuple, each with its key or index. Return
+    None for other nodes.
 
     >>> children_of({"dict": {"a": None}}), children_of({"dict": [["3", None]]})
     ([('a', None)], [(3, None)])
@@ -110,7 +111,8 @@ def children_of(node: Node) -> list[tuple[Any, Node]] | None:
 
 
 def kind_of_node(node: Node) -> str | None:
-    """Return the kind of a node: the key of its first member, or the node itself if it is text.
+    """Return the kind of a node: the key of its first member, or the node itself if it is a string
+    or None.
 
     >>> kind_of_node({"list": []}), kind_of_node("array"), kind_of_node(None)
     ('list', 'array', None)
@@ -119,7 +121,8 @@ def kind_of_node(node: Node) -> str | None:
 
 
 def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object) -> Node:
-    """Return the node of a dict. `key_text` must support all keys. `more`: further members.
+    """Return the node of a dict. `kind` is one of `MAPPINGS`. `key_text` must support all keys.
+    `more`: further members of the node.
 
     >>> mapping_node("dict", [("a", None)]), mapping_node("dict", [(1, None)])
     ({'dict': {'a': None}}, {'dict': [['1', None]]})
@@ -130,7 +133,8 @@ def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object
 
 
 def with_optimizers(node: Node, other: Mapping[str, Any]) -> Node:
-    """Add the optimizer classes in another rank's node to the node of the same object.
+    """Return `node` with the optimizer classes of `other` added. `other` is another rank's node of
+    the same object.
 
     >>> with_optimizers({"object": None, "optimizers": ["a"]}, {"optimizers": ["a", "b"]})
     {'object': None, 'optimizers': ['a', 'b']}
@@ -165,7 +169,7 @@ def members_of(structure: Mapping[Any, Node] | None) -> dict[str, list[Any]]:
 
 
 def with_classes(nodes: dict[Any, Node], optimizers: Mapping[Any, Any]) -> dict[Any, Node]:
-    """Add the classes of optimizers to the nodes at their paths.
+    """Add lists of optimizer classes, given by path, to the nodes at these paths. Return all nodes.
 
     Raises:
         ValueError: the classes are not lists of strings.
@@ -181,7 +185,7 @@ def with_classes(nodes: dict[Any, Node], optimizers: Mapping[Any, Any]) -> dict[
 
 
 def check_node(node: object, depth: int = 0) -> Node:
-    """Check a node from an untrusted file.
+    """Check a node from an untrusted file, and return it.
 
     Raises:
         ValueError: the node is invalid, or nested deeper than `DEPTH_MAX` levels.

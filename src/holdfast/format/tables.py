@@ -48,7 +48,7 @@ _CONSTANTS = (_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, *_FIELDS, *_MEMBERS)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorTable:
-    """A tensor, with one row per chunk."""
+    """A tensor, and arrays with one row per chunk."""
 
     name: str
     dtype: str
@@ -72,7 +72,8 @@ def encode_tensors(tables: Iterable[TensorTable]) -> bytes:
 
 
 def _numbers(table: TensorTable) -> list[int]:
-    """Return the numbers of all chunks, in the order that `manifest.encode_tensor` needs."""
+    """Return the rows of `places`, `start` and `stop` of each chunk, as `manifest.encode_tensor`
+    needs them."""
     columns = (table.places, table.start, table.stop)
     if len(table.places) == 1:
         # numpy is slower for a single row, and thousands of small tensors have only one.
@@ -94,7 +95,8 @@ class EncodedRows:
 
 
 def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
-    """Encode `index.bin`, and the member `tensors` of the manifest that refers to its rows."""
+    """Encode `index.bin`, and the member `tensors` of `manifest.json`, which refers to the rows in
+    `index.bin`."""
     sizes = [len(t.places) * (NUM_PLACES + 2 * len(t.shape)) for t in tables]
     numbers = np.empty(sum(sizes), "<i8")
     orders: dict[int, tuple[Ints | None, Ints, list[int]]] = {}
@@ -122,7 +124,8 @@ def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
 
 def _sorted_regions(table: TensorTable) -> tuple[Ints | None, Ints, list[int]]:
     """Return the order that sorts the chunks by their start (None if they are sorted already), the
-    start and stop of each chunk in this order, and the length of the longest one along each dim."""
+    start and stop of each chunk in this order, and the length of the longest chunk along each dim.
+    """
     start, stop = table.start, table.stop
     # `lexsort` sorts by the last key first.
     order = np.lexsort(start.T[::-1]) if start.shape[1] else np.arange(len(start))
@@ -148,8 +151,9 @@ class StockIndex:
         """Encoded bytes up to the last large tensor. They are never copied."""
 
         self._columns: dict[tuple[object, ...], tuple[TensorTable, bytes]] = {}
-        """Large tensors and their encoded metadata, by the ids of their columns. Tensors of one
-        layout share columns. Each tensor is kept so that no other columns get the same ids."""
+        """Large tensors and their encoded metadata. The keys have the `id()` of the arrays `start`
+        and `stop`, which tensors of one layout share. The tensors are kept, so that no other arrays
+        get the same ids."""
 
         names = [*map(FileName, files)]
         out.memoize(*names, *_CONSTANTS)
@@ -267,7 +271,7 @@ class StockIndex:
         return self._properties_of[dtype]
 
     def _places(self, table: TensorTable, file_memo: Ints) -> bytes | bytearray:
-        """Encode the positions of all chunks. `file_memo` has the memo index of each file name."""
+        """Encode the positions of a tensor's chunks. `file_memo`: memo index of each file name."""
         out = self._out
         if len(table.start) == 1:
             return self._place(table, file_memo)
@@ -288,7 +292,7 @@ class StockIndex:
         )
 
     def _place(self, table: TensorTable, file_memo: Ints) -> bytes:
-        """Encode the position of a tensor of one chunk, like `_places` but faster."""
+        """Encode the position of the only chunk of a tensor, like `_places` but faster."""
         out, start = self._out, table.start.tobytes()
         file, offset, nbytes = table.places[0].tolist()[:3]
         key = (start, table.start.shape, file)
@@ -308,8 +312,8 @@ class StockIndex:
         return self._index + out.get(table.name) + self._cache[key] + item
 
     def _value_place(self, file: str, item: Span) -> bytes:
-        """Encode the position of a value, which follows its name. The index and the offset of a
-        chunk in it are None."""
+        """Encode the position of a value. The bytes follow the value's name in `.metadata`. A value
+        has no chunks, so its fields `index` and `offset` are None."""
         get = self._out.get
         index = get("index") + b"N" + get("offset") + b"Nub"
         info = get(_INFO) + b")\x81}(" + get("relative_path") + get(FileName(file))
@@ -317,7 +321,7 @@ class StockIndex:
         return index + info + offset + self._length + pickled_int(item.nbytes) + b"ub"
 
     def _size(self, columns: Ints) -> list[_Part]:
-        """Return the parts of a row that pickle its numbers in `columns` as a `torch.Size`."""
+        """Return arguments for `_rows` that pickle each row of `columns` as a `torch.Size`."""
         size = self._out.get(_SIZE)
         if columns.shape[1] > 3:
             return [size + b"(", *columns.T, b"t\x85R"]

@@ -24,7 +24,7 @@ class Stage:
 
 
 def over_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, Stage]:
-    """Combine the seconds per stage of all ranks.
+    """Return the statistics of each stage, given the seconds per stage of each rank.
 
     >>> over_ranks([{"write": 2.0}, {"write": 5.0}, {"write": 3.0}])["write"]
     Stage(least=2.0, median=3.0, most=5.0, slowest=1)
@@ -40,7 +40,7 @@ def over_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, Stage]:
 
 
 def decode(stored: Any) -> dict[str, Stage]:
-    """Decode the stages in a manifest.
+    """Decode the member `timings` of a manifest.
 
     Raises:
         ValueError, LookupError, TypeError, AttributeError, OverflowError: a stage is invalid.

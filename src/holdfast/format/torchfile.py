@@ -71,7 +71,7 @@ class TorchFile:
     """Values by name. An `Other` stands for an object of a class that is not imported."""
 
     left_out: Mapping[str, str]
-    """Objects that are left out, by name: class of the object, and number of tensors in it."""
+    """Objects that are left out, by name: text with the class and the number of tensors in it."""
 
 
 CUT_SHORT = "a ZIP archive without its directory, which is at the end: it was cut short or changed"
@@ -79,6 +79,8 @@ CUT_SHORT = "a ZIP archive without its directory, which is at the end: it was cu
 
 def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
     """Read the contents of a `.pt` file of `nbytes`. Fetches only its directory and its pickle.
+
+    `file`: name of the file in the manifest. Errors call the file `where`.
 
     Raises:
         FormatError: the file is not a `.pt` file, or everything in it could be rebuilt only by
@@ -183,7 +185,7 @@ class _Reader:
         self._counted: set[int] = set()
 
     def add_all(self, value: object) -> None:
-        """Add all entries of the object in the file."""
+        """Add all entries of `value`, the object in the file."""
         pickled = self._records["data.pkl"].data
         for path, leaf in _leaves(value, pickled.nbytes):
             name = ".".join(map(str, path))
@@ -291,9 +293,9 @@ _DICTS = frozenset({"collections.defaultdict", "collections.Counter"})
 
 
 def _holds_entries(node: object, num_keys_max: int) -> bool:
-    """Return whether the members of a container are separate entries. A list or tuple that has no
-    tensor, dict or object at any depth is one value, as in a save. Raises a `ValueError` if
-    lists and tuples are nested deeper than `num_keys_max`."""
+    """Return whether the members of a dict, list or tuple are separate entries. A list or tuple
+    that has no tensor, dict or object at any depth is one value, as in a save. Raises a
+    `ValueError` if lists and tuples are nested deeper than `num_keys_max`."""
     waiting, seen = [(node, 0)], set[int]()
     while waiting:
         member, depth = waiting.pop()
@@ -393,7 +395,7 @@ class TorchFileLayout:
 def lay_out(
     tensors: Mapping[str, NewTensor], values: Mapping[str, tuple[Path, bytes]]
 ) -> TorchFileLayout:
-    """Lay out a file with these tensors and values, nested by their paths.
+    """Lay out a `.pt` file with these tensors and values, nested by their paths.
 
     `values` gives the path and the pickle (protocol 2) of each value.
     """

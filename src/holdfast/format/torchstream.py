@@ -45,7 +45,8 @@ def is_stream(fetch: Fetch) -> bool:
 def read_stream(
     fetch: Fetch, nbytes: int, allowed: Mapping[tuple[str, str], Any], *, where: str
 ) -> tuple[Any, dict[str, Record]]:
-    """Read a stream of `nbytes`. Return the object in it, as `pickles.loads` does, and its records.
+    """Read a stream of `nbytes`. Return the object in it, as `pickles.loads` does, and records with
+    the positions of its parts.
 
     The records are named as in a ZIP archive: `data.pkl` is for all pickles, `data/<key>` for one
     storage.
@@ -87,7 +88,9 @@ class _Pickles(Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         if type(pid) is tuple and pid[:1] == ("module",):
-            return pid[1]  # The class. Its source code follows, which torch compares to its own.
+            # Return the class. After it, the tuple has the source code of the class as saved, which
+            # is not needed here.
+            return pid[1]
         self.storages.append(pid)
         return pid
 
@@ -95,7 +98,7 @@ class _Pickles(Unpickler):
 def _read(
     fetch: Fetch, data: bytes, nbytes: int, allowed: Mapping[tuple[str, str], Any], where: str
 ) -> tuple[Any, dict[str, Record]]:
-    """Read a stream of `nbytes` whose pickles are in `data`."""
+    """Read a stream of `nbytes`. `data`: its first bytes, which must have all pickles."""
     pickles = _Pickles(data, allowed, where)
     magic, version, system, value, keys = (pickles.next() for _ in range(_NUM_PICKLES))
     if magic != _MAGIC or version != _VERSION:
@@ -120,7 +123,8 @@ def _read(
 
 
 def _sizes(storages: list[Any]) -> dict[str, tuple[int, int]]:
-    """Return the bytes of an element and the number of elements of each storage, by its key."""
+    """Return bytes per element and number of elements of each storage, by the storage's key.
+    `storages`: persistent ids of the storages."""
     sizes: dict[str, tuple[int, int]] = {}
     for storage in storages:
         kind, dtype, key, _, num_elements, *_ = storage

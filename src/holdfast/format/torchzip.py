@@ -59,7 +59,8 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, bytes]:
-    """Return the bytes before and after the raw data of a tensor whose item is at `position`."""
+    """Return the bytes of an item before and after the raw data of its tensor. The item is at
+    `position` of a file."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
     align = PAGE_BYTES if nbytes >= LARGE_BYTES else 64
     # The frame depends only on the remainder of `position`. Passing just the remainder lets tensors
@@ -79,7 +80,7 @@ def _frame(dtype: str, shape: tuple[int, ...], align: int, position: int) -> tup
 
 @lru_cache(maxsize=4096)
 def _records(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """Return the records before the data, and their entries in the directory."""
+    """Return the records before a tensor's data, and their entries in the archive's directory."""
     head = directory = b""
     for name, content in (
         (b"archive/data.pkl", b"\x80\x02" + pickled_tensor(dtype, shape, "0") + b"."),
@@ -151,7 +152,8 @@ def read_pickle(
     *,
     where: str,
 ) -> tuple[Any, dict[str, Record]]:
-    """Read an archive. Return the object in its pickle, and all of its records.
+    """Read the archive at position `item` of a file. Return the object in its pickle, and all of
+    its records. `allowed`: see `pickles.loads`.
 
     Raises:
         FormatError: the pickle refers to a global that is not allowed.
@@ -214,7 +216,7 @@ class Described:
 
 
 class Tensor(Plain):
-    """Stands for a tensor in the result of `loads`."""
+    """Stands for a tensor in the result of `pickles.loads`."""
 
 
 class RebuildV2(Tensor):
@@ -243,8 +245,8 @@ _TENSOR_CLASS = "torch.Tensor"
 
 
 def subclass_of(value: object) -> str:
-    """Return the name of a tensor's subclass, if the tensor's elements may differ from those of its
-    storage; empty for other objects."""
+    """Return the class name of a tensor of a subclass other than `Parameter`: its elements may not
+    be those of its storage. Return an empty string for other objects."""
     if not isinstance(value, _RebuildFromType) or len(value.args) < 2:
         return ""
     cls = value.args[1]
@@ -252,7 +254,7 @@ def subclass_of(value: object) -> str:
 
 
 def described(value: object) -> Described:
-    """Check and return the description of a tensor in the result of `loads`.
+    """Check a tensor in the result of `pickles.loads`, and return its description.
 
     Raises:
         ValueError, LookupError, TypeError, AttributeError: `value` is not a valid tensor.

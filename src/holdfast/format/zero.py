@@ -67,7 +67,8 @@ class _Vector:
         return sum(count for *_, count in self.pieces)
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
-        """Yield file, offset, start and stop of each piece with elements from `start` to `stop`."""
+        """Yield where the elements from `start` to `stop` are: for each piece that has some of
+        them, its file, their offset in the file, their first index and one past their last."""
         first = 0
         for file, offset, count in self.pieces:
             low, high = max(start, first), min(stop, first + count)
@@ -135,8 +136,8 @@ def _joined(
 
 
 def _partition_count(part: TorchFile) -> int:
-    """Return the number of ranks that wrote the checkpoint. The file may state it once for each
-    group of parameters."""
+    """Return the number of ranks that wrote the checkpoint. `part`: file of a rank's optimizer,
+    which may state the number once for each group of parameters."""
     counts = part.values.get(f"{_OPTIMIZER}.partition_count")
     if counts is None:
         raise KeyError("partition_count")
@@ -164,7 +165,8 @@ def _groups(part: TorchFile, key: str) -> list[TensorEntry]:
 
 
 def _paddings(part: TorchFile) -> dict[int, Sequence[int]]:
-    """Return the count of padding elements after each parameter, by the number of the group."""
+    """Return the number of padding elements after each parameter, for each group of parameters by
+    the group's number."""
     found: dict[int, Sequence[int]] = {}
     for name, entry in part.manifest.values.items():
         if entry.path[:2] == (_OPTIMIZER, "param_alignment_paddings") and len(entry.path) == 3:
@@ -247,7 +249,7 @@ def _frozen_3(models: Mapping[str, TorchFile]) -> dict[str, TensorEntry]:
 def _entry(
     name: str, shape: tuple[int, ...], vector: _Vector, start: int, dtype: str = "float32"
 ) -> TensorEntry:
-    """Return the entry of a parameter whose elements begin at `start` of a vector."""
+    """Return the entry of a parameter whose first element is element `start` of a flat vector."""
     num_elements, itemsize = prod(shape), dtype_of(dtype).itemsize
     chunks: list[Chunk] = []
     for file, offset, low, high in vector.ranges(start, start + num_elements):

@@ -102,7 +102,8 @@ class Bucket(Protocol):
         ...
 
     def put_new(self, key: str, data: bytes) -> Version:
-        """Put an object that does not exist yet. Sends one request; retrying is up to the caller.
+        """Put an object that does not exist yet, and return its version. Sends one request;
+        retrying is up to the caller.
 
         Raises:
             TakenError: the object exists.
@@ -111,7 +112,8 @@ class Bucket(Protocol):
         ...
 
     def put_over(self, key: str, data: bytes, version: Version) -> Version:
-        """Replace an object that has this version. Sends one request; retrying is up to the caller.
+        """Replace an object that has this version, and return the new version. Sends one request;
+        retrying is up to the caller.
 
         Raises:
             TakenError: the object has another version, or does not exist.
@@ -126,8 +128,8 @@ class Bucket(Protocol):
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
         """Put a large object by several requests that are sent at the same time.
 
-        Raises an error that `parts` raises. The object does not exist then. Parts of it are left in
-        the store only if the process dies.
+        If iterating over `parts` raises an error, this raises the same error, and the object does
+        not exist. Parts of it are left in the store only if the process dies.
         """
         ...
 

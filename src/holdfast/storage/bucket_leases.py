@@ -43,11 +43,11 @@ LEASE_S = 60.0
 """Seconds from the last renewal of a lease until the lease lapses."""
 
 REQUEST_S = 10.0
-"""Time-out, in seconds, of one request that a lease protects, and also of all its tries together.
-The sum of both time-outs is less than half of `LEASE_S`."""
+"""Time-out, in seconds, of one try of a request that a lease protects, and also of all tries
+together. The sum of both time-outs is less than half of `LEASE_S`."""
 
 NOTE_BYTES_MAX = 4096
-"""Maximum number of bytes that are read of a lease."""
+"""Maximum number of bytes that are read of a lease's object."""
 
 _RENEWALS = 6
 """Number of renewals per `LEASE_S`."""
@@ -153,7 +153,7 @@ class BucketLease:
             )
 
     def _look(self) -> tuple[_Content, StoredObject] | None:
-        """Read the lease; None if its object does not exist."""
+        """Return content and description of the lease's object; None if it does not exist."""
         try:
             data, found = self._bucket.get(self._key, NOTE_BYTES_MAX)
         except NotFoundError:
@@ -161,7 +161,8 @@ class BucketLease:
         return _decode(data), found
 
     def release(self) -> None:
-        """Delete the object if this process still holds the lease. Do nothing in a forked child."""
+        """Delete the lease's object if this process still holds the lease. Do nothing in a forked
+        child."""
         with self._mutex:
             if not self.is_valid:
                 # Another process may have taken the lease. Renew it first, so that only a lease of
@@ -211,8 +212,8 @@ class BucketLeases:
         self._pid = os.getpid()
 
     def check_conditions(self) -> None:
-        """Check that the store obeys the conditions of puts, which leases and pointers need. Later
-        calls do nothing.
+        """Check that the store obeys the conditions `If-None-Match` and `If-Match` of a put, which
+        leases and pointers need. After the first success, calls do nothing.
 
         Raises:
             UsageError: the store puts an object although its condition does not hold.

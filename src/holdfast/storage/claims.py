@@ -41,12 +41,12 @@ class Claim:
     attempt_id: str
 
     replaced: Pointer | None
-    """Pointer of the checkpoint to replace, which the caller holds; None if the name must be
-    free."""
+    """Pointer of the checkpoint to replace; None if the name must be free. The caller holds this
+    checkpoint."""
 
 
 class Claims:
-    """The claims on the names in a bucket."""
+    """Publishes attempts in a bucket, or ends their claims."""
 
     def __init__(self, bucket: Bucket, pointers: Pointers) -> None:
         self._bucket, self._pointers = bucket, pointers
@@ -92,8 +92,8 @@ class Claims:
         error: Exception,
         end_other: Callable[[str], bool],
     ) -> bool:
-        """Return whether an attempt can still be published. `error`: failure of a request for it.
-        `found`: pointer that was read after this failure."""
+        """Return whether the attempt of a claim can still be published, after a request to publish
+        it failed with `error`. `found`: pointer that was read after this error."""
         replaced = claim.replaced
         if replaced is not None:
             # The version of the pointer does not matter: `end` may have changed it.
@@ -152,5 +152,6 @@ class Claims:
 
 
 def _marker(name: str) -> str:
-    """Return the key of a checkpoint's pointer, which is also that of the name's reservation."""
+    """Return the key of the pointer of checkpoint `name`. A reservation of the name has the same
+    key."""
     return f"{name}/{MANIFEST}"

@@ -42,7 +42,7 @@ CONCURRENT_PARTS = 4
 are all the memory that an upload takes besides the snapshot."""
 
 _PIECE_BYTES = 256 << 10
-"""Bytes of a response that are copied to the target at a time, while further bytes arrive."""
+"""Bytes of a response that are copied to the caller's buffer at a time, while more bytes arrive."""
 
 _PATIENCE_S = 180.0
 """Seconds during which a request for data is retried after errors, with growing random pauses."""

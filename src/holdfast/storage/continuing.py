@@ -16,7 +16,8 @@ WINDOW_BYTES = 4 << 20
 class Continuing:
     """Creates files, or completes files that exist already, whatever their content.
 
-    Compares each window of new bytes with the bytes in its place. Writes only windows that differ.
+    Compares the new bytes with those that are in the file, `WINDOW_BYTES` at a time. Writes only
+    the windows that differ.
     """
 
     def __init__(self, store: FolderStore) -> None:

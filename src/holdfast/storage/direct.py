@@ -59,8 +59,8 @@ class BufferedWriter:
 class DirectWriter:
     """Writes whole pages directly to the disk, and incomplete pages through the page cache.
 
-    Fastest if each range begins where the last one ended. Threads copy one window at a time to
-    aligned memory and write it, so that copying overlaps with the disk.
+    Fastest if each call of `write` begins at the offset where the last one ended. Threads copy one
+    window at a time to aligned memory and write it, so that copying overlaps with the disk.
     """
 
     def __init__(self, direct: int, buffered: int) -> None:
@@ -114,6 +114,7 @@ class DirectWriter:
 
     def _send(self, nbytes: int, *, in_place: bool = False) -> None:
         """Let a thread write the first `nbytes` of the waiting parts, a whole number of pages.
+        `in_place`: they are one page-aligned part, so write it without a copy.
 
         Raises the error of an earlier write that failed.
         """
@@ -202,7 +203,7 @@ class _Threads:
 
 
 def _windows() -> Iterator[memoryview]:
-    """Yield a window for each thread, all in one piece of memory."""
+    """Yield a buffer of `WINDOW_BYTES` for each thread. All are parts of one allocation."""
     memory = memoryview(huge_memory(NUM_THREADS * WINDOW_BYTES))
     for number in range(NUM_THREADS):
         yield memory[number * WINDOW_BYTES : (number + 1) * WINDOW_BYTES]
@@ -220,7 +221,8 @@ def huge_memory(nbytes: int) -> mmap.mmap:
 
 
 def _split(parts: list[memoryview], nbytes: int) -> tuple[list[memoryview], list[memoryview]]:
-    """Split parts after `nbytes`: return the parts before and after."""
+    """Split a list of parts after its first `nbytes`: return the parts before and after. Changes
+    the list."""
     rest: list[memoryview] = []
     over = sum(map(len, parts)) - nbytes
     while over:

@@ -36,13 +36,14 @@ _leavers: WeakSet[Leaver] = WeakSet()
 
 @contextmanager
 def no_fork_between() -> Iterator[None]:
-    """Keep other threads from forking while a file is opened and registered."""
+    """While the context lasts, make forks by other threads wait, for at most `FORK_WAITS_S`. Use it
+    to open a file and register it by `leave_in_children`."""
     with _mutex:
         yield
 
 
 def leave_in_children(leaver: Leaver) -> None:
-    """Call `leaver.leave` in every process forked from now on."""
+    """Register `leaver`: every process forked from now on calls its `leave` at once."""
     with _mutex:
         _leavers.add(leaver)
 

@@ -11,7 +11,8 @@ class HeldFile:
     """An open file or folder, until `give_up`. Forked children close their copies."""
 
     def __init__(self, descriptor: int) -> None:
-        """Call this in the block of `no_fork_between` that opens the file."""
+        """Hold the open file with this descriptor. Call this in the block of `no_fork_between` that
+        opens the file."""
         self.descriptor: int = descriptor
         """Descriptor of the open file; -1 once the file is given up."""
 
@@ -37,7 +38,8 @@ class HeldFile:
         return descriptor
 
     def leave(self) -> None:
-        """Close this process's copy of the file, which the parent still holds (see `forks`)."""
+        """Close this process's copy of the file. Called in a forked child, while the parent still
+        holds the file (see `forks`)."""
         descriptor = self.give_up()
         if descriptor >= 0:
             os.close(descriptor)

@@ -54,7 +54,7 @@ class Lease:
     """
 
     def __init__(self, path: str, descriptor: int) -> None:
-        """`descriptor`: the file that this process has just renamed to `path`."""
+        """`descriptor`: open file that this process has just renamed to `path`."""
         self._path, self._held = path, HeldFile(descriptor)
         self._released = threading.Event()
         threading.Thread(target=self._renew, name="holdfast-lease", daemon=True).start()
@@ -189,7 +189,8 @@ def _is_taken(path: str, *, now: float) -> bool:
 
 
 def _remove_left_behind(taking: str) -> None:
-    """Remove the file of a process that died while it took a lease."""
+    """Delete the file `NAME.taking` if it is so old that its process must have died while it took
+    the lease."""
     with suppress(OSError):
         if time.time() - os.lstat(taking).st_mtime > LEASE_S + SKEW_S:
             os.unlink(taking)

@@ -102,7 +102,7 @@ class ListedBucket:
         return len(data)
 
     def _is_listed(self, key: str) -> bool:
-        """Return whether `refresh` lists an object with this key."""
+        """Return whether `key` is below the prefix that `refresh` lists."""
         return self._below is not None and key.startswith(f"{self._below}/")
 
     def _content(self, found: StoredObject) -> bytes:
@@ -136,7 +136,7 @@ class ListedBucket:
 
 
 def _listings(found: Sequence[StoredObject], below: str) -> dict[str, Listing]:
-    """Return the listings of `below` and of all prefixes between it and these objects."""
+    """Return the listing of each prefix, from `below` down to those of the objects in `found`."""
     objects: defaultdict[str, list[StoredObject]] = defaultdict(list)
     prefixes: defaultdict[str, set[str]] = defaultdict(set)
     for one in found:

@@ -126,7 +126,8 @@ class LocalStore:
 
     @contextmanager
     def _writing(self, key: str, file: int, nbytes: int) -> Iterator[FileWriter]:
-        """Open a file of `nbytes` for writing. All bytes are written when the context ends."""
+        """Give a writer for an open file of `nbytes`. All bytes are written when the context ends.
+        `file`: its descriptor."""
         direct = open_direct(self._path(key)) if nbytes >= DIRECT_BYTES_MIN else None
         if direct is None:
             yield BufferedWriter(file)
@@ -322,12 +323,12 @@ class LocalStore:
         return lock is not None
 
     def _errors_of(self, doing: str, key: str) -> _Errors:
-        """Return a context that converts errors of the operating system: see `error_of`."""
+        """Return a context that converts errors of the operating system, as `error_of` does."""
         return _Errors(self, doing, key)
 
     def error_of(self, error: BaseException, doing: str, key: str) -> HoldfastError | None:
         """Convert an error of the operating system to one of Holdfast. Return None for other
-        errors."""
+        errors. `doing`, `key`: operation and file, for the message."""
         path = self._path(key)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             if isinstance(error, FileNotFoundError) and doing in ("list", "look at", "read"):
@@ -385,7 +386,8 @@ class _LocalReader:
 
 
 def _reserve(file: int, nbytes: int) -> None:
-    """Reserve the space, so that a full disk fails before the first byte is written."""
+    """Reserve disk space for `nbytes` of an open file, so that a save to a full disk fails before
+    it writes the first byte."""
     if not nbytes:
         return
     try:

@@ -200,7 +200,7 @@ def _split(key: str) -> tuple[str, str]:
 
 
 def _files(node: _Node) -> Iterator[bytearray]:
-    """Yield each file once for each of its names."""
+    """Yield the files in a folder, at any depth: each file once for each of its names."""
     if isinstance(node, dict):
         for child in node.values():
             yield from _files(child)

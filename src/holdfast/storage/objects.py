@@ -66,7 +66,8 @@ THREADS = 16
 """Maximum number of requests that are sent at the same time."""
 
 _LEASES_SHOWN = 10
-"""Age from which a lease is listed, so that a cleanup deletes it, as a multiple of `LEASE_S`."""
+"""Age, as a multiple of `LEASE_S`, from which a lease's object is listed, so that a cleanup deletes
+it."""
 
 _POLLS = 20
 """Number of times per `LEASE_S` that a process checks a lease for which it waits."""
@@ -117,10 +118,8 @@ class ObjectStore:
         return held_of(_name(found.key)) is not None and age_s < _LEASES_SHOWN * LEASE_S
 
     def _shown(self, prefix: str, beside: set[str]) -> set[str]:
-        """Return the names of the folders as which the objects below a prefix are shown.
-
-        `beside`: names of the objects beside the prefix.
-        """
+        """Return the names of the folders that a listing shows for one prefix, with `/` at the end:
+        the prefix itself, hidden folders, or both. `beside`: names of the objects beside it."""
         listing, name = self._bucket.list(prefix), _name(prefix)
         ids = {name for name in listing.prefixes if is_id(name)}
         files = {_name(found.key) for found in listing.objects}
@@ -146,7 +145,7 @@ class ObjectStore:
         return shown
 
     def _pointer_in(self, prefix: str, listing: Listing) -> Pointer | None:
-        """Return the pointer in a listing; None if there is no pointer."""
+        """Return the pointer of a prefix, given the prefix's listing; None if it has no pointer."""
         for found in listing.objects:
             if _name(found.key) == MANIFEST and found.nbytes <= POINTER_BYTES_MAX:
                 return self._pointers.of(prefix, version=found.version)
@@ -175,8 +174,8 @@ class ObjectStore:
         return False
 
     def _read(self, key: str, request: Callable[[str], T]) -> T:
-        """Send a request for a file. If the file's checkpoint was replaced meanwhile, send one more
-        request, for the new file."""
+        """Call `request` with the key of the object that is shown as the file `key`. If the file's
+        checkpoint was replaced meanwhile, call it again, with the key of the new file."""
         found = self._key(key, fresh=_name(key) == MANIFEST)
         try:
             return request(found)
@@ -207,7 +206,8 @@ class ObjectStore:
     # ---------------------------------------------------------------------------------- addresses
 
     def _key(self, key: str, *, fresh: bool = False) -> str:
-        """Return the key of the object that is shown as a file. `fresh`: read the pointer again."""
+        """Return the key of the object that this store shows as the file `key`. `fresh`: read the
+        pointer again, even if it is remembered."""
         folder, _, name = key.rpartition("/")
         prefix = self._folder(folder, fresh=fresh)
         if name == MANIFEST and folder and prefix == folder and self._is_reserved(folder):
@@ -220,7 +220,8 @@ class ObjectStore:
         return pointer is not None and not pointer.is_published
 
     def _folder(self, folder: str, *, fresh: bool = True) -> str:
-        """Return the prefix of a folder's files. `fresh`: see `_key`."""
+        """Return the prefix of the objects that this store shows as the files in `folder`. `fresh`:
+        read the pointer again, even if it is remembered."""
         parts = folder.split("/") if folder else []
         for place, part in enumerate(parts):
             hidden = hidden_folder_of(part)
@@ -429,20 +430,22 @@ class ObjectStore:
             self._bucket_has(key)
 
     def _remember(self, name: str) -> None:
-        """Remember the pointer of a checkpoint, so that `publish` replaces this version of it."""
+        """Remember the pointer of a checkpoint, so that `publish` replaces this checkpoint and
+        no later one."""
         pointer = self._pointers.read(name)
         if pointer is not None and pointer.is_published:
             self._replaced[name] = pointer
 
     def _check_unpublished(self, above: str, hidden: HiddenFolder) -> None:
-        """Raise a NotFoundError if the pointer names this folder. A listing that misses recent
-        changes may still show the folder as hidden."""
+        """Raise a NotFoundError if a pointer names the folder `hidden` below `above`: then it is
+        published. A listing that misses recent changes may still show it as hidden."""
         pointer = self._pointers.read(_join(above, hidden.name))
         if pointer is not None and pointer.is_published and pointer.id == hidden.id:
             raise NotFoundError(f"`{hidden}` is published")
 
     def _check_lease(self, key: str) -> None:
-        """Check that this store still holds a checkpoint or an attempt, if it took a lease."""
+        """If this store took a lease on a checkpoint or an attempt, check that it still has the
+        lease."""
         lease = self._leases.held(_lease_key(key))
         if lease is not None:
             check(lease, "save again: a cleanup may have deleted a part of this attempt")
@@ -461,8 +464,8 @@ class ObjectStore:
 
 
 def _holds_attempts_only(files: Collection[str], prefixes: Collection[str]) -> bool:
-    """Return whether only attempts are below a prefix without a pointer. The prefix is then not
-    shown as a folder. An index of stock DCP does not count, since a deletion may have left it."""
+    """Return whether only attempts are directly below a prefix without a pointer. If so, the prefix
+    is not shown as a folder. An index of stock DCP does not count: a deletion may have left it."""
     return not {*files} - {METADATA} and all(map(is_id, prefixes))
 
 

@@ -79,7 +79,8 @@ BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 
 GROUP = "holdfast.stores"
 """Group of entry points by which other packages provide stores. The name of an entry point is the
-scheme of a URL, such as `minio`. Its object is called with the URL, and returns a `Store`."""
+scheme of a URL, such as `minio`. It refers to a function that takes the URL and returns a
+`Store`."""
 
 
 def third_party_store(url: str) -> Store | None:
@@ -110,7 +111,7 @@ def store_to_save(path: str | os.PathLike[str]) -> Store:
 
 
 def written_store(url: str) -> Store | None:
-    """Return the store of a URL that can be written to; None if there is none."""
+    """Return a store that can write to this URL; None if Holdfast has none for it."""
     if (store := third_party_store(url)) is not None:
         return store
     if url.partition("://")[0] not in BUCKETS:

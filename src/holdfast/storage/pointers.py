@@ -109,7 +109,8 @@ class Pointers:
             self._bucket.put_over(key, data, found.version)
 
     def is_left_over(self, name: str) -> bool:
-        """Return whether `NAME/.metadata` leads into an attempt. Then it is not a user's file."""
+        """Return whether Holdfast wrote `NAME/.metadata`, to lead readers of stock DCP to the files
+        of an attempt. Otherwise it is a user's file, or there is none."""
         with suppress(NotFoundError):
             return leads_to_subfolder(self._bucket.get(f"{name}/{METADATA}", _START_BYTES)[0])
         return False

@@ -45,7 +45,7 @@ def publish_by_rename(store: FolderStore, folder: str, name: str, *, replace: bo
 
 
 def unpublish_by_rename(store: FolderStore, name: str, removing: str) -> str:
-    """Unpublish a checkpoint as `Store.unpublish` does."""
+    """Take the name away from a checkpoint by renaming it to `removing`. Return `removing`."""
     if name != removing:
         store.rename(name, removing)
     return removing

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 Check = Callable[[], None]
-"""Function that raises an error if this process has lost the lock."""
+"""Function that raises an error if this process has lost a lock that it took."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -150,7 +150,7 @@ class Store(ReadStore, Protocol):
 
 
 class Creating(Protocol):
-    """A place to create files in."""
+    """Anything that can create files, such as a `Store`."""
 
     def create(self, key: str, nbytes: int) -> AbstractContextManager[FileWriter]:
         """Like `Store.create`."""

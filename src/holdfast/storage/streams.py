@@ -143,7 +143,7 @@ class _Stream:
 
     def end(self, error: BaseException | None) -> None:
         """Wait until all parts are stored, and raise the error of the thread if it failed. If the
-        caller failed with `error`, give the object up instead."""
+        caller failed with `error`, make the upload fail too, so that no object is created."""
         self._queue.put(error)
         self._thread.join()
         if error is None:
