@@ -25,7 +25,9 @@ Example: holdfast train --training.steps 200
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Replace this process by the launcher of the run. The exit status is that of the launcher."""
+    """Run `holdfast train`: replace this process by one that starts the workers. The exit status
+    of that process is the result.
+    """
     if {"-h", "--help"} & {*arguments}:
         say(HELP)
     elif not any(argument.startswith("--job.config") for argument in arguments):
@@ -37,7 +39,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _config_file(environment: os._Environ[str]) -> str:
-    """Return the path of the settings file. Search the current folder, then the project."""
+    """Return the path of the settings file: `CONFIG_FILE` in the environment, or the default.
+
+    Search for it in the current folder, then in the root of Holdfast's repository.
+    """
     file = environment.get("CONFIG_FILE", CONFIG_FILE)
     for path in (Path(file), Path(__file__).parents[3] / file):
         if path.exists():

@@ -16,7 +16,7 @@ MEMBERS_MAX = 100_000
 
 
 def below(checkpoint: OpenCheckpoint, name: str) -> list[str]:
-    """Return the names of the values at or below `name`; empty if `name` is empty."""
+    """Return `name` if it names a value, else all values below it; none if `name` is empty."""
     values = checkpoint.manifest.values
     if not name:
         return []

@@ -81,7 +81,7 @@ def server_of(
 
 
 def app_of(fleet: Fleet, names: Collection[str], limits: Limits, token: str | None) -> ASGIApp:
-    """Return the ASGI application that `server_of` serves."""
+    """Return the ASGI application that `server_of` serves. The parameters are the same."""
     table = _Table(fleet, limits)
 
     def of_run(

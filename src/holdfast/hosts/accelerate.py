@@ -142,7 +142,7 @@ class _Host:
         self._end()
 
     def _good(self, input_dir: str | None) -> str:
-        """Return the path of the checkpoint to load. Collective."""
+        """Return the path of the checkpoint that `load_state(input_dir)` loads. Collective."""
         is_named = self._accelerator.project_configuration.automatic_checkpoint_naming
         if input_dir is None and is_named:
             return self._newest(self._named_folder(), _NAMED)
@@ -168,7 +168,8 @@ class _Host:
         return str(newest)
 
     def _publishes(self) -> bool:
-        """Return whether this rank seals and deletes checkpoints: one rank, or one per host."""
+        """Return whether this rank seals and deletes checkpoints. One rank does so, or one per
+        host."""
         if self._accelerator.project_configuration.save_on_each_node:
             return bool(self._accelerator.is_local_main_process)
         return bool(self._accelerator.is_main_process)
@@ -182,9 +183,9 @@ class _Host:
         return self._ranks
 
     def _rotate(self, saved: Path, limit: int | None) -> None:
-        """Keep the newest `limit` sealed checkpoints up to the one just saved, and delete the older
-        ones. Checkpoints with later numbers stay. The one that was loaded stays until this run has
-        saved twice. Called only after a save, so that a failed save deletes nothing."""
+        """Keep the newest `limit` sealed checkpoints up to `saved`, the one just saved. Delete the
+        older ones. Checkpoints with later numbers stay. The one that was loaded stays until this
+        run has saved twice. Called only after a save, so that a failed save deletes nothing."""
         if limit is None:
             return
         last = number_of(saved.name) or 0

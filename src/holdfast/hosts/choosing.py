@@ -29,6 +29,8 @@ def newest_good_on_all_hosts(
     """Return the newest checkpoint in `root` that is good on every host; None if no host has
     a good checkpoint.
 
+    `pattern`: names of checkpoints. `last_file`: name of the file that the framework writes last.
+
     `decides`: whether this rank looks into `root`. One rank per folder does: rank 0 if all hosts
     share the folder, else the first rank of each host. Every other rank gets the path of the
     nearest deciding rank before it, since the ranks of a host are consecutive.
@@ -73,7 +75,10 @@ def newest_good_on_all_hosts(
 
 
 def run_on_hosts(ranks: Ranks, work: Callable[[], object], *, decides: bool) -> None:
-    """Run `work` on the ranks that decide. An error of one rank is raised on all. Collective."""
+    """Run `work` on the ranks on which `decides` is true. An error of one rank is raised on all.
+
+    Collective.
+    """
     run_on_all(ranks, lambda: work() if decides else None)
 
 

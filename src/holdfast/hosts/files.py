@@ -34,7 +34,7 @@ _HIDDEN = re.compile(r"\.(part|kept)-(.+)-[0-9a-f]{8}")
 
 @contextmanager
 def published(path: Path, background: BackgroundSync) -> Iterator[IO[bytes]]:
-    """Context with a hidden file to write. At the end, the file gets the name `path`.
+    """Context that yields a hidden file, open for writing. At the end, it is renamed to `path`.
 
     The file is durable then if its folder has no durable checkpoint yet, or if the file that it
     replaces cannot be kept. Otherwise `background` makes it durable, and until then the file that
@@ -94,7 +94,7 @@ def file_moved_aside(path: Path) -> Iterator[None]:
 
 
 def kept_aside(folder: Path, name: str) -> list[Path]:
-    """Return the earlier files `name` that killed processes have left under hidden names."""
+    """Return earlier versions of file `name` in a folder, which are kept under hidden names."""
     return [path for path, role, of in _all_hidden(folder) if (role, of) == ("kept", name)]
 
 
@@ -109,7 +109,7 @@ def why_not_good(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An earlier file, under a hidden name."""
+    """File that a save has replaced or will replace, kept under a hidden name."""
 
     path: Path
     lock: int
@@ -155,13 +155,19 @@ def _locked(path: Path) -> int:
 
 
 def _lock(opened: int) -> None:
-    """Lock an open file, if its file system can. Without locks, leftovers are never deleted."""
+    """Lock the file with descriptor `opened`, if its file system has locks.
+
+    In a file system without locks, leftovers are never deleted.
+    """
     with suppress(OSError):
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _all_hidden(folder: Path) -> list[tuple[Path, str, str]]:
-    """Return each hidden file in a folder: path, role, and the name of the file it belongs to."""
+    """Return each hidden file in a folder: its path, its role, and the name of a visible file.
+
+    "part": it is to become that file. "kept": it is an earlier version of that file.
+    """
     if not folder.is_dir():
         return []
     matches = ((path, _HIDDEN.fullmatch(path.name)) for path in sorted(folder.iterdir()))
@@ -182,7 +188,11 @@ def _clean_up(folder: Path) -> None:
 
 
 def _clean_up_file(path: Path, role: str, later: Path) -> None:
-    """Delete a leftover, or rename an earlier file to `later` if that file is not good."""
+    """Delete a hidden file.
+
+    But if its role is "kept", and `later`, the file that has replaced it, is damaged or missing,
+    rename the hidden file to `later`.
+    """
     why = "it is missing"
     if role == "kept" and (not later.exists() or (why := why_not_good(later) or "")):
         logger.warning("`%s` gets its earlier file back: %s", later, why)

@@ -45,7 +45,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _module(kind: str, name: str) -> Any:
-    """Return module `name` of Lightning's part `kind`, from the package that the process uses."""
+    """Import module `name` of Lightning's part `kind`, which is "pytorch" or "fabric".
+
+    Use the package `lightning` if the process has imported it, else `pytorch_lightning` or
+    `lightning_fabric`.
+    """
     own = {"pytorch": "pytorch_lightning", "fabric": "lightning_fabric"}[kind]
     package = f"lightning.{kind}" if "lightning" in sys.modules else own
     return import_module(f"{package}.{name}")
@@ -60,9 +64,9 @@ def _io_class() -> type:
         thread, and checks it before it is loaded.
 
         The format of the file stays Lightning's. The check uses the CRC-32 that `torch.save` stores
-        for each tensor. `ckpt_path="last"` loads the newest good file of the folder. If that is not
-        `last`, since `last` is damaged or older, a warning says so. Under any other path, a damaged
-        file is an error.
+        for each tensor. `ckpt_path="last"` loads the newest good file of the folder. If `last` is
+        damaged or older, this is another file, and a warning says so. Under any other path, a
+        damaged file is an error.
         """
 
         def __init__(self) -> None:
@@ -130,7 +134,7 @@ def _strategy_class(kind: str) -> type:
         `meta.pt` together, with `holdfast.seal`.
 
         Rank 0 checks a checkpoint before it is loaded. `ckpt_path="last"` loads the newest good
-        checkpoint of the folder. If that is not `last`, a warning says so.
+        checkpoint of the folder. If this is not `last`, a warning says so.
         """
 
         def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -195,8 +199,8 @@ def _delete_later(background: BackgroundSync, path: Path) -> None:
 def good_at(path: Path) -> Path:
     """Check the checkpoint at `path`, and return the path to load.
 
-    If the name begins with `last`, this is the newest good checkpoint of the folder: a save that
-    was killed before it replaced `last` may have left a newer one.
+    If the name of `path` begins with `last`, return the newest good checkpoint of its folder: a
+    save that was killed before it replaced `last` may have left a newer one.
     """
     candidates = [path] if path.exists() else []
     candidates += kept_aside(path.parent, path.name)

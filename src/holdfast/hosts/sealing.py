@@ -41,11 +41,12 @@ def sealed_by_all(
     one rank of each host does, and each host may have another `path`. `background`: makes the
     checkpoint durable later, if there is a durable one beside it.
 
-    A checkpoint at `path` is replaced. Any other folder there is an error. With `moves_aside`, it
-    is renamed instead, with a warning, and files that were added to a sealed checkpoint are copied
-    to the new one. `replaces_file`: context in which a file at `path` has another name, so that the
-    folder can get the name `path`. `link`: name of a link in the hidden folder that leads to the
-    folder itself, for frameworks that append this name to the path that they get.
+    A checkpoint at `path` is replaced. Any other folder there is an error, and so is a sealed
+    checkpoint to which files were added. With `moves_aside`, such a folder is renamed instead, with
+    a warning, and such files are copied to the new checkpoint. `replaces_file`: context in which a
+    file at `path` has another name, so that the folder can get the name `path`. `link`: name of a
+    link in the hidden folder that leads to the folder itself, for frameworks that append this name
+    to the path that they get.
 
     Collective. An error of one rank is raised on all, and nothing is published.
     """
@@ -122,7 +123,10 @@ def _sync_later(background: BackgroundSync, unsealed: Unsealed, path: Path) -> N
 
 
 def _raise_on_all(ranks: Ranks, error: BaseException | None) -> None:
-    """Raise the framework's error on the rank where it happened, and a RankError on the others."""
+    """Raise the framework's error on the rank where it happened, and a RankError on the others.
+
+    `error`: None if the framework's code did not fail on this rank. Collective.
+    """
     described = None
     if error is not None:
         described = RankError(
@@ -140,10 +144,10 @@ def _raise_on_all(ranks: Ranks, error: BaseException | None) -> None:
 
 
 def _make_way(path: str) -> dict[str, Path]:
-    """Rename a folder that may not be replaced, such as one that a framework has left incomplete.
+    """Rename the folder `path` if it may not be replaced, such as one that was left incomplete.
 
     A sealed folder to which files were added stays, since it may be the only one to resume from
-    until the new one is published. Returns these files, by name.
+    until the new one is published. Return name -> path of these files; in any other case, {}.
     """
     catalog, name = open_folder_for_saving(path)
     store = catalog.store

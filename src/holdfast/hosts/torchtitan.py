@@ -50,7 +50,7 @@ else:
 logger: logging.Logger = logging.getLogger("holdfast")
 
 dcp: Any = torch.distributed.checkpoint
-"""Untyped, since torch does not export its functions to type checkers."""
+"""torch's DCP. Untyped, since torch does not export its functions to type checkers."""
 
 __all__ = ["CheckpointManager"]  # noqa: F822 - made on use
 
@@ -86,8 +86,8 @@ class _TitanManager(_Manager):  # type: ignore[misc]
     the newest checkpoint that a run can resume from, and passes over damaged ones. `keep_latest_k`
     counts good checkpoints only. TorchTitan can load these checkpoints without Holdfast.
 
-    The folder may be in an object store. For a folder at another URL, TorchTitan's own code saves
-    and loads.
+    The folder may be in an object store. If it is at a URL that Holdfast cannot write to,
+    TorchTitan's own code saves and loads.
     """
 
     _catalog: Catalog | None = None
@@ -231,7 +231,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
                 return loaded
 
     def _prepare(self) -> bool:
-        """Clean up after killed saves. Returns whether the folder exists."""
+        """Clean up after killed saves. Return whether the folder of checkpoints exists."""
         assert self._catalog is not None, "a URL has no catalog"
         store = self._catalog.store
         try:
@@ -244,7 +244,10 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return True
 
     def _newest(self, below: int | None) -> tuple[int | None, list[str]]:
-        """Return the newest step to resume from, and a line on each newer step that was refused."""
+        """Return the newest step to resume from, and a line on each newer step that was refused.
+
+        `below`: look only at earlier steps than this one; None for all steps.
+        """
         assert self._catalog is not None, "a URL has no catalog"
         found, refused = newest_resumable(self._catalog, below)
         return (None if found is None else found.step), refused
@@ -266,7 +269,10 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return loaded
 
     def _load_initial(self, passed_over: list[str]) -> bool:
-        """Load `initial_load_path`, if set. If a checkpoint was passed over, raise an error."""
+        """Load `initial_load_path`, if it is set.
+
+        If `passed_over` says that checkpoints of the run were passed over, raise a NotFoundError.
+        """
         assert self._catalog is not None, "a URL has no catalog"
         store = self._catalog.store
 
@@ -292,7 +298,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return loaded
 
     def _protect(self, step: int) -> None:
-        """Protect the step that the run resumed from, and newer steps, from retention."""
+        """Exempt from retention the step that the run resumed from, and all newer steps."""
         if self._catalog is not None and self._retainer is not None and self._ranks().rank == 0:
             self._retainer.resumed(step, [s for s in self._catalog.steps() if s > step])
 
@@ -311,7 +317,8 @@ class _TitanManager(_Manager):  # type: ignore[misc]
     ) -> None:
         """Load a checkpoint of Holdfast or stock DCP, and check each block that is read.
 
-        Collective. Hugging Face folders and other URLs are loaded by TorchTitan's own code.
+        Collective. Hugging Face folders, and URLs that Holdfast cannot open, are loaded by
+        TorchTitan's own code.
 
         Raises:
             DamagedError: bytes are missing, or are not the bytes that were written.
@@ -368,8 +375,8 @@ class _Filesystem:
 
 @contextmanager
 def _buckets_seen() -> Iterator[None]:
-    """Context in which TorchTitan's manager looks for folders in object stores by Holdfast, which
-    needs no clients of fsspec."""
+    """Context in which TorchTitan's manager uses Holdfast to look for folders in object stores, so
+    that no client of fsspec is needed."""
     module: Any = import_module(_titan().__module__)
     before = getattr(module, "filesystem", None)
     if before is None:
@@ -392,7 +399,10 @@ def _read(state_dict: dict[str, Any], checkpoint_id: str, states: dict[str, Any]
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise Holdfast's own error in place of DCP's, which wraps the errors of all ranks."""
+    """Context that converts DCP's `CheckpointException`, which wraps the errors of all ranks.
+
+    If all of them are errors of Holdfast, the first one is raised instead.
+    """
     try:
         yield
     except CheckpointException as wrapped:

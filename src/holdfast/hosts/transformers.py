@@ -168,7 +168,10 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         return True if newest is None else str(newest)
 
     def _correct_best(self, staged: str, path: str) -> None:
-        """Store the final path of the best checkpoint in the Trainer's state and in its file."""
+        """Store the final path of the best checkpoint in the Trainer's state and in its file.
+
+        `staged`: hidden folder with that file. `path`: final path of the checkpoint being saved.
+        """
         best_step, named = self.state.best_global_step, self.state.best_model_checkpoint
         if not best_step:
             return
@@ -212,7 +215,7 @@ def _check_path(path: Path) -> None:
 
 
 def _refuse_damaged(folder: Path) -> None:
-    """Raise a DamagedError if a folder, which has no good checkpoint, has others."""
+    """Raise a DamagedError if a folder without a good checkpoint has other checkpoints."""
     if folder.is_dir() and _checkpoints(folder):
         raise none_good(folder)
 
@@ -224,7 +227,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a checkpoint has a seal, and all files that it lists, with their sizes."""
+    """Return whether a checkpoint has a seal, and all files in the seal, in the sizes stated."""
     if not (path / SEAL).exists():
         return False
     try:
@@ -234,7 +237,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _remove_sentinel(path: Path) -> None:
-    """Remove the sentinel of a save on SIGTERM, and the folder if it holds nothing else."""
+    """Delete the file that the Trainer writes into a folder before it saves there on SIGTERM.
+
+    If the folder is empty then, delete the folder.
+    """
     (path / _SENTINEL).unlink(missing_ok=True)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()

@@ -62,7 +62,10 @@ def _digest_of(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SyncRecord:
-    """Content of a receipt: what was installed. It is stored in the copy, so both move together."""
+    """Receipt of one installed skill: its files, and the version of Holdfast that installed it.
+
+    The receipt is a file in the user's copy of the skill, so that both move together.
+    """
 
     version: str
     """Version of Holdfast that installed the copy."""
@@ -88,7 +91,10 @@ def decode_receipt(data: bytes) -> SyncRecord | None:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Names of skills, to tell a copy that the user deleted from one that was never installed."""
+    """Record of the skills that were installed or removed.
+
+    It tells a copy that the user deleted from one that was never installed.
+    """
 
     offered: frozenset[str] = frozenset()
     """Skills that have been installed, and that were still shipped at the last sync."""

@@ -110,7 +110,7 @@ class _Board:
             return sent.popleft()
 
     def leave(self, rank: int) -> None:
-        """End a rank. Exchanges that it has not entered fail on the other ranks."""
+        """Note that a rank has ended. Exchanges that it has not entered fail on the other ranks."""
         with self._changed:
             self._gone.add(rank)
             self._changed.notify_all()
@@ -129,7 +129,7 @@ def run_ranks(
     timeout_s: float = 30.0,
     hosts: Sequence[str] | None = None,
 ) -> list[T]:
-    """Run `work` on `size` ranks, and return the result of each.
+    """Run `work` on `size` ranks, each a thread of this process. Return the result of each.
 
     `hosts`: name of the host that each rank pretends to be on.
 

@@ -122,7 +122,7 @@ def _is_component(value: Any) -> bool:
 
 
 def _is_other_object(value: Any) -> bool:
-    """Whether `value` has a state, but is neither a module nor an optimizer."""
+    """Whether `value` has `state_dict`, but is neither a module nor an optimizer."""
     return is_object(value) and not isinstance(value, nn.Module | Optimizer)
 
 

@@ -11,7 +11,7 @@ from holdfast.storage.store import FolderStore, Joining, Store
 
 
 def read_opened(store: Store, key: str) -> int:
-    """Open a file, and read its first byte."""
+    """Open a file, and read its first byte. Return the number of bytes read."""
     with store.open(key) as reader:
         return reader.read_into(0, memoryview(bytearray(1)))
 
@@ -190,8 +190,8 @@ class StoreSuite:
         assert content(store, "step-5") == {"a": b"again"}
 
     def test_an_attempt_has_one_holder_and_can_be_removed(self) -> None:
-        """G16. Method: holds an attempt twice, which fails, and then the published checkpoint. The
-        name of an attempt does not exist after it is published."""
+        """G16. Method: holds an attempt, and later the published checkpoint; holding either
+        twice fails. The name of an attempt does not exist after it is published."""
         store = self.new_store()
         attempt = begin(store, "step-5", "00000001", {"a": b"1"})
         with store.hold(attempt) as held:

@@ -1,4 +1,4 @@
-"""Copy checkpoints from the fast tier to the durable folder, in a thread."""
+"""Copy checkpoints from the fast tier to the folder of the run, in a thread."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """A checkpoint whose copy is durable."""
+    """A checkpoint of the fast tier whose copy in the folder of the run is durable."""
 
     step: int
     where: str
+    """Path or URL of the copy."""
+
     manifest: Manifest
     """Manifest without entries."""
 
@@ -40,9 +42,10 @@ OnDrained = Callable[[Drained], object]
 
 
 class Drain:
-    """Copies checkpoints from the fast tier, one at a time. Each rank copies its own data file.
+    """Copies checkpoints from the fast tier to the folder of the run, one at a time. Each rank
+    copies its own data file.
 
-    Collective: every rank makes one and calls its methods in the same order.
+    Collective: every rank makes a `Drain` and calls its methods in the same order.
     """
 
     def __init__(
@@ -54,8 +57,8 @@ class Drain:
         bytes_per_s: float | None,
         on_drained: OnDrained,
     ) -> None:
-        """`ranks`: ranks for the collectives of the thread, with no other use. `bytes_per_s`: limit
-        on the bytes that this rank copies per second."""
+        """`catalog`: of the folder of the run. `ranks`: for the collectives of the thread, and used
+        for nothing else. `bytes_per_s`: limit on the bytes that this rank copies per second."""
         self._tier, self._catalog, self._ranks = tier, catalog, ranks
         self._bytes_per_s, self._on_drained = bytes_per_s, on_drained
         self._thread = Background()
@@ -89,11 +92,11 @@ class Drain:
         self._thread.start(run)
 
     def wait(self) -> None:
-        """Wait until the checkpoint is durable. Raise the error of a failed copy, once."""
+        """Wait until the copy in progress is durable. Raise the error of a failed copy, once."""
         self._thread.wait()
 
     def stop(self) -> None:
-        """Give up the copy and delete its attempt, since a stopping run has a deadline."""
+        """Give up the copy in progress and delete its attempt: a stopping run has a deadline."""
         self._stops = True
         with suppress(HoldfastError):
             self._thread.wait()
@@ -128,7 +131,10 @@ class Drain:
             self._copy_file(name, attempt, file, manifest.files[file])
 
     def _publish(self, name: str, attempt: HiddenFolder) -> Manifest:
-        """Copy the index files, which every host has, and publish. Returns the manifest."""
+        """Copy the index files, which every host has, and publish the attempt as `name`.
+
+        Return the manifest, without entries. Called on rank 0.
+        """
         source = self._tier.catalog.store
         stored = source.list(name)
         for file in (file for file in INDEX_FILES if file in stored):

@@ -1,8 +1,8 @@
 """The folder of a run on each host in the fast tier, and saves into it.
 
-Each rank writes its file to the disk of its own host. The lowest rank of a host makes the attempt
-there and publishes it, with the same index files on every host. So each host has some of the data
-files of a checkpoint, and all hosts together have all of them.
+Each rank writes its data file to the disk of its own host. The lowest rank of a host makes the
+attempt there and publishes it, with the same index files on every host. So each host has some of
+the data files of a checkpoint, and all hosts together have all of them.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ have the newest one."""
 
 
 class LocalTier:
-    """The folder of a run on the host of this rank.
+    """The part of the fast tier on the host of this rank: the folder of the run there.
 
-    Collective: every rank makes one and calls its methods in the same order.
+    Collective: every rank makes a `LocalTier` and calls its methods in the same order.
     """
 
     def __init__(self, record: TierRecord, ranks: Ranks, *, replicas: int = 0) -> None:
-        """`replicas`: number of other hosts that keep the files of each host."""
+        """`replicas`: number of other hosts (0 or 1) that keep copies of each host's files."""
         self.hosts: list[str] = hosts_of(ranks)
         """Host of each rank."""
         self.host: str = self.hosts[ranks.rank]
@@ -51,7 +51,7 @@ class LocalTier:
         """Whether this rank is the one in `leaders` for its host."""
         self.catalog: Catalog = Catalog(folder_store(record.folder_on(host_of(ranks))))
         self.draining: int | None = None
-        """Step that is being copied to the durable folder."""
+        """Step that is being copied from the fast tier to the folder of the run."""
         self._replicas = replicas
         self._remover = Remover(self.catalog)
 
@@ -70,12 +70,15 @@ class LocalTier:
         put_in_order(store)
 
     def attempt(self, name: str) -> HiddenFolder:
-        """Return a name for a new attempt. All hosts use the name that rank 0 gets."""
+        """Return the hidden folder for a new attempt of `name`. All hosts use that of rank 0."""
         return HiddenFolder("attempt", name, os.urandom(4).hex())
 
     def begin(self, pending: Pending, ranks: Ranks) -> Pending:
         """Make the attempt of a save on every host. If this fails on one host, for example for lack
-        of space, raise the error on all ranks. Collective."""
+        of space, raise the error on all ranks. Collective.
+
+        Return a copy of `pending` that saves to the folder of this host.
+        """
         sizes = ranks.broadcast(ranks.gather(pending.file_nbytes))
         pending = replace(pending, catalog=self.catalog, deletes=self.leads)
         copies = self._copies(sizes, pending.attempt)
@@ -102,7 +105,11 @@ class LocalTier:
         run_on_all(ranks, lambda: self._make(attempt) if self.leads else None)
 
     def commit(self, pending: Pending, written: WriteResult | HoldfastError, ranks: Ranks) -> int:
-        """Publish a save on every host. `finish_save` calls this as its `commit_by`. Collective."""
+        """Publish a save on every host. `finish_save` calls this as its `commit_by`. Collective.
+
+        `written`: write result of this rank, or its error. Return the checkpoint's size
+        in bytes.
+        """
         index, facts, attempt = pending.index, pending.facts, pending.attempt
 
         def make_index(
@@ -154,7 +161,10 @@ class LocalTier:
         self._remover.wait()
 
     def _copies(self, sizes: Sequence[int], attempt: HiddenFolder) -> list[Transfer]:
-        """Return the transfers that copy the data files of each host to the next host."""
+        """Return the transfers that copy the data files of each host to the next host.
+
+        There are none without replicas. `sizes`: size of the data file of each rank.
+        """
         hosts = list(self.leaders)
         if not self._replicas or len(hosts) == 1:
             return []

@@ -25,7 +25,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Parts of one file to send."""
+    """Parts of one file that one rank sends to another."""
 
     key: str
     """Path of the file in the store of the source."""
@@ -43,7 +43,7 @@ class Transfer:
     """Rank that reads the file."""
 
     target: int
-    """Rank that writes it."""
+    """Rank that writes the new file."""
 
     def pieces(self) -> Iterator[Range]:
         """Yield the parts to send, divided into messages."""
@@ -53,7 +53,7 @@ class Transfer:
 
 
 def transfer(transfers: Sequence[Transfer], store: Store, ranks: Ranks) -> None:
-    """Send files between ranks.
+    """Send parts of files between the disks of ranks.
 
     `transfers`: the same on every rank. `store`: the disk of this rank. The content of new files is
     durable; their folder is not synced.
@@ -77,7 +77,10 @@ def transfer(transfers: Sequence[Transfer], store: Store, ranks: Ranks) -> None:
 
 
 def _send(item: Transfer, store: ReadStore, ranks: Ranks) -> list[HoldfastError]:
-    """Send a file. After an error the other rank still receives all pieces, without content."""
+    """Send the parts of a file to the other rank. Return the error, if there was one.
+
+    After an error, send all further messages without content, since the other rank waits for them.
+    """
     sending: deque[Sending] = deque()
     error: HoldfastError | None = None
     for start, stop in item.pieces():

@@ -29,13 +29,14 @@ from holdfast.tier.local import LocalTier
 from holdfast.tier.transfer import Range, Transfer, transfer
 
 GAP_BYTES_MAX = 1 << 20
-"""Largest gap between two parts of a file that are fetched as one part, with the gap. A load reads
-small neighbours with the gaps between them (`loading/read.py`), so it needs these gaps too."""
+"""Maximum bytes between two ranges of a file that are fetched as one range, with the bytes between
+them. A load reads small neighbouring ranges in this way too (`loading/read.py`), so it needs these
+bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostPart:
-    """The part of one checkpoint that one host has."""
+    """The part of a checkpoint that is on one host."""
 
     step: int
     digest: int
@@ -45,7 +46,7 @@ class HostPart:
     """Time of the commit: ISO 8601, UTC."""
 
     files: Mapping[str, int]
-    """Size of each file of the host, index files included."""
+    """Size of each file that the host has in full, index files included."""
 
     missing: frozenset[str]
     """Data files that the manifest lists, but that the host does not have in full."""
@@ -53,7 +54,7 @@ class HostPart:
 
 @dataclass(frozen=True, slots=True)
 class LocalCheckpoint:
-    """A checkpoint that the hosts have together, in full."""
+    """A local checkpoint of which the hosts together have all files."""
 
     step: int
     created: str
@@ -63,20 +64,24 @@ class LocalCheckpoint:
     """Size of each file."""
 
     ranks: Mapping[str, tuple[int, ...]]
-    """For each file, the leading rank of each host that has it."""
+    """For each file, the lowest rank of each host that has the file."""
 
 
 def find(tier: LocalTier, ranks: Ranks) -> list[LocalCheckpoint]:
-    """Return the complete checkpoints to resume from, newest first. The same on all ranks.
+    """Return the local checkpoints of which the hosts together have all files, newest first.
 
-    Collective: every rank calls this.
+    Only full checkpoints, from which a run can resume, are returned. The result is the same on all
+    ranks. Collective: every rank calls this.
     """
     parts = ranks.gather(list(_parts(tier.catalog)) if tier.leads else [])
     return ranks.broadcast(combine(parts))
 
 
 def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
-    """Combine the parts that each rank reports. Return the complete checkpoints, newest first."""
+    """Return the checkpoints of which the hosts together have all files, newest first.
+
+    `parts`: for each rank, the parts of checkpoints that the rank reports for its host.
+    """
     groups: dict[tuple[int, str, int], list[tuple[int, HostPart]]] = {}
     for rank, reported in enumerate(parts):
         for part in reported:
@@ -96,7 +101,11 @@ def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
 
 
 def _parts(catalog: Catalog) -> Iterator[HostPart]:
-    """Yield the part of each checkpoint on this host. Leave out those that are damaged."""
+    """For each checkpoint, yield the part that is on this host.
+
+    Leave out checkpoints that are marked as damaged, that cannot be read, or that no run can resume
+    from.
+    """
     try:
         folders, damaged = catalog.folders(), damaged_steps(catalog.store)
     except HoldfastError:
@@ -175,7 +184,10 @@ class UnionStore:
 
 
 class Fetching:
-    """A checkpoint that the hosts have together, and the parts that were fetched to this host."""
+    """Local checkpoint of which this host may have only some files.
+
+    What a load on this rank needs from other files is fetched from the hosts that have them.
+    """
 
     def __init__(
         self, tier: LocalTier, found: LocalCheckpoint, ranks: Ranks, attempt: HiddenFolder
@@ -187,7 +199,7 @@ class Fetching:
         self.store: UnionStore = UnionStore(tier.catalog.store, name, found.files, str(attempt))
 
     def open(self) -> Opened:
-        """Open the checkpoint on rank 0, and send the manifest to the others. Collective."""
+        """Open the checkpoint on rank 0, and send its manifest to the other ranks. Collective."""
         # Rank 0 reads all index files. The others read only the rows of their own tensors.
         index = INDEX_FILES if self._ranks.rank == 0 else (ROWS,)
         self._fetch({f: [(0, n)] for f, n in self._found.files.items() if f in index})
@@ -195,7 +207,10 @@ class Fetching:
         return run_on_rank_0(self._ranks, lambda: open_in(self.store, name))
 
     def fetch(self, source: Source, wanted: Sequence[Wanted], values: Iterable[ValueEntry]) -> None:
-        """Fetch the data that this rank will read and its host does not have. Collective."""
+        """Fetch the data of `wanted` and `values` that this rank's host does not have. Collective.
+
+        `wanted`: tensors that this rank will read. `values`: entries of values that it will read.
+        """
         self._fetch(capture(lambda: _needed(source.manifest, wanted, values)))
 
     def _fetch(self, needed: Mapping[str, Sequence[Range]] | HoldfastError) -> None:
@@ -213,8 +228,11 @@ class Fetching:
         self.store.fetched.update(item.target_key.rpartition("/")[2] for item in here)
 
     def _plan(self, needed: Sequence[Mapping[str, Sequence[Range]]]) -> list[Transfer]:
-        """Return the transfers, which send each byte once to each host that needs it. The hosts
-        that have a file, and the ranks of each host, take turns to send. Called on rank 0."""
+        """Return the transfers of the ranges that each rank needs, given by file in `needed`.
+
+        Each byte is sent once to each host that needs it. The hosts that have a file, and the ranks
+        of each host, take turns to send. Called on rank 0.
+        """
         hosts, found = self._tier.hosts, self._found
         targets: dict[tuple[str, str], tuple[int, list[Range]]] = {}
         for rank, by_file in enumerate(needed):
@@ -235,7 +253,7 @@ class Fetching:
 def _needed(
     manifest: Manifest, wanted: Sequence[Wanted], values: Iterable[ValueEntry]
 ) -> dict[str, list[Range]]:
-    """Return the parts of files with these tensors and values, and with the checksums for them."""
+    """Return file -> ranges of bytes that hold the wanted tensors, the values and checksums."""
     needed: dict[str, list[Range]] = {}
     for want in wanted:
         entry = manifest.tensors[want.name]
@@ -252,7 +270,7 @@ def _needed(
 
 
 def merged(ranges: Iterable[Range]) -> list[Range]:
-    """Return the ranges in order, merged where the gap between them is small.
+    """Return the ranges in order. Merge those with at most `GAP_BYTES_MAX` bytes between them.
 
     >>> merged([(9, 12), (0, 4), (5_000_000, 5_000_001)])
     [(0, 12), (5000000, 5000001)]
@@ -268,9 +286,9 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
 
 @contextmanager
 def fetching(tier: LocalTier, found: LocalCheckpoint, ranks: Ranks) -> Iterator[Fetching]:
-    """Context in which a checkpoint that the hosts have together can be read.
+    """Context in which a local checkpoint can be read of which this host may have only some files.
 
-    Collective: every rank enters and leaves it.
+    Collective: every rank enters and leaves the context.
     """
     attempt = ranks.broadcast(tier.attempt(f"fetched-{found.step}"))
     try:
