@@ -61,15 +61,15 @@ def room_bytes(nbytes: int) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Run of consecutive elements in a box of a tensor that consists of whole rows. Each rank wants
-    only some columns of these rows."""
+    """Run of consecutive elements of some rows of a tensor. Each rank wants only some columns of
+    these rows."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Shape of the box of rows."""
+    """Shape of the box that the rows form."""
 
     first: int
-    """Index of the first element of the run, in row-major order."""
+    """Row-major index in this box of the first element of the run."""
 
     count: int
     """Number of elements in the run."""

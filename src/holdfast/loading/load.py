@@ -347,7 +347,7 @@ class _Reading:
 def _tied_here_only(
     into: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
 ) -> list[tuple[str, str]]:
-    """Return the pairs of names that are one tensor in the state, but two in the checkpoint:
+    """Return pairs of names that belong to one tensor in the state, but to two in the checkpoint:
     weights that were not tied when saved, or that were stored twice."""
     first_at: dict[tuple[object, ...], str] = {}
     pairs = []

@@ -240,7 +240,7 @@ class _Worker:
 
     def data(self, read: _Read, start: int, checksums: Sequence[int] | None) -> ChunkData:
         """Return a reader of a chunk's data. `start`: offset of the data in its file. `checksums`:
-        one per block of the data; None if there are none."""
+        one per block of the data; None if they are unknown."""
         place = read.chunk.file, Span(start, read.nbytes)
         reader = self.reader(read.chunk.file)
         return ChunkData(self.source, read.name, place, checksums, reader, self.ring.current)
@@ -361,8 +361,8 @@ def _batches(small: list[_Read]) -> Iterator[list[_Read]]:
 
 
 def _read_container(read: _Read, worker: _Worker) -> int:
-    """Read from a chunk whose data offset and strides are not in the manifest, since another
-    program wrote it. They are read from the archive around the data."""
+    """Read from a chunk whose data offset and strides are not in the index, since another program
+    wrote it. They are read from the archive around the data."""
     shape = read.chunk.region.shape
     stored = locate_chunk(worker.source, read.name, read.chunk)
     transposed = stored.strides != contiguous_strides(shape)

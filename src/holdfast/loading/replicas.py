@@ -84,7 +84,8 @@ def read_shared(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
-    """What this rank wants: a piece of a tensor, some columns of a tensor's rows, or a value."""
+    """Request of this rank for a piece of a tensor, for some columns of a tensor's rows, or for a
+    value."""
 
     digest: bytes | None
     """Hash of the request, equal on all ranks that want the same data, or columns of the same rows.
