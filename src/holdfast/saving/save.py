@@ -124,7 +124,8 @@ def save_in(
 
 
 def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
-    """Make the folder of the catalog, and check that the name may be taken."""
+    """Make the folder of the catalog, and check that checkpoint `name` may be created or
+    replaced."""
     catalog.store.make_folder("")
     hint = "choose another path, or pass `overwrite=True` to replace it"
     catalog.check_free(name, replace=overwrite, hint=hint)
@@ -250,6 +251,7 @@ def _begin_if_alike(
     held: LocalState, begin: Begin, *, planner: Planner, is_full: bool
 ) -> tuple[FileLayout, HiddenFolder] | None:
     """Make the attempt, if shared tensors and values are equal on all ranks that hold them.
+    `is_full`: whether the save writes all bytes, so that the free space is checked for them.
 
     If some differ, log their names, let the next plan store the first rank's version, and return
     None. Tensors that only optimizers change are not compared here, because that takes longer:

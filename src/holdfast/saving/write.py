@@ -69,7 +69,7 @@ def write(
     pace: Pace | None = None,
     spans: Spans | None = None,
 ) -> WriteResult:
-    """Write one file and sync it. `spans` gets the stages `write` and `sync`.
+    """Write one file and sync it. The time of both is added to `spans`, as `write` and `sync`.
 
     If `data` is a memoryview, it has the size of the file, and holds the data of all tensors at
     their offsets. This function adds the rest of the file to this memory, and writes it from there.
