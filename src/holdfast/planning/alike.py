@@ -29,8 +29,8 @@ _LISTED_MAX = 20
 
 
 def check_alike(all_plans: AllPlans, size: int) -> None:
-    """Check that each dict, list or other container is equal on all ranks that have it. `size`:
-    number of ranks.
+    """Check that each dict, list or other container of the state has the same keys, length and
+    kinds of entries on all ranks that have it. `size`: number of ranks.
 
     Raises:
         MismatchError: some containers differ. The message lists the differences.

@@ -321,9 +321,9 @@ def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[T
 
 def _stretches(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int, int]]:
     """Divide the bytes of a tensor between ranks. All tensors that the same ranks hold form a row
-    of `total` bytes, which is cut into `num` equal stretches, one per rank. `before`: bytes of the
-    row in front of this tensor. Returns start and stop of each part of the tensor, in bytes, and
-    the number of the stretch that contains the part."""
+    of `total` bytes, which is cut into `num` equal stretches, each written by one rank. `before`:
+    bytes of the row in front of this tensor. Returns start and stop of each part of the tensor, in
+    bytes, and the number of the stretch that contains the part."""
     if not nbytes:
         return [(0, 0, 0)]
     first, last = before * num // total, (before + nbytes - 1) * num // total

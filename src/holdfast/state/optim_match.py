@@ -55,7 +55,7 @@ class OptimizerMatch:
         self._known = {name for names in self._names for name in names}
 
     def run(self) -> None:
-        """Decide the target of every entry."""
+        """Plan the load of every optimizer from the stored entries."""
         branch = self._match.stored.below(self._path)
         stated = (path[-1] for path in self._match.stored.structure if path[:-1] == self._path)
         keys = list(dict.fromkeys([*branch.children, *stated]))
@@ -68,7 +68,8 @@ class OptimizerMatch:
             self._match_optimizer(optimizer, number, stored)
 
     def _sorted(self, branch: Branch, keys: list[str | int]) -> StoredOptimizer:
-        """Sort the entries below the path by parameter. Leave out entries of unknown parameters."""
+        """Sort the entries of `branch` by parameter. `keys`: all keys directly below its path.
+        Leave out entries of parameters that no optimizer has."""
         stored = StoredOptimizer()
         for key in keys:
             text, child = str(key), branch.child(key)
@@ -90,7 +91,8 @@ class OptimizerMatch:
         return stored
 
     def _sort_nested(self, stored: StoredOptimizer, state: Branch) -> None:
-        """Sort state in torch's nested form, by parameter name or by parameter number."""
+        """Add to `stored` the slots in `state` that have torch's nested form: a dict of slots per
+        parameter, keyed by the parameter's name or number."""
         numbered = [name for names in self._names for name in names]
         for key, slots in state.children.items():
             name = str(key)
@@ -193,8 +195,8 @@ class OptimizerMatch:
     def _match_groups(
         self, optimizer: Optimizer, number: int, names: list[str], stored: StoredOptimizer
     ) -> Callable[[Values], list[dict[str, Any]]]:
-        """Return the maker of the groups. Stored options replace those of this run; options that
-        are not stored stay."""
+        """Return the maker of the optimizer's parameter groups. Stored options replace those of
+        this run. Options that are not stored stay."""
         planned: list[tuple[dict[str, Any], list[int], Make | None]] = []
         remaining = iter(range(len(names)))
         for index, group in enumerate(optimizer.param_groups):
@@ -266,7 +268,8 @@ class OptimizerMatch:
         return lambda values: {option: make(values) for option, make in makers.items()}
 
     def _compare(self, option: str, one: Branch, other: Branch, first: str, name: str) -> None:
-        """Refuse an option that differs between two parameters of one group."""
+        """Plan a check that refuses an option if its stored values differ between two parameters of
+        one group. `one`, `other`: entries of the option for the parameters `first` and `name`."""
         makers = self._make_value(one), self._make_value(other)
 
         def check(values: Values) -> str | None:
@@ -301,8 +304,9 @@ class OptimizerMatch:
 
     @contextmanager
     def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:
-        """Undo the conversions of torch's own `load_state_dict`: it casts every slot to its
-        parameter's dtype, even counters and 8-bit moments, and does not keep texts.
+        """Context in which the optimizer's `load_state_dict` does not convert values, if it is
+        torch's own. Torch's casts every slot to its parameter's dtype, even counters and 8-bit
+        moments, and does not keep texts.
 
         The exact values are put back between torch's cast and the optimizer's `__setstate__`, so
         that changes by `__setstate__` and by hooks are kept.
