@@ -66,7 +66,8 @@ class Match:
     """Names of tensors that the checkpoint is allowed to lack, and lacks."""
 
     taken: set[str] = field(default_factory=set)
-    """Names of the entries that this load uses or has reported. They are not `extra`."""
+    """Names of entries that are not `extra`: this rank uses them, reports them as mismatches, or
+    leaves them to other ranks."""
 
     checks: list[tuple[tuple[str, ...], Check]] = field(default_factory=list)
     """Checks to run before the state changes, each with the entries that it needs."""

@@ -38,9 +38,10 @@ class StateTree:
     """A nested state, with the state of all objects in it.
 
     `state` is one module, or maps names to tensors, plain values, dicts, lists and objects with a
-    `state_dict`. The names of entries below `state[flat]` do not begin with `flat`, as those of a
-    model in TorchTitan. `others` are further top-level names that do not belong to the model.
-    `watch` is called with every optimizer in the tree, at any depth, before `flatten` returns.
+    `state_dict`. The names of entries below `state[flat]` do not begin with `flat`: TorchTitan
+    names a model's entries in this way. `others` are further top-level names that do not belong to
+    the model. `watch` is called with every optimizer in the tree, at any depth, before `flatten`
+    returns.
     """
 
     def __init__(

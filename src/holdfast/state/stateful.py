@@ -205,8 +205,8 @@ def _merged(fresh: Any, branch: Branch, values: Values) -> Any:
 
 
 def _numbers(branch: Branch) -> list[int]:
-    """If all keys directly below a branch are list indices, return them, sorted. Else return an
-    empty list."""
+    """If all keys directly below a branch are list indices, or names that begin with one and a dot,
+    return the indices, sorted. Else return an empty list."""
     heads = {str(key).partition(".")[0] for key in branch.children}
     return sorted(map(int, heads)) if all(head.isdecimal() for head in heads) else []
 
