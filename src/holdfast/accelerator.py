@@ -126,8 +126,8 @@ def can_lock(devices: Sequence[torch.device]) -> bool:
 
 
 class PageLock:
-    """Page lock of memory that is already allocated, which may be in huge pages. The lock ends when
-    this object is deleted, or by `release`."""
+    """Page lock of memory that is already allocated. The memory may be in huge pages. The lock ends
+    when this object is deleted, or by `release`."""
 
     def __init__(self, memory: torch.Tensor, device: torch.device) -> None:
         """`device`: any device of this process. The lock holds for all of them.
@@ -185,7 +185,7 @@ class Ring:
 
     @property
     def current(self) -> memoryview:
-        """The buffer that is in use."""
+        """The buffer to fill and to copy from, until `advance` is called."""
         return self._buffers[self._current]
 
     def advance(self) -> memoryview:

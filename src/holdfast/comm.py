@@ -489,6 +489,6 @@ def _boot_id() -> str:
 
 
 def is_restarted_on_failure() -> bool:
-    """Whether `torchrun` started this process. If a process ends with another exit status than 0,
-    `torchrun` starts all of them again."""
+    """Whether `torchrun` started this process. It starts all processes again if one of them ends
+    with an exit status other than 0."""
     return dist.is_available() and dist.is_torchelastic_launched()

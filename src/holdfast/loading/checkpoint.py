@@ -154,7 +154,7 @@ class Checkpoint:
 
     @uncompiled
     def value(self, name: str) -> Any:
-        """Read a value.
+        """Read the value `name`. Everything in a checkpoint that is not a tensor is a value.
 
         Raises:
             NotFoundError: there is no value of that name.

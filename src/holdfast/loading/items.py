@@ -75,7 +75,8 @@ class Rows:
     """Number of elements in the run."""
 
     cuts: Mapping[int, Region]
-    """Columns that each rank wants, keyed by rank: a box, relative to the box of rows."""
+    """Box of columns that each rank wants, keyed by rank. Its position is relative to the first
+    element of the rows."""
 
     def nbytes_for(self, rank: int) -> int:
         elements = sum(part.num_elements for _, _, part in self._parts(rank))

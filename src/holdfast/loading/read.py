@@ -116,7 +116,7 @@ class ReadJob:
 
 @gc_paused()
 def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
-    """Return all jobs of a read, in the order of their bytes in the files."""
+    """Return the jobs that fill all wanted tensors, in the order of their bytes in the files."""
     jobs: list[ReadJob] = []
     small: list[_Read] = []
     # For a `Distant` store, each job is one request, since a thread has one in flight at a time.

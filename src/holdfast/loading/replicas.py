@@ -98,8 +98,9 @@ class _Request:
     """Piece to read if no other rank wants it. None for a value, which is read when decoded."""
 
     cuts: dict[int, Region] = field(default_factory=dict)
-    """Columns that each rank wants, keyed by rank: a box, relative to the box of rows.
-    `_exchange_cuts` adds the boxes of the other ranks. Empty if all ranks want the same data."""
+    """Box of columns that each rank wants, keyed by rank. Its position is relative to the first
+    element of the rows. `_exchange_cuts` adds the boxes of the other ranks. Empty if all ranks want
+    the same data."""
 
 
 def _requests(
@@ -379,7 +380,9 @@ def _exchange_cuts(requests: Sequence[_Request], members: Sequence[int], ranks: 
 def _bundles(
     items: Sequence[Item], members: Sequence[int], number: int, kind: int
 ) -> Iterator[_Bundle]:
-    """Yield the bundles of the items that the members of group `number` want.
+    """Divide items into bundles. `members`: the ranks that want the items. `number`: number of this
+    group of ranks. `kind`: 0 if all of them want the whole items, 1 if they want columns. It only
+    decides the order.
 
     Each member reads an equal share of the bytes, which is contiguous in file order. The order of
     all bundles begins with the first bundle of each member, then the second of each, and so on.

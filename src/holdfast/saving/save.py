@@ -307,7 +307,7 @@ def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
 
 
 def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
-    """Return the item's region of the training tensor."""
+    """Return a view of the training tensor of this rank: the elements of the item's region."""
     pieces, region = held.known[item.name].layout.pieces, item.region
     piece, tensor = pieces[0], held.tensors[item.name]
     if tensor.requires_grad:
@@ -381,7 +381,7 @@ def finish_save(
     bytes_per_s: float | None = None,
     commit_by: CommitBy | None = None,
 ) -> Saved:
-    """Finish the copy, write the file and publish the checkpoint.
+    """Finish the copy to the snapshot, if there is one, write the file and publish the checkpoint.
 
     `staging`: the copy to finish. With it, call this in a separate thread.
     `bytes_per_s`: limit on the bytes that this rank writes per second.
@@ -414,8 +414,9 @@ def finish_save(
 def _stage_and_write(
     pending: Pending, ranks: Ranks, staging: Staging | None, bytes_per_s: float | None
 ) -> WriteResult | HoldfastError:
-    """Finish the copy, and write this rank's files. Returns the result, or the error, for the
-    commit. If ranks write one file together, an error of one of them is raised on all."""
+    """Finish the copy to the snapshot, and write this rank's files. Returns the result, or the
+    error, for the commit. If ranks write one file together, an error of one of them is raised on
+    all."""
     store = pending.catalog.store
 
     def stage() -> None:

@@ -150,8 +150,8 @@ class Staging:
     """Copy that a thread makes while training continues. Any thread may wait for its end."""
 
     def __init__(self, copy: Callable[[], None], devices: Iterable[torch.device] = ()) -> None:
-        """Call this in the training thread. The copy waits for the work that this thread has queued
-        on `devices`."""
+        """Call this in the training thread. `copy`: function that makes the copy, which `run`
+        calls. The copy waits for the work that this thread has queued on `devices`."""
         self._copy = copy
         self._ended = threading.Event()
         self._queued = accelerator.QueuedWork(devices)

@@ -178,7 +178,9 @@ class OptimizerMatch:
 
     def _make(self, branch: Branch, parameter: torch.Tensor, *, on_device: bool = False) -> Make:
         """Return the maker of a new slot. A slot of its parameter's shape is placed like the
-        parameter. Other slots are whole on every rank, single numbers in host memory."""
+        parameter, unless it was saved as whole. Other slots are whole on every rank, on the
+        parameter's device. A single number is there only with `on_device`, else on the kind of
+        device that it was saved on."""
         match = self._match
 
         def like(entry: TensorEntry, name: str | None) -> torch.Tensor | torch.device | None:
@@ -288,7 +290,7 @@ class OptimizerMatch:
 
     def _match_others(self, number: int) -> Callable[[Values, dict[str, Any]], None]:
         """Return a function that adds the rest of the optimizer's state, which belongs to no
-        parameter and no group."""
+        parameter and no group, to the loaded state dict. `number`: number of the optimizer."""
         makers: list[tuple[str, Make]] = []
         for key in (OTHERS, MORE):
             path = (*self._path, f"{key}.{number}")
@@ -337,14 +339,15 @@ class OptimizerMatch:
 
     def _was_cast(self, name: str, parameter: torch.Tensor) -> bool:
         """Return whether the parameter has another dtype than in the checkpoint. If so, its slots
-        are cast as well."""
+        are cast to the parameter's dtype too."""
         tensors = self._match.stored.manifest.tensors
         entry = tensors.get(name) or tensors.get(f"model.{name}")
         return entry is not None and f"torch.{entry.dtype}" != str(parameter.dtype)
 
 
 def _exact(given: Any, cast: Any) -> Any:
-    """Return `given` with its own dtypes. Tensors that torch did not cast are taken from `cast`."""
+    """Return the loaded value `given` with its own dtypes. `cast`: the same value after torch's
+    cast. Tensors that torch did not change are taken from it."""
     if isinstance(given, torch.Tensor) and isinstance(cast, torch.Tensor):
         if (given.dtype, given.shape) == (cast.dtype, cast.shape):
             return cast

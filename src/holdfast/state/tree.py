@@ -88,7 +88,7 @@ DEPTH_MAX = 60
 
 
 class Component(Protocol):
-    """A part of the state that has its own code to save and load."""
+    """Object that saves and loads a part of the state by its own code."""
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the component's state below a path. Returns the node of the state."""
@@ -251,7 +251,8 @@ def holds_state(members: Sequence[Any]) -> bool:
 
 def _holds_placed(members: Sequence[Any]) -> bool:
     """Return whether a tuple must be split into entries, because it contains a sharded tensor, a
-    tensor on a device, an object or an array. Any other tuple is one value, as in stock DCP."""
+    tensor on a device, an object, an array or a defaultdict. Any other tuple is one value, as in
+    stock DCP."""
     if SCALARS.issuperset(map(type, members)):
         return False
     return any(
