@@ -37,7 +37,7 @@ def use_device(index: int) -> torch.device:
 
 
 def device_for(kind: str) -> torch.device:
-    """Return this process's device of a saved kind, or the CPU if the process has none."""
+    """Return this process's current device of `kind`, such as "cuda"; the CPU if there is none."""
     current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind == "cpu" or current is None or current.type != kind:
         return torch.device("cpu")
@@ -98,8 +98,9 @@ class QueuedWork:
 
     @contextmanager
     def followed(self) -> Iterator[None]:
-        """Make the other thread's current device current in this thread, and on each device a new
-        stream that waits for the queued work. On exit, wait for the work in the new streams."""
+        """Context in which this thread has the same current device as the thread that queued the
+        work, and a new current stream on each device, which waits for that work. On exit, wait for
+        the work in the new streams."""
         with ExitStack() as entered:
             streams = [torch.Stream(device) for device in self.devices]
             for stream, event in zip(streams, self._events, strict=True):
@@ -125,8 +126,8 @@ def can_lock(devices: Sequence[torch.device]) -> bool:
 
 
 class PageLock:
-    """Page lock of memory that is already allocated, which may be in huge pages. The lock ends when
-    this object is deleted, or by `release`."""
+    """Page lock of memory that is already allocated. The memory may be in huge pages. The lock ends
+    when this object is deleted, or by `release`."""
 
     def __init__(self, memory: torch.Tensor, device: torch.device) -> None:
         """`device`: any device of this process. The lock holds for all of them.
@@ -184,7 +185,7 @@ class Ring:
 
     @property
     def current(self) -> memoryview:
-        """The buffer that is in use."""
+        """The buffer to fill and to copy from, until `advance` is called."""
         return self._buffers[self._current]
 
     def advance(self) -> memoryview:

@@ -29,9 +29,9 @@ _LENGTH = struct.Struct("<q")
 """Header of a message: length of the message in bytes, header included."""
 
 _FIRST_BYTES = 256
-"""Bytes of a message that are sent before the receiver knows its length. Most messages fit into
-them, and need one collective instead of two. A collective costs milliseconds where processes share
-cores."""
+"""Number of bytes of a message that are sent before the receiver knows the message's length. Most
+messages fit into them, and need one collective instead of two. A collective costs milliseconds
+where processes share cores."""
 
 _REPORT_S = 5.0
 """Seconds that a rank which has lost another rank waits for the same report from the others. A rank
@@ -174,8 +174,8 @@ class GroupRanks:
 
     def scatter(self, items: list[T]) -> T:
         pickles = [pickle.dumps(item) for item in items]
-        # All headers have the length of the longest message, since a scatter sends the same number
-        # of bytes to each rank.
+        # Each header states the length of the longest message, since a scatter sends the same
+        # number of bytes to each rank.
         length = _LENGTH.size + max(map(len, pickles), default=0)
         messages = [_LENGTH.pack(length) + data for data in pickles]
         first, rest = _empty(_FIRST_BYTES), _empty(0)
@@ -489,6 +489,6 @@ def _boot_id() -> str:
 
 
 def is_restarted_on_failure() -> bool:
-    """Whether `torchrun` started this process. If a process ends with another exit status than 0,
-    `torchrun` starts all of them again."""
+    """Whether `torchrun` started this process. It starts all processes again if one of them ends
+    with an exit status other than 0."""
     return dist.is_available() and dist.is_torchelastic_launched()

@@ -42,7 +42,8 @@ class EpochOrder:
 
 
 def state_differences(state: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Return one line per property of a loader, in `own`, that differs in a saved state."""
+    """Return one line per property of a data loader that differs between its saved state, `state`,
+    and `own`, the properties of the present loader."""
     return [
         f"`{key}` is {state.get(key)} in the checkpoint and {value} here"
         for key, value in own.items()

@@ -31,7 +31,7 @@ _METHODS = ("state_dict", "load_state_dict")
 """Methods of user objects that Holdfast calls."""
 
 _CALLERS = ("numbers_in",)
-"""Functions of Holdfast that call a user's function."""
+"""Names of the functions of Holdfast that call a user's function."""
 
 _MISCALLED = re.compile(r"([\w.<>]+)\(\) (?:missing|takes|got) ")
 """Start of Python's message about a call with wrong arguments."""
@@ -78,7 +78,8 @@ def _worded(error: Exception) -> HoldfastError:
 
 
 def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | None:
-    """Find the user code that raised, as code and line; None where Holdfast itself failed.
+    """Find the user code that raised, and return its code and line; None if Holdfast itself failed.
+    `frames`: code and line of each frame of the traceback.
 
     User code is the innermost function outside of Holdfast and of installed packages. Without one,
     it is the method in `_METHODS` that Holdfast called on an object of an installed package.

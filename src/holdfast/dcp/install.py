@@ -84,7 +84,8 @@ def _stock(cls: type, name: str) -> Callable[..., Any]:
 
 
 def _forwarded(cls: type, name: str) -> Callable[..., Any]:
-    """Make a method that calls the method `name` of Holdfast's object, if there is one."""
+    """Return a method for the stock class `cls` that calls the method `name` of Holdfast's object,
+    if there is one, else that of `cls`."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         ours = getattr(self, _OURS)

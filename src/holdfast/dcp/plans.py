@@ -50,7 +50,7 @@ def chunk_of(item: WriteItem) -> Chunk:
 
 
 def layouts_of(plans: Sequence[SavePlan]) -> Iterator[tuple[TensorItem, ...]]:
-    """Yield the places of each rank's tensors."""
+    """For each rank, yield the regions of tensors that it writes, with their places in its file."""
     for plan in plans:
         yield lay_out([chunk_of(item) for item in plan.items if not is_value(item)])
 

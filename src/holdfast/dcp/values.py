@@ -13,7 +13,8 @@ from holdfast.state.values import decode_value, encode_value
 
 
 def container_of(item: WriteItem, planner: SavePlanner) -> bytes:
-    """Return the container of a value. Keep the bytes of a planner that has its own pickling.
+    """Return the container of a value. If the planner has its own pickling, these are the bytes
+    that it has made.
 
     Raises:
         UsageError: reading the value would run code that the checkpoint names.

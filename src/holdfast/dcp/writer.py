@@ -46,7 +46,7 @@ from holdfast.storage.store import Distant
 from holdfast.timing import Spans
 
 _STARTED_NS = time.time_ns()
-"""Time at which this process has imported the module."""
+"""Time at which this process imported the module, in nanoseconds since 1970."""
 
 
 class Writer(StorageWriter):
@@ -214,7 +214,7 @@ class _Attempt:
 
     @property
     def mark(self) -> str:
-        """Text from which every rank tells the folder.
+        """Text from which every rank computes the name of the attempt.
 
         In a folder, a planner with cached plans may pass an older plan to `write_data`, so all
         plans of this process have the same mark. In an object store, each attempt needs an ID of
@@ -225,7 +225,8 @@ class _Attempt:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its save has ended: its thread has ended, or is about to begin another save."""
+        """Whether the save of this attempt has ended: the thread that began it has ended, or calls
+        this because it is about to begin another save."""
         return self._thread is threading.current_thread() or not self._thread.is_alive()
 
     @classmethod
@@ -368,7 +369,7 @@ def _in_progress(catalog: Catalog, name: str) -> ExistsError:
 
 
 def _coordinator_mark() -> str:
-    """Return a text that identifies this process, and that stays the same."""
+    """Return a text that identifies this process. Every call returns the same text."""
     return f"{os.uname().nodename}-{os.getpid()}-{_STARTED_NS}"
 
 

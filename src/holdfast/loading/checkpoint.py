@@ -53,7 +53,8 @@ class Checkpoint:
     """A checkpoint of Holdfast, or of stock `torch.distributed.checkpoint`."""
 
     def __init__(self, source: Source, opened: Opened | None = None) -> None:
-        """`opened`: tells whether another save has replaced the checkpoint."""
+        """`source`: reads the files of the checkpoint. `opened`: tells later whether another save
+        has replaced the checkpoint; None if reads need not notice this."""
         self._source, self._opened = source, opened
 
     @property
@@ -106,11 +107,12 @@ class Checkpoint:
 
     @uncompiled
     def state(self) -> dict[Any, Any]:
-        """Read everything, nested as it was saved, with the types of its containers and keys.
+        """Read everything, nested as it was saved, with the same types of dicts, lists and keys.
 
-        Tensors are new and on the CPU. An object is read as its saved state. The entries of an
-        optimizer are named by its parameters. Stock DCP does not store types: from its
-        checkpoints, keys are read as text, and a dict with the keys 0, 1, ... as a list.
+        Tensors are new and on the CPU. In place of each object there is its saved state. The state
+        of an optimizer has keys such as `state.NAME.exp_avg`, with the name of the parameter. Stock
+        DCP does not store types: from its checkpoints, keys are read as text, and a dict with the
+        keys 0, 1, ... as a list.
 
         Raises:
             DamagedError: bytes differ from those that were saved.
@@ -152,7 +154,7 @@ class Checkpoint:
 
     @uncompiled
     def value(self, name: str) -> Any:
-        """Read a value.
+        """Read the value `name`. Everything in a checkpoint that is not a tensor is a value.
 
         Raises:
             NotFoundError: there is no value of that name.
@@ -165,7 +167,8 @@ class Checkpoint:
 
     @contextmanager
     def _unless_replaced(self) -> Iterator[None]:
-        """Raise NotFoundError in place of DamagedError if another save replaced the checkpoint."""
+        """Context in which a failed read raises NotFoundError if the checkpoint was replaced or
+        deleted."""
         try:
             yield
         except UNREADABLE as error:
@@ -177,7 +180,7 @@ class Checkpoint:
             ) from error
 
     def _entry(self, kind: str, name: object, entries: Mapping[str, T]) -> T:
-        """Return the entry named `name`.
+        """Return the entry named `name` in `entries`. `kind`: "tensor" or "value", for the message.
 
         Raises:
             UsageError: the name is not text.

@@ -13,8 +13,9 @@ from holdfast.errors import MismatchError
 
 def needs_check(stored: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether a load from dtype `stored` to `wanted` must check every number by `fits`, before any
-    state is changed. It must if `wanted` is a dtype of scales, or if one of the two is an integer
-    dtype and `wanted` cannot represent all numbers of `stored`. Such tensors are few and small.
+    state is changed. It must if `wanted` is the dtype of scales (float8_e8m0fnu), or if one of the
+    two is an integer dtype and `wanted` cannot represent all numbers of `stored`. Such tensors are
+    few and small.
 
     >>> needs_check(torch.int64, torch.int32), needs_check(torch.int64, torch.float32)
     (True, True)
@@ -72,7 +73,8 @@ def put(target: torch.Tensor, numbers: torch.Tensor, name: str, *, blocking: boo
 
 
 def _overflows(target: torch.Tensor, numbers: torch.Tensor) -> bool:
-    """Whether a number is too large for the dtype of `target`, to which it has been copied."""
+    """Whether any of `numbers` was too large for the dtype of `target`, to which they have been
+    copied."""
     wanted = target.dtype
     if _is_integer(wanted) or _is_integer(numbers.dtype):
         return False
@@ -88,8 +90,8 @@ def _overflows(target: torch.Tensor, numbers: torch.Tensor) -> bool:
 
 @cache
 def _overflow_limit(dtype: torch.dtype) -> float:
-    """Return the smallest number that overflows: the largest number of `dtype`, and half a unit in
-    the last place."""
+    """Return the smallest number that overflows: the largest number of `dtype` plus half a unit in
+    its last place."""
     largest = torch.finfo(dtype).max
     return largest + math.ldexp(torch.finfo(dtype).eps, math.frexp(largest)[1] - 2)
 
@@ -100,7 +102,8 @@ def _has_infinity(dtype: torch.dtype) -> bool:
 
 
 def _comparable(numbers: torch.Tensor) -> torch.Tensor:
-    """Convert one-byte floats to float32, since torch has few operators for one-byte floats."""
+    """Convert one-byte floats to float32, since torch has few operators for them. Return other
+    numbers unchanged."""
     small = numbers.is_floating_point() and numbers.dtype.itemsize == 1
     return numbers.float() if small else numbers
 

@@ -1,4 +1,4 @@
-"""Items of the messages between ranks that want the same data, or columns of the same rows."""
+"""Divide data that several ranks want into items, which one rank reads and sends to the others."""
 
 from __future__ import annotations
 
@@ -27,60 +27,64 @@ Place = tuple[str, int]
 """A file, and an offset in it."""
 
 Read = Callable[[Source, torch.Tensor], "Wanted | int"]
-"""`read(source, room)`: reads an item into `room`, checks it, and returns the number of bytes read.
-`room`: the item's part of the bundle's memory. Or returns a `Wanted` with this memory, so that the
-caller reads boxes that are close to each other together."""
+"""`read(source, room)`: reads an item into the memory `room`, checks it, and returns the number of
+bytes read. Or it reads nothing and returns a `Wanted` for this memory. The caller then reads boxes
+that are close to each other together."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Item:
-    """Part of a request that fits into one message."""
+    """Data that several ranks want and that one message can hold: part of a tensor, or a value."""
 
     sort_key: tuple[Place, tuple[int, ...], tuple[int, ...], str]
-    """Place of the chunk or container, region or range of bytes, and name. All ranks sort the items
-    by it, so that they have the same order."""
+    """Place of the chunk or container; start and stop of the region or of the range of bytes; name.
+    All ranks sort the items by this key, so that they have the same order."""
 
     nbytes: int
     read: Read
     take: Callable[[torch.Tensor], None]
-    """`take(room)`: copies the item from `room`, its part of the message, to this rank's target."""
+    """`take(room)`: copies the item from `room`, its part of the message, to the memory in which
+    this rank wants it."""
 
     rows: Rows | None = None
     """Columns of the item that each rank wants. None if each rank wants the whole item."""
 
     def nbytes_for(self, rank: int) -> int:
-        """Bytes of the part that `rank` wants."""
+        """Return the number of bytes of the item that `rank` wants."""
         return self.nbytes if self.rows is None else self.rows.nbytes_for(rank)
 
 
 def room_bytes(nbytes: int) -> int:
-    """Bytes that an item of `nbytes` occupies in a message."""
+    """Return the number of bytes that an item of `nbytes` occupies in a message."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Run of consecutive elements in a box of rows. Each rank wants some columns of the rows."""
+    """Run of consecutive elements of some rows of a tensor. Each rank wants only some columns of
+    these rows."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Shape of the box of rows."""
+    """Shape of the box that the rows form."""
 
     first: int
-    """Index of the first element of the run, in row-major order."""
+    """Row-major index in this box of the first element of the run."""
 
     count: int
     """Number of elements in the run."""
 
     cuts: Mapping[int, Region]
-    """Columns that each rank wants, keyed by rank: a box, relative to the box of rows."""
+    """Box of columns that each rank wants, keyed by rank. Its position is relative to the first
+    element of the rows."""
 
     def nbytes_for(self, rank: int) -> int:
         elements = sum(part.num_elements for _, _, part in self._parts(rank))
         return elements * self.dtype.itemsize
 
     def pack(self, room: torch.Tensor, rank: int, packed: torch.Tensor) -> None:
-        """Copy the elements that `rank` wants from `room`, the whole run, to `packed`."""
+        """Copy the elements that `rank` wants to `packed`, one after the other. `room`: all
+        elements of the run."""
         elements, packed = room.view(self.dtype), packed.view(self.dtype)
         position = 0
         for start, box, part in self._parts(rank):
@@ -90,7 +94,9 @@ class Rows:
             position = stop
 
     def unpack(self, packed: torch.Tensor, rank: int, target: torch.Tensor, name: str) -> None:
-        """Copy the packed elements of `rank` to `target`: all columns that this rank wants."""
+        """Copy the elements that `pack` has packed for `rank`, the calling rank, to their places in
+        `target`. `target`: memory for all columns of the rows that this rank wants. `name`: name of
+        the tensor, for messages."""
         packed, cut, position = packed.view(self.dtype), self.cuts[rank], 0
         for _, _, part in self._parts(rank):
             stop = position + part.num_elements
@@ -99,8 +105,8 @@ class Rows:
             position = stop
 
     def _parts(self, rank: int) -> Iterator[tuple[int, Region, Region]]:
-        """Divide the run into boxes, and yield those with elements for `rank`: index of the box's
-        first element in the run, the box, and the part for `rank`."""
+        """Divide the run into boxes, and yield those that have elements for `rank`: the index of
+        the box's first element in the run, the box, and the part of the box that `rank` wants."""
         start, cut = 0, self.cuts[rank]
         for box in boxes_of_run(self.shape, self.first, self.count):
             part = box & cut
@@ -110,8 +116,9 @@ class Rows:
 
 
 def tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterator[Item]:
-    """Divide one piece into items of at most `BUNDLE_BYTES`. The items depend only on the
-    checkpoint and the piece, so all ranks that want the piece make equal items."""
+    """Divide the only piece of `want` into items of at most `BUNDLE_BYTES`. `read`: the read items
+    of this piece. The result depends only on the checkpoint and the piece, so all ranks that want
+    the piece make equal items."""
     (piece,) = want.pieces
     for item in read:
         target = box_of(want.local, piece.local_of(item.region))
@@ -130,7 +137,7 @@ def tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> 
 
 
 def _box_item(name: str, dtype: torch.dtype, item: ReadItem, target: torch.Tensor) -> Item:
-    """Make the item of a box that lies in one chunk."""
+    """Make the `Item` for a box of elements in one chunk. `target`: memory for these elements."""
     region, shape = item.region, item.region.shape
 
     def take(room: torch.Tensor) -> None:
@@ -149,8 +156,8 @@ def _run_item(
     target: torch.Tensor,
     first: int,
 ) -> Item:
-    """Make the item of the bytes `run` of a chunk's data. `first`: index in `target` of the first
-    element, in row-major order."""
+    """Make the `Item` for the bytes `run` (start and stop) of a chunk's data. `first`: row-major
+    index in `target` of the first element of the run."""
     start, stop = run
 
     def take(room: torch.Tensor) -> None:
@@ -172,8 +179,9 @@ def rows_items(
     cuts: Mapping[int, Region],
     rank: int,
 ) -> Iterator[Item]:
-    """Divide `rows`, a box of the whole tensor in one chunk, into items of at most `BUNDLE_BYTES`.
-    `item`: columns that `rank`, this rank, wants. `cuts`: see `Rows`."""
+    """Divide whole rows of one chunk into items of at most `BUNDLE_BYTES`. `rows`: position of the
+    rows in the whole tensor. `item`: the columns of them that this rank wants. `rank`: number of
+    this rank. `cuts`: see `Rows`."""
     (piece,) = want.pieces
     name, chunk = want.name, item.chunk
     target = box_of(want.local, piece.local_of(item.region))
@@ -204,7 +212,7 @@ def _box_reader(name: str, dtype: torch.dtype, region: Region) -> Read:
 
 
 def _run_reader(name: str, dtype: torch.dtype, chunk: Chunk, run: tuple[int, int]) -> Read:
-    """Return the `Read` of the bytes `run` of a chunk's data."""
+    """Return the `Read` of the bytes `run` (start and stop) of a chunk's data."""
     start, stop = run
 
     def read(source: Source, room: torch.Tensor) -> int:
@@ -221,7 +229,8 @@ def _run_reader(name: str, dtype: torch.dtype, chunk: Chunk, run: tuple[int, int
 
 
 def value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) -> list[Item]:
-    """Make the item of a value's container. `take` adds the container to `containers`."""
+    """Return the `Item` of a value's container, in a list. Its `take` adds the container to
+    `containers`."""
     place = (entry.file, entry.item.offset)
 
     def read(source: Source, room: torch.Tensor) -> int:

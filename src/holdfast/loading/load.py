@@ -113,9 +113,9 @@ Fetch = Callable[[Source, Sequence[Wanted], Iterable[ValueEntry]], object]
 """
 
 Replicas = Literal["auto", "read", "broadcast"]
-"""How several ranks get the same data, or columns of the same rows. `read`: each rank reads it.
-`broadcast`: one rank reads and checks it and sends each rank what it wants, so no byte is read
-twice. `auto`: `broadcast` if the checkpoint is behind a URL or the ranks are on several hosts,
+"""How several ranks get the same data, or different columns of the same rows. `read`: each rank
+reads it. `broadcast`: one rank reads and checks it and sends each rank what it wants, so no byte is
+read twice. `auto`: `broadcast` if the checkpoint is behind a URL or the ranks are on several hosts,
 since with `read` each rank would fetch the data over the network. Ranks of one host share its page
 cache, so for them `read` is faster than waiting for each other."""
 
@@ -133,7 +133,8 @@ def load_tree(
 ) -> Loaded:
     """Load an open checkpoint into a tree of state.
 
-    `partial`: entries that are missing or do not fit stay as they are, and are reported.
+    `partial`: state whose entries are missing or do not fit stays as it is, and is listed in
+        `Loaded.differences`.
     `fill`: replaces `read_tensors`; then every rank reads for itself.
     `fetch`: called before the first read.
 
@@ -170,9 +171,9 @@ def load_tree(
 
 
 def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """Return one line per difference between the checkpoint and the state, and all notes, over all
-    ranks. An entry is unexpected only if no rank wants it, since each pipeline stage has other
-    layers.
+    """Return two lists over all ranks: one line per difference between the checkpoint and the
+    state, and the notes of each `match`. An entry is unexpected only if no rank wants it, since
+    each pipeline stage has other layers.
 
     Collective.
     """
@@ -202,7 +203,7 @@ def _mismatch(source: Source, lines: Sequence[str]) -> MismatchError:
 
 
 def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:
-    """Fill the tensors. Returns the bytes read. Collective."""
+    """Fill the tensors of `reading`. Returns the bytes that this rank has read. Collective."""
     source, hosts = reading.source, hosts_of(ranks)
     num_local = hosts.count(hosts[ranks.rank])
 
@@ -225,7 +226,8 @@ def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas
 
 
 def _apply(match: Match, values: MadeValues, ranks: Ranks) -> None:
-    """Give objects and containers their new state. Collective."""
+    """Put the loaded values into dicts and lists, and call `load_state_dict` of objects.
+    Collective."""
     try:
         run_on_all(ranks, lambda: match.take(values))
     except HoldfastError as error:
@@ -239,7 +241,7 @@ _Staged = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Reading:
-    """Tensors and values that one rank reads."""
+    """All tensors and values that this rank reads in one load."""
 
     @torch.no_grad()
     def __init__(self, source: Source, match: Match) -> None:
@@ -279,8 +281,8 @@ class _Reading:
         return bool(self._staged or self._match.checks)
 
     def check(self, read: Callable[[Sequence[Wanted]], int]) -> int:
-        """Read the entries to check before the state is changed, and check them. Returns the bytes
-        read.
+        """Check the entries that must be checked before the state changes. Read them by `read`,
+        which returns the bytes read, and return this number.
 
         Raises:
             MismatchError: entries do not fit. The message lists all of them.
@@ -327,7 +329,8 @@ class _Reading:
         return MadeValues(self._made, values)
 
     def copy_staged(self) -> None:
-        """Copy the checked tensors to their memory."""
+        """Copy the tensors that `check` has read into separate memory to the tensors of the
+        state."""
         for staged, local in self._staged.values():
             local.copy_(staged)
 
@@ -344,7 +347,7 @@ class _Reading:
 def _tied_here_only(
     into: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
 ) -> list[tuple[str, str]]:
-    """Return the pairs of entries that are one tensor in the state, but two in the checkpoint:
+    """Return pairs of names that belong to one tensor in the state, but to two in the checkpoint:
     weights that were not tied when saved, or that were stored twice."""
     first_at: dict[tuple[object, ...], str] = {}
     pairs = []

@@ -104,7 +104,7 @@ def threads_for(num_local: int, source: Source, *, on_device: bool = False) -> i
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadJob:
-    """Unit of work of a thread."""
+    """Part of a read, done by one thread."""
 
     file: str
     start: int
@@ -116,7 +116,7 @@ class ReadJob:
 
 @gc_paused()
 def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
-    """Return all jobs of a read, in the order of their bytes in the files."""
+    """Return the jobs that fill all wanted tensors, in the order of their bytes in the files."""
     jobs: list[ReadJob] = []
     small: list[_Read] = []
     # For a `Distant` store, each job is one request, since a thread has one in flight at a time.
@@ -210,8 +210,8 @@ def _run(
 
 
 class _Worker:
-    """State of one thread: its open file, and buffers for bytes that cannot be read straight into
-    the target."""
+    """State of one reading thread: its open file, and buffers for bytes that cannot be read
+    straight into the wanted tensor."""
 
     def __init__(self, source: Source, devices: Sequence[torch.device]) -> None:
         self.source = source
@@ -239,7 +239,8 @@ class _Worker:
         return self._reader
 
     def data(self, read: _Read, start: int, checksums: Sequence[int] | None) -> ChunkData:
-        """Return the data of a chunk. `start`: offset of the data in its file."""
+        """Return a reader of a chunk's data. `start`: offset of the data in its file. `checksums`:
+        one per block of the data; None if they are unknown."""
         place = read.chunk.file, Span(start, read.nbytes)
         reader = self.reader(read.chunk.file)
         return ChunkData(self.source, read.name, place, checksums, reader, self.ring.current)
@@ -271,7 +272,7 @@ def _read_slices(read: _Read, slices: Sequence[_Slice], worker: _Worker) -> int:
 
 def _slices(read: _Read, direct_bytes: int = JOB_BYTES) -> Iterator[_Slice]:
     """Yield the slices of a chunk that hold the wanted elements. A slice has up to `direct_bytes`
-    if it is read straight into the target, otherwise up to `WINDOW_BYTES`."""
+    if it is read straight into the wanted tensor, otherwise up to `WINDOW_BYTES`."""
     itemsize = read.dtype.itemsize
     for whole in byte_ranges(read.box, read.chunk.region.shape, itemsize, WINDOW_BYTES):
         if _is_direct(whole, read.dtype, box_of(read.target, whole.box)):
@@ -289,13 +290,14 @@ def _slices(read: _Read, direct_bytes: int = JOB_BYTES) -> Iterator[_Slice]:
 
 
 def _is_direct(stored: ByteRange, dtype: torch.dtype, target: torch.Tensor) -> bool:
-    """Whether the bytes can be read straight into `target`."""
+    """Whether the bytes of the range `stored` can be read straight into `target`, without a
+    conversion."""
     plain = target.is_cpu and target.is_contiguous() and not (target.is_conj() or target.is_neg())
     return stored.contiguous and plain and target.dtype == dtype
 
 
 def _read_slice(data: ChunkData, part: _Slice, read: _Read, ring: accelerator.Ring) -> None:
-    """Read one slice into its place in the target."""
+    """Read one slice, and put its elements into the wanted tensor."""
     stored = part.range
     target = box_of(read.target, stored.box)
     if _is_direct(stored, read.dtype, target):
@@ -359,8 +361,8 @@ def _batches(small: list[_Read]) -> Iterator[list[_Read]]:
 
 
 def _read_container(read: _Read, worker: _Worker) -> int:
-    """Read from a chunk that another program wrote, whose data offset and strides are known only
-    from its container."""
+    """Read from a chunk whose data offset and strides are not in the index, since another program
+    wrote it. They are read from the archive around the data."""
     shape = read.chunk.region.shape
     stored = locate_chunk(worker.source, read.name, read.chunk)
     transposed = stored.strides != contiguous_strides(shape)

@@ -1,4 +1,4 @@
-"""Read data that several ranks want on only one of them, and send it to the others."""
+"""Let one rank read the data that several ranks want, and send it to the others."""
 
 from __future__ import annotations
 
@@ -84,21 +84,23 @@ def read_shared(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
-    """A piece of a tensor, columns of rows, or a value, that this rank wants."""
+    """Request of this rank for a piece of a tensor, for some columns of a tensor's rows, or for a
+    value."""
 
     digest: bytes | None
     """Hash of the request, equal on all ranks that want the same data, or columns of the same rows.
     None if each rank reads the data for itself, even if others want it too."""
 
     items: Callable[[], Iterable[Item]]
-    """Function that makes the items of a request that ranks share."""
+    """Function that divides the data into items. It is called if other ranks want the data too."""
 
     alone: Wanted | None = None
     """Piece to read if no other rank wants it. None for a value, which is read when decoded."""
 
     cuts: dict[int, Region] = field(default_factory=dict)
-    """Columns that each rank wants, keyed by rank: a box, relative to the box of rows.
-    `_exchange_cuts` adds the boxes of the other ranks. Empty if all ranks want the same data."""
+    """Box of columns that each rank wants, keyed by rank. Its position is relative to the first
+    element of the rows. `_exchange_cuts` adds the boxes of the other ranks. Empty if all ranks want
+    the same data."""
 
 
 def _requests(
@@ -136,9 +138,9 @@ def _requests(
 
 
 def _rows_of(item: ReadItem, dtype: torch.dtype) -> Region | None:
-    """Return the rows around an item that consists of columns, as a box of the whole tensor. One
-    rank reads them for all ranks that want columns of them. Return None for other items, and if the
-    rows are large and the manifest does not have the offset of their data."""
+    """If `item` is a box of columns, return the rows that contain it, as a box of the whole tensor.
+    One rank reads them for all ranks that want columns of them. Return None for other boxes, and if
+    the rows are large and the manifest does not have the offset of their data."""
     chunk = item.chunk
     rows = rows_around(item.region.within(chunk.region), chunk.region.shape, dtype.itemsize)
     if rows is None:
@@ -155,8 +157,8 @@ def _columns(
     rank: int,
     repeats: Counter[bytes],
 ) -> _Request:
-    """Return the request of a rank for columns of `rows`. `repeats`: counts its requests for the
-    same rows."""
+    """Return the request of `rank`, this rank, for `item`, a box of columns of `rows`. `repeats`:
+    counts the requests of this rank for the same rows."""
     digest = _digest("rows", want.name, *place_of(item.chunk), *rows.start, *rows.stop)
     repeats[digest] += 1
     cuts = {rank: item.region.within(rows)}
@@ -166,8 +168,8 @@ def _columns(
 
 
 def _is_read_whole(item: ReadItem, dtype: torch.dtype) -> bool:
-    """Whether the chunk can be checked only by reading all of it at once: a large chunk of another
-    program, which has one checksum for the whole chunk."""
+    """Whether the item's data can be checked only by reading all of it at once: it is large, and
+    another program wrote it, with one checksum for the whole chunk."""
     nbytes = item.region.num_elements * dtype.itemsize
     return item.chunk.first_block is None and nbytes > BUNDLE_BYTES
 
@@ -177,7 +179,7 @@ def _digest(*parts: object) -> bytes:
 
 
 class _Passing:
-    """Exchange of bundles on one rank: reads, receives and sends them."""
+    """Reads, receives and sends the bundles of this rank."""
 
     def __init__(self, source: Source, ranks: Ranks) -> None:
         self._source, self._ranks = source, ranks
@@ -236,7 +238,7 @@ class _Passing:
         self.num_read.append(read_tensors(self._source, boxes, threads=1))
 
     def _take(self, bundle: _Bundle, message: torch.Tensor) -> None:
-        """Copy the items of a good message to their targets."""
+        """If a message is good, copy its items to the memory in which this rank wants them."""
         self.good = self.good and bool(message[-1])
         if self.good:
             sizes = [item.nbytes_for(self._ranks.rank) for item in bundle.items]
@@ -259,11 +261,11 @@ def _wait(sending: Sequence[Sending]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bundle:
-    """Items that one rank reads together.
+    """Items that one rank reads together, and sends to the other ranks that want them.
 
-    If all ranks want the same data, the message has all of it, and each rank passes the message on
-    to the next. If they want columns, the reader sends each rank a message with its columns. The
-    last byte of a message is 1 if the rest is good.
+    If these ranks want the same data, one message has all of it, and each rank passes the message
+    on to the next. If they want different columns, the rank that reads sends each of the others a
+    message with its columns. The last byte of a message is 1 if the data before it is good.
     """
 
     turn: tuple[int, int, int, int]
@@ -352,13 +354,14 @@ def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], l
 
 
 def _exchange_cuts(requests: Sequence[_Request], members: Sequence[int], ranks: Ranks) -> None:
-    """Tell the other members which columns this rank wants, and learn which columns they want.
+    """For each request, tell the other ranks in `members` which columns this rank wants, and add
+    the columns that they want to `cuts`.
 
     Collective over `members`, which all have these requests.
     """
     if not requests:
         return
-    # All members must have the same order.
+    # Sort, since all members must send and receive the columns in the same order.
     requests = sorted(requests, key=lambda request: request.digest or b"")
     own = [request.cuts[ranks.rank] for request in requests]
     numbers = torch.tensor([n for cut in own for n in cut.start + cut.stop], device="cpu")
@@ -377,7 +380,9 @@ def _exchange_cuts(requests: Sequence[_Request], members: Sequence[int], ranks: 
 def _bundles(
     items: Sequence[Item], members: Sequence[int], number: int, kind: int
 ) -> Iterator[_Bundle]:
-    """Yield the bundles of the items that the members of group `number` want.
+    """Divide items into bundles. `members`: the ranks that want the items. `number`: number of this
+    group of ranks. `kind`: 0 if all of them want the whole items, 1 if they want columns. It only
+    decides the order.
 
     Each member reads an equal share of the bytes, which is contiguous in file order. The order of
     all bundles begins with the first bundle of each member, then the second of each, and so on.
@@ -401,7 +406,7 @@ _Groups = dict[int, tuple[int, ...]]
 
 def _grouped(sent: Sequence[bytes]) -> list[tuple[_Groups, list[int]]]:
     """Return, for each rank, the groups that it is in, and the group number of each digest that it
-    sent."""
+    sent. `sent`: concatenated digests of each rank's requests."""
     senders: dict[bytes, list[int]] = {}
     for rank, data in enumerate(sent):
         senders.setdefault(data, []).append(rank)

@@ -29,7 +29,8 @@ _LISTED_MAX = 20
 
 
 def check_alike(all_plans: AllPlans, size: int) -> None:
-    """Check that each container is equal on all ranks that have it.
+    """Check that each dict, list or other container of the state has the same keys, length and
+    kinds of entries on all ranks that have it. `size`: number of ranks.
 
     Raises:
         MismatchError: some containers differ. The message lists the differences.
@@ -46,7 +47,8 @@ def check_alike(all_plans: AllPlans, size: int) -> None:
 
 
 def _differences(all_plans: AllPlans) -> Iterator[str]:
-    """Yield one line per path whose kind differs between ranks that have its top-level key."""
+    """Yield one line per path that is of different kinds on two ranks, such as a tensor and a dict,
+    or lists of different lengths. Compare only ranks that have the top-level key of the path."""
     plans = [
         (shared.ranks, _kinds_by_key(shared.local_plan))
         for component in sorted(all_plans)
@@ -77,7 +79,8 @@ def _differences(all_plans: AllPlans) -> Iterator[str]:
 
 
 def _merged(branches: Sequence[Mapping[Path, str]]) -> dict[Path, str]:
-    """Merge the kinds of all paths. If a container and a leaf have one path, keep the container."""
+    """Merge several dicts of kinds by path. If a path is a leaf in one and a dict or list in
+    another, keep the dict or list."""
     every = [(path, kind) for kinds in branches for path, kind in kinds.items()]
     return dict(sorted(every, key=lambda item: item[1] not in _LEAVES))
 
@@ -100,7 +103,8 @@ def _compared(
 
 
 def _kinds_by_key(local_plan: LocalPlan) -> dict[str | int, dict[Path, str]]:
-    """Return the kind of each path, by top-level key, without paths that may differ by rank."""
+    """Return the kinds of all paths, such as "a tensor", keyed by top-level key and then by path.
+    Leave out paths that may differ between ranks."""
     unions = local_plan.unions
     kinds = [*_leaves(local_plan)]
     for path, node in local_plan.structure.items():
@@ -121,8 +125,9 @@ def _leaves(local_plan: LocalPlan) -> Iterator[tuple[Path, str]]:
 
 
 def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tuple[Path, str]]:
-    """Yield the path and kind of each container that a node describes, except dicts that follow
-    from the paths of their entries."""
+    """Yield the path and kind of each dict, list or other container that the node at `path`
+    describes. Leave out dicts that follow from the paths of their entries, and everything below a
+    path in `unions`, which may differ between ranks."""
     while isinstance(node, dict) and "object" in node:
         node = node["object"]
     kind = kind_of_node(node)
@@ -150,7 +155,8 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
 
 
 def _lone_slots(all_plans: AllPlans) -> Iterator[str]:
-    """Yield one line per slot that a rank lacks although its optimizer has the parameter."""
+    """Yield one line per optimizer slot that one rank has and another lacks, although the
+    optimizers of both ranks have the parameter."""
     for plans in all_plans.values():
         if len(plans) < 2:
             continue

@@ -11,8 +11,9 @@ T = TypeVar("T")
 
 
 def divide(region: Region, num_elements_max: int) -> Iterator[Region]:
-    """Divide a region into boxes of at most `num_elements_max` elements, in row-major order. A box
-    has whole rows of the first dim longer than 1, or a part of one row if a row is larger."""
+    """Divide a region into boxes of at most `num_elements_max` elements, in row-major order. Each
+    box is a range of indices along the first dim longer than 1, or a part of one index if one has
+    too many elements."""
     if region.num_elements <= num_elements_max:
         yield region
         return
@@ -28,7 +29,7 @@ def dim_of_rows(region: Region) -> int:
 
 
 def divide_rows(region: Region, dim: int, num_rows: int) -> Iterator[Region]:
-    """Divide a region along one dim into boxes of `num_rows` rows. The last may have fewer."""
+    """Divide a region into boxes that are `num_rows` long in dim `dim`. The last may be shorter."""
     for first in range(region.start[dim], region.stop[dim], num_rows):
         last = min(first + num_rows, region.stop[dim])
         start = (*region.start[:dim], first, *region.start[dim + 1 :])
@@ -37,7 +38,8 @@ def divide_rows(region: Region, dim: int, num_rows: int) -> Iterator[Region]:
 
 
 def aligned(start: int, stop: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Divide a range of bytes at the multiples of `nbytes`."""
+    """Divide the range of bytes from `start` to `stop` at all multiples of `nbytes`. Yield the
+    start and stop of each part."""
     while start < stop:
         end = min((start // nbytes + 1) * nbytes, stop)
         yield start, end
@@ -47,7 +49,8 @@ def aligned(start: int, stop: int, nbytes: int) -> Iterator[tuple[int, int]]:
 def grouped(
     items: Iterable[T], nbytes_of: Callable[[T], int], nbytes_max: int
 ) -> Iterator[list[T]]:
-    """Yield groups of consecutive items. A group has at most `nbytes_max`, or one larger item."""
+    """Yield groups of consecutive items. A group has at most `nbytes_max` bytes, or a single larger
+    item."""
     group: list[T] = []
     total = 0
     for item in items:

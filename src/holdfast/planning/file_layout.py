@@ -1,4 +1,4 @@
-"""Fix the offsets of everything in one rank's file before a byte is written."""
+"""Compute the offset of everything in a data file before a byte of it is written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class FileLayout:
 
 
 def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...]:
-    """Place tensors one after the other. `regions`: name, dtype and region of each."""
+    """Place regions of tensors in a file, one after the other. `regions`: for each one, the name
+    and dtype of the tensor, and the region."""
     items, position, block = [], 0, 0
     for name, dtype, region in regions:
         shape = region.shape

@@ -41,7 +41,7 @@ class PartSize:
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """Part of one rank in the data file of its host."""
+    """Part that one rank writes of the data file of its host."""
 
     file: str
     nbytes: int
@@ -92,7 +92,8 @@ def tensors_stop(layout: FileLayout) -> int:
 
 
 def place_tensors(hosts: Sequence[str], sizes: Sequence[PartSize]) -> list[TensorPlace]:
-    """Place the tensors of each rank in the file of its host. `hosts`: host of each rank."""
+    """Place the tensors of each rank in the file of its host. `hosts`, `sizes`: the host of each
+    rank, and the sizes of its data."""
     leaders: dict[str, int] = {}
     ends: dict[str, tuple[int, int]] = {}
     places = []

@@ -1,5 +1,5 @@
-"""Encode the part of a checkpoint's two indices that depends only on the plan: everything except
-checksums and the places of values."""
+"""Encode the part of a checkpoint's two indices, ours and that of stock DCP, that depends only on
+the plan: everything except checksums and the places of values."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ class Index:
         names: Sequence[str] | None = None,
         places: Sequence[TensorPlace] | None = None,
     ) -> None:
-        """`layouts`: the `columns` of each rank's items. `names`: the name of each rank's file.
-        `places`: place of each rank's items in the file of its host; None if ranks have files of
-        their own.
+        """`layouts`: for each rank, the array that `columns` returns for its items. `names`: the
+        name of each rank's file. `places`: place of each rank's items in the file of its host; None
+        if ranks have files of their own.
 
-        If ranks have several files, a rank in `plan` is the number of a file: see `shared_index`.
+        If ranks have several files, `plan` and these arguments count files in place of ranks: see
+        `shared_index`.
         """
         self.plan = plan
         self._layouts = layouts
@@ -60,7 +61,7 @@ class Index:
         self._mutex = threading.Lock()
 
     def encoded(self) -> Encoded:
-        """Returns the encoded part. Any thread may call this."""
+        """Return the encoded part of both indices. Any thread may call this."""
         with self._mutex:
             if self._encoded is None:
                 self._encoded = _encode(self.plan, self._layouts, self._names, self._places)
@@ -81,8 +82,8 @@ class Index:
         return nbytes
 
     def variant(self, key: Hashable, make: Callable[[], Index]) -> Index:
-        """Return the index of the same state in the files that `key` identifies. Call `make` only
-        if no recent call has made it."""
+        """Return the `Index` of the same state in other files, which `key` identifies. Call `make`
+        to make it, unless a recent call has made it."""
         variant = self._variants.pop(key, None) or make()
         self._variants[key] = variant
         # Keep two, since a save shares files with the checkpoint before the previous one.
@@ -102,11 +103,12 @@ class Encoded:
     """`index.bin`; None if `tensors` lists the chunks."""
 
     stock: StockIndex
-    """Part of `.metadata`."""
+    """Encoder of `.metadata`, which has encoded all but the positions of values."""
 
 
 def columns(items: Sequence[TensorItem]) -> Ints:
-    """Return one row per item: its offset, its bytes, the offset of its data, its first block."""
+    """Return an array with one row per item: the offset and size of the item, the offset of its
+    data, and the number of its first block."""
     rows = [(i.item.offset, i.item.nbytes, i.data.offset, i.first_block) for i in items]
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
@@ -166,8 +168,8 @@ def _places(
     files: Mapping[int, int],
     places_in_files: Sequence[TensorPlace] | None,
 ) -> Ints:
-    """Return one row per chunk, in the order of the plan: the number of its file, and its row of
-    `columns`. Each rank's items are in the order of the plan."""
+    """Return an array with one row per chunk, in the order of the plan: the number of its file, and
+    the row that `columns` returns for it. Each rank's items are in the order of the plan."""
     distinct = {id(layout): layout for layout in layouts}
     lengths = [len(layout) for layout in distinct.values()]
     starts = dict(zip(distinct, np.cumsum([0, *lengths]).tolist(), strict=False))
@@ -198,7 +200,7 @@ def _places(
 
 
 def _times_before(numbers: Ints) -> Ints:
-    """Return how often each number occurs before its position."""
+    """For each position in `numbers`, return how often its number occurs at earlier positions."""
     # numpy sorts 16-bit numbers by radix, several times as fast as longer ones.
     is_short = numbers.max(initial=0) < 1 << 16
     order = np.argsort(numbers.astype(np.uint16) if is_short else numbers, kind="stable")

@@ -76,12 +76,13 @@ class ByteRange:
 def byte_ranges(
     box: Region, shape: tuple[int, ...], itemsize: int, window_bytes: int
 ) -> Iterator[ByteRange]:
-    """Divide the read of `box`, from a row-major chunk of `shape`, into ranges. Each element of
-    `box` is in exactly one of them.
+    """Yield the ranges of bytes to read for `box`, a part of a row-major chunk of `shape`. Each
+    element of `box` is in exactly one range.
 
-    Contiguous elements are one range of any length. If there are gaps, a range is either one run or
-    spans at most `window_bytes`. If a read takes `slice` bytes of each row of `row` bytes, it reads
-    at most `row / slice` times the wanted bytes.
+    If all elements of `box` are contiguous, they are one range of any length. If there are gaps
+    between them, a range is either one contiguous run, or spans at most `window_bytes`, gaps
+    included. For `slice` wanted bytes in each row of `row` bytes, the ranges have at most `row /
+    slice` times the wanted bytes.
     """
     strides = [stride * itemsize for stride in contiguous_strides(shape)]
     yield from _ranges(box, box.start, strides, itemsize, window_bytes)

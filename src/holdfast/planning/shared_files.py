@@ -98,7 +98,8 @@ def linkable(
     earlier: RankFiles,
     unchanged: Collection[ItemKey],
 ) -> list[str]:
-    """Choose the files of `earlier` to link. `unchanged`: keys of items that are equal there."""
+    """Choose the files of `earlier` to link, and return their names. `items`: all items of this
+    save. `unchanged`: keys of the items whose bytes are the same in `earlier`."""
     live: dict[str, int] = {}
     for key in map(key_of, items):
         if key in unchanged:
@@ -122,11 +123,11 @@ def free_numbers(linked: Iterable[str]) -> tuple[int, int]:
 def shared_index(
     index: Index, files: Sequence[Sequence[int]], values_in: Sequence[int], places: Sequence[Ints]
 ) -> Index:
-    """Return the index of the same state in the given files.
+    """Return the `Index` of the state of `index` if it is stored in the given files.
 
     `files`: numbers of each rank's files, ascending. `values_in`: number of the file that has each
-    rank's values. `places`: one row per item of each rank, in the order of the plan: the number of
-    its file, then its `columns`.
+    rank's values. `places`: for each rank, an array with one row per item, in the order of the
+    plan: the number of its file, then its `columns`.
     """
     digest = xxh3_128(repr((files, values_in)).encode())
     for rows in places:
@@ -142,7 +143,8 @@ def _shared_index(
     values_in: Sequence[int],
     places: Sequence[Ints],
 ) -> Index:
-    """Make an index whose plan has a rank for each file, since an index has one file per rank."""
+    """Make an `Index` whose plan has the number of a file in place of each rank, since an `Index`
+    supports only one file per rank."""
     pairs = [(rank, number) for rank, numbers in enumerate(files) for number in numbers]
     file_at = {pair: file for file, pair in enumerate(pairs)}
     layouts = [places[rank][places[rank][:, 0] == number, 1:] for rank, number in pairs]

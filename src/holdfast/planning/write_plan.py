@@ -61,7 +61,8 @@ class LocalPlan:
     """Further names of tied tensors, with the first name, under which the tensor is stored."""
 
     structure: dict[Path, Node] = field(default_factory=dict)
-    """Nodes of containers that do not follow from the paths of their entries, keyed by path."""
+    """Nodes of those dicts and lists that do not follow from the paths of their entries, by
+    path."""
 
     unions: dict[Path, str] = field(default_factory=dict)
     """Kind of each object whose entries may differ between ranks, keyed by path."""
@@ -120,8 +121,8 @@ class GlobalPlan:
 
     aliases: Mapping[str, tuple[str, Path]]
     structure: Mapping[Path, Node] | None = None
-    """Nodes of the containers that do not follow from the paths of their entries; None if
-    unknown."""
+    """Nodes of those dicts and lists that do not follow from the paths of their entries, by path;
+    None if they are unknown."""
 
 
 def plan(all_plans: AllPlans) -> GlobalPlan:
@@ -223,7 +224,8 @@ def neighbor_plans_of(all_plans: AllPlans, size: int) -> list[NeighborPlans]:
 
 
 def known_plans(neighbors: NeighborPlans, own: LocalPlans, size: int) -> AllPlans:
-    """Combine the neighbor plans and the own plans of a rank into plans of all its components."""
+    """Combine a rank's neighbor plans with its own plans. Return all local plans of each component
+    that the rank has, as far as they are needed to plan its names. `size`: number of ranks."""
     equal: Sequence[tuple[Sequence[int], LocalPlan | None]] = [(range(size), None)]
     return {
         component: [
@@ -258,7 +260,8 @@ def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tupl
 def _ranks_with(
     placement: MeshPlacement | None, holders: Sequence[SharedPlan], rank: int
 ) -> tuple[int, ...]:
-    """Return the ranks that hold the same elements as `rank`."""
+    """Return the ranks that hold the same elements of a tensor as `rank`. `holders`: local plans
+    that have the tensor."""
     if placement is None:
         return tuple(sorted(holder for shared in holders for holder in shared.ranks))
     grid = np.array(placement.mesh.ranks).reshape(placement.mesh.shape)
@@ -283,7 +286,8 @@ def _holders_by_name(
 
 
 def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[TensorChunks]:
-    """Yield the chunks of each tensor: its regions, cut where stretches end."""
+    """Yield the chunks of each tensor: the regions that ranks hold, divided between the ranks that
+    hold the same region, so that each writes about the same number of bytes."""
     known: dict[tuple[str, tuple[int, ...]], int] = {}
     sizes: list[int] = []
     for _, tensor, _ in held:
@@ -316,9 +320,10 @@ def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[T
 
 
 def _stretches(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int, int]]:
-    """Cut a tensor where stretches end. Returns the first byte and the end of each part, and the
-    number of its stretch. `before`: bytes of the tensors in front of this one. `total`: bytes of
-    all tensors of the row. `num`: number of stretches that the row is cut into."""
+    """Divide the bytes of a tensor between ranks. All tensors that the same ranks hold form a row
+    of `total` bytes, which is cut into `num` equal stretches, each written by one rank. `before`:
+    bytes of the row in front of this tensor. Returns start and stop of each part of the tensor, in
+    bytes, and the number of the stretch that contains the part."""
     if not nbytes:
         return [(0, 0, 0)]
     first, last = before * num // total, (before + nbytes - 1) * num // total
@@ -332,7 +337,8 @@ def _divided(
     regions: _HeldRegions,
     stretches: Sequence[tuple[int, int, int]],
 ) -> TensorChunks:
-    """Cut the regions of a tensor into chunks, at the rows next to the ends of `stretches`."""
+    """Cut the regions of a tensor into chunks, at indices of their first dim longer than 1.
+    `stretches`: the parts that `_stretches` returns."""
     rows: list[tuple[list[int], list[int], int]] = []
     for start, stop, ranks in zip(
         regions.start.tolist(), regions.stop.tolist(), regions.ranks.tolist(), strict=True
@@ -358,8 +364,8 @@ def _divided(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _HeldRegions:
-    """Regions of a tensor that ranks hold, one row each. Tensors with the same shape and placement
-    share one object."""
+    """Regions of a tensor that ranks hold. Each array has one row per region. Tensors with the same
+    shape and placement share one object."""
 
     start: Ints
     stop: Ints
@@ -414,7 +420,7 @@ def _held_regions(
 def _mesh_regions(
     shape: tuple[int, ...], placement: MeshPlacement
 ) -> Iterator[tuple[Region, list[int]]]:
-    """Yield every region that the ranks of the mesh hold, with its ranks."""
+    """Yield every region of a tensor that ranks of the mesh hold, with the ranks that hold it."""
     mesh = placement.mesh
     whole = Region.whole(shape)
     if not whole.num_elements:
@@ -435,7 +441,8 @@ def _mesh_regions(
 
 
 def _conflicting_shapes(name: str, holders: Sequence[SharedPlan]) -> Iterator[str]:
-    """Yield one line per rank on which the dtype or shape differs from that on the first rank."""
+    """Yield one line per local plan in which tensor `name` has another dtype or shape than in the
+    first plan of `holders`."""
     first = holders[0].local_plan.tensors[name]
     for shared in holders[1:]:
         tensor = shared.local_plan.tensors[name]

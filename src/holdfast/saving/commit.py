@@ -60,7 +60,8 @@ def commit(
 
 
 def _index_of(index: Index, results: Sequence[WriteResult]) -> Index:
-    """Return the index of the files that all ranks have written or linked."""
+    """Return the index of the files that all ranks have written or linked. This is `index` itself,
+    unless ranks share files with earlier checkpoints."""
     places = [result.places for result in results if result.places is not None]
     if not places:
         return index

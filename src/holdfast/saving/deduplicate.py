@@ -49,7 +49,7 @@ _REMEMBERED = 3
 
 
 class Deduplicator:
-    """Links the files of an earlier checkpoint whose tensors have not changed, on one rank.
+    """Saves the unchanged tensors of one rank by linking the files of an earlier checkpoint.
 
     The earlier checkpoint is the one before the previous one. Two consecutive checkpoints therefore
     share no file, so a damaged file never damages both of them.
@@ -95,8 +95,8 @@ class Deduplicator:
             self._store.remove(folder)
 
     def resumed(self, earlier: Iterable[tuple[str, Manifest]]) -> None:
-        """Let the next saves link files of `earlier`: the checkpoint that the run has resumed from,
-        and older ones. The oldest comes first."""
+        """Let the next saves link files of the checkpoint that the run has resumed from, and of
+        older ones. `earlier`: names and manifests of these checkpoints, the oldest first."""
         self._saved = [
             files_of_rank(self._rank, name, manifest)
             for name, manifest in earlier
@@ -110,8 +110,8 @@ class Deduplicator:
         return self._earlier(name)[0] is not None
 
     def _earlier(self, name: str) -> tuple[RankFiles | None, RankFiles | None]:
-        """Return the checkpoint to link files of, and the newest checkpoint. Leave out the one that
-        the save of `name` replaces."""
+        """Return the files of two checkpoints: the one to link files of, and the newest. Leave out
+        the checkpoint that the save of `name` replaces."""
         others = [one for one in self._saved if one.checkpoint != name]
         return (others[-2] if len(others) > 1 else None), (others[-1] if others else None)
 
@@ -153,7 +153,7 @@ class Deduplicator:
         check_space(sum(one.nbytes for one in layouts))
         for one in layouts:
             items |= {
-                # Drop the bytes around the data, which are not needed again.
+                # Drop prefix and suffix, the bytes around the data: they are not needed again.
                 key_of(item): (one.name, replace(item, prefix=b"", suffix=b""))
                 for item in one.tensors
             }
@@ -184,7 +184,8 @@ class Deduplicator:
         return lay_out_file(self._rank, placed, values, number)
 
     def published(self, name: str) -> None:
-        """Remember the files of checkpoint `name`, which the last `write` has written."""
+        """Remember the files that the last `write` has linked or written, as those of checkpoint
+        `name`."""
         assert self._written is not None, "`write` comes first"
         others = [one for one in self._saved if one.checkpoint != name]
         self._saved = [*others, self._written][-_REMEMBERED:]
@@ -197,7 +198,8 @@ class Deduplicator:
         earlier: RankFiles | None,
         newest: RankFiles | None,
     ) -> tuple[set[ItemKey], set[ItemKey]]:
-        """Return two sets of keys: of the items that are equal in `earlier`, and in `newest`."""
+        """Return two sets of keys: of the items whose bytes are the same in `earlier`, and of those
+        whose bytes are the same in `newest`."""
         saved = [one for one in (earlier, newest) if one is not None]
         damaged = {m.step for m in marks_in(self._store) if m.role == "damaged"} if saved else set()
         known = [
@@ -253,8 +255,8 @@ class Deduplicator:
         """Link the files of `earlier` that hold enough unchanged items. Returns these files, and
         the places of the unchanged items in them.
 
-        `taken`: identities of the files in the newest checkpoint, which are not linked. It may
-        share files with `earlier` if a checkpoint between the two was deleted.
+        `taken`: identities of the files in the newest checkpoint, which are not linked. The newest
+        checkpoint may share files with `earlier` if a checkpoint between the two was deleted.
         """
         linked: dict[str, StoredFile] = {}
         if earlier is None:
@@ -343,8 +345,9 @@ class Deduplicator:
 def _matching(
     windows: Iterable[memoryview], stored: Sequence[tuple[int, ...]]
 ) -> set[tuple[int, ...]]:
-    """Return the members of `stored` that equal the block checksums of all windows. Stops reading
-    once no member matches."""
+    """Return those members of `stored` that equal the block checksums of an item. `windows`: bytes
+    of the item. `stored`: block checksums of the item in several checkpoints. Stops reading once no
+    member matches."""
     matching, start = {*stored}, 0
     for window in windows:
         for offset in range(0, len(window), WINDOW_BYTES):
@@ -358,7 +361,7 @@ def _matching(
 
 
 def _places(items: Iterable[tuple[str, TensorItem]]) -> NDArray[np.int64]:
-    """Return one row per item: the number of its file, and its `columns`."""
+    """Return an array with one row per item: the number of its file, and its `columns`."""
     placed = list(items)
     numbers = np.array([number_of(file) for file, _ in placed], np.int64).reshape(len(placed), 1)
     return np.hstack((numbers, columns([item for _, item in placed])))

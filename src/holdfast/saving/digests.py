@@ -65,7 +65,7 @@ def _weighted(words: torch.Tensor) -> torch.Tensor:
 
 
 class SharedNames(NamedTuple):
-    """Names of one tensor or value that the same ranks hold."""
+    """Those names of one tensor or value that the same group of ranks holds."""
 
     group: int
     """Digest of the ranks' numbers, to send instead of the numbers."""
@@ -115,8 +115,8 @@ class Digests:
         self._entries = [*entries]
 
     def by_group(self) -> dict[int, int]:
-        """Return one digest per group, for everything that its ranks hold. It is sent instead of
-        thousands of digests.
+        """Return one digest per group of ranks, of everything that the group holds, keyed by
+        `SharedNames.group`. It is sent instead of thousands of digests.
 
         The digest is a sum, because ranks may have their entries in different orders, and because a
         value with thousands of names then costs no more than a value with one name.
@@ -157,7 +157,8 @@ class Replicas:
 
 
 def groups_that_differ(everyone: Sequence[Mapping[int, int]]) -> list[int]:
-    """Return the groups whose digest is not the same on all ranks."""
+    """Return the groups whose digest is not the same on all ranks of the group. `everyone`: the
+    digests of each rank, by group."""
     first: dict[int, int] = {}
     differ: dict[int, None] = {}
     for digests in everyone:
@@ -170,8 +171,8 @@ def groups_that_differ(everyone: Sequence[Mapping[int, int]]) -> list[int]:
 def names_that_differ(
     everyone: Sequence[Mapping[str, tuple[int, int]]],
 ) -> dict[str, tuple[int, int]]:
-    """Return the names of tensors and values that differ, each with two ranks whose versions
-    differ."""
+    """Return two ranks whose versions differ for each tensor or value that differs, keyed by name.
+    `everyone`: for each rank, the group and digest of each name."""
     first: dict[tuple[str, int], tuple[int, int]] = {}
     differ: dict[str, tuple[int, int]] = {}
     for rank, digests in enumerate(everyone):

@@ -70,8 +70,8 @@ def write_together(
 
 
 def _placed(result: WriteResult, layout: FileLayout, part: FilePart) -> WriteResult:
-    """Move the values of a result to their places in the file of the host. Leave out the size and
-    table, which the rank that leads the host adds."""
+    """Return a result with the positions of its values in the file of the host, not in `layout`.
+    Leave out size and table, which the rank that leads the host adds."""
     moved = part.values_at - tensors_stop(layout)
     values = {
         name: (Span(item.offset + moved, item.nbytes), container_checksum)
@@ -82,7 +82,8 @@ def _placed(result: WriteResult, layout: FileLayout, part: FilePart) -> WriteRes
 
 @dataclass(frozen=True, slots=True)
 class _PartOf:
-    """Part of one rank in the file of its host. It stands for the store when the rank writes."""
+    """Stand-in for the store: the only file that it creates is this rank's part of the file of its
+    host."""
 
     store: Store
     key: str

@@ -62,8 +62,8 @@ class HostMemory:
         self, nbytes: int = 0, devices: Sequence[torch.device] = (), threads: int = 1
     ) -> None:
         """`devices`: accelerators that hold tensors of the snapshot. If there are any, the memory
-        is page-locked. `threads`: number of threads that make the pages before the lock, which
-        takes longer than the lock itself.
+        is page-locked. `threads`: number of threads that write to the new pages, so that the system
+        makes them before the lock. Making them takes longer than the lock itself.
 
         Raises:
             UsageError: the pages cannot be locked.
@@ -95,7 +95,8 @@ class HostMemory:
 
 
 def threads_to_touch(num_local: int) -> int:
-    """Return the number of threads per rank that make pages, for `num_local` ranks on this host."""
+    """Return the number of threads per rank that write to new pages, for `num_local` ranks on this
+    host."""
     return max(1, min(TOUCH_THREADS_MAX, len(os.sched_getaffinity(0)) // num_local))
 
 

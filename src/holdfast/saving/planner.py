@@ -164,7 +164,8 @@ class Planner:
         return KnownTensor(layout, tensor, dtype)
 
     def agree(self, held: LocalState | HoldfastError) -> LocalState:
-        """Make sure that there is a plan for what the ranks hold. Returns `held`.
+        """Make a plan, unless the plan of the previous save still holds on all ranks. Returns
+        `held`, the state of this rank.
 
         Collective: every rank calls this. A rank that failed to describe its state passes its
         error, and every rank raises. While no layout changes, this costs one `all_reduce_max`.
@@ -242,7 +243,8 @@ class Planner:
         return Replicas({name: held.tensors[name].detach() for name in names}, shared)
 
     def digests(self, held: LocalState) -> Digests:
-        """Compute digests of values, and of tensors not in `replicas`, that other ranks hold too.
+        """Compute digests of all values and tensors that other ranks hold too, except those tensors
+        that `replicas` returns.
 
         Raises:
             UsageError: a value cannot be saved.
@@ -325,7 +327,8 @@ def _local_plans(
     for path, node in state.structure.items():
         plan_of(".".join(map(str, path))).structure[path] = node
     for path, kind in state.unions.items():
-        # The dot at the end selects the plan of the entries below the path.
+        # `plan_of` takes the keys before the first dot as the component. The dot at the end lets it
+        # return the plan of the entries below the path, even if the path has a single key.
         plan_of(f"{'.'.join(map(str, path))}.").unions[path] = kind
     return local_plans
 

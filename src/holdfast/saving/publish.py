@@ -28,7 +28,7 @@ def publish(
 ) -> int:
     """Publish the files of all ranks. Returns the checkpoint's bytes.
 
-    `results`: one per rank.
+    `results`: write results, one per rank.
     `facts`: manifest without entries and files. If its kind is None, the top-level names of
         the state decide the kind.
 
@@ -48,8 +48,8 @@ def publish(
 def index_files(
     results: Sequence[WriteResult], index: Index, facts: Manifest
 ) -> tuple[dict[str, Sequence[Buffer]], int]:
-    """Return the parts of each index file, in the order in which the files are written, and the
-    checkpoint's bytes. See `publish`."""
+    """Return the content of each index file, keyed by name in the order of writing, and the
+    checkpoint's bytes. For the arguments see `publish`."""
     # Encode before the pause, because this may take minutes, during which training runs.
     encoded = index.encoded()
     with gc_paused():

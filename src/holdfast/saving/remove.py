@@ -22,7 +22,8 @@ class Remover:
         self._thread: threading.Thread | None = None
 
     def set_aside(self, step: int) -> bool:
-        """Take the name of a checkpoint away. Returns whether that succeeded."""
+        """Take the name of the checkpoint of a step away, so that readers no longer find it.
+        `start` deletes its files. Returns whether that succeeded."""
         try:
             self._catalog.set_aside_for_deletion(step_name(step))
         except HoldfastError as error:
@@ -33,7 +34,8 @@ class Remover:
         return True
 
     def start(self) -> None:
-        """Start to delete the files of removed checkpoints, also those that a failed try left."""
+        """Start a thread that deletes the files of all checkpoints whose names were taken away,
+        also the files that an earlier try could not delete."""
         self.wait()
         found = capture(lambda: plan_cleanup(self._catalog.store.list()))
         if isinstance(found, HoldfastError):

@@ -124,7 +124,8 @@ def save_in(
 
 
 def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
-    """Make the folder of the catalog, and check that the name may be taken."""
+    """Make the folder of the catalog, and check that checkpoint `name` may be created or
+    replaced."""
     catalog.store.make_folder("")
     hint = "choose another path, or pass `overwrite=True` to replace it"
     catalog.check_free(name, replace=overwrite, hint=hint)
@@ -250,6 +251,7 @@ def _begin_if_alike(
     held: LocalState, begin: Begin, *, planner: Planner, is_full: bool
 ) -> tuple[FileLayout, HiddenFolder] | None:
     """Make the attempt, if shared tensors and values are equal on all ranks that hold them.
+    `is_full`: whether the save writes all bytes, so that the free space is checked for them.
 
     If some differ, log their names, let the next plan store the first rank's version, and return
     None. Tensors that only optimizers change are not compared here, because that takes longer:
@@ -305,7 +307,7 @@ def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
 
 
 def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
-    """Return the item's region of the training tensor."""
+    """Return a view of the training tensor of this rank: the elements of the item's region."""
     pieces, region = held.known[item.name].layout.pieces, item.region
     piece, tensor = pieces[0], held.tensors[item.name]
     if tensor.requires_grad:
@@ -379,7 +381,7 @@ def finish_save(
     bytes_per_s: float | None = None,
     commit_by: CommitBy | None = None,
 ) -> Saved:
-    """Finish the copy, write the file and publish the checkpoint.
+    """Finish the copy to the snapshot, if there is one, write the file and publish the checkpoint.
 
     `staging`: the copy to finish. With it, call this in a separate thread.
     `bytes_per_s`: limit on the bytes that this rank writes per second.
@@ -412,8 +414,9 @@ def finish_save(
 def _stage_and_write(
     pending: Pending, ranks: Ranks, staging: Staging | None, bytes_per_s: float | None
 ) -> WriteResult | HoldfastError:
-    """Finish the copy, and write this rank's files. Returns the result, or the error, for the
-    commit. If ranks write one file together, an error of one of them is raised on all."""
+    """Finish the copy to the snapshot, and write this rank's files. Returns the result, or the
+    error, for the commit. If ranks write one file together, an error of one of them is raised on
+    all."""
     store = pending.catalog.store
 
     def stage() -> None:

@@ -53,8 +53,8 @@ def check_attempt(catalog: Catalog, attempt: HiddenFolder, ranks: Ranks) -> None
 
 
 def check_seen(store: ReadStore, folder: str, ranks: Ranks, hosts: list[str]) -> None:
-    """Check that each host sees a folder at the root of the store. One rank per host looks.
-    Collective."""
+    """Check that each host sees a folder at the root of the store. `hosts`: host of each rank. One
+    rank per host looks. Collective."""
     host = hosts[ranks.rank]
     looks = ranks.rank == hosts.index(host)
 

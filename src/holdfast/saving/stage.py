@@ -23,14 +23,15 @@ dtype, with any strides."""
 
 
 def host_bytes(box: torch.Tensor, dtype: str) -> memoryview:
-    """Return the elements in host memory, row-major, as `dtype`. They are a view of the tensor's
-    memory if possible, else a copy."""
+    """Return the elements of `box` as bytes in host memory, row-major, converted to `dtype`: a view
+    of the tensor's memory if possible, else a copy."""
     return bytes_of(box.resolve_conj().resolve_neg().to(_dtype(dtype)).contiguous().cpu())
 
 
 def host_windows(box: torch.Tensor, dtype: str) -> Iterable[memoryview]:
-    """Return the bytes of `host_bytes`: one view of the tensor's memory if possible, else copies of
-    `WINDOW_BYTES` each, made one after the other. So there is never a copy of the whole tensor."""
+    """Return the same bytes as `host_bytes`, in parts: one view of the tensor's memory if possible,
+    else copies of `WINDOW_BYTES` each, made one after the other. So there is never a copy of the
+    whole tensor."""
     wanted = _dtype(dtype)
     if (
         box.is_cpu
@@ -124,7 +125,8 @@ class Snapshot:
             self._reserving = None
 
     def copy(self, items: Sequence[TensorItem], tensor_of: TensorOf) -> None:
-        """Copy the regions of these items, and wait for the copies. `reserve` must come before."""
+        """Copy the region of each item, which `tensor_of` returns, and wait for the copies. Call
+        `reserve` first."""
         boxes = ((self.tensor_of(item), tensor_of(item)) for item in items if item.data.nbytes)
         devices: set[torch.device] = set()
         for target, box in boxes:
@@ -148,8 +150,8 @@ class Staging:
     """Copy that a thread makes while training continues. Any thread may wait for its end."""
 
     def __init__(self, copy: Callable[[], None], devices: Iterable[torch.device] = ()) -> None:
-        """Call this in the training thread. The copy waits for the work that this thread has queued
-        on `devices`."""
+        """Call this in the training thread. `copy`: function that makes the copy, which `run`
+        calls. The copy waits for the work that this thread has queued on `devices`."""
         self._copy = copy
         self._ended = threading.Event()
         self._queued = accelerator.QueuedWork(devices)

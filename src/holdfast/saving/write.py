@@ -69,7 +69,7 @@ def write(
     pace: Pace | None = None,
     spans: Spans | None = None,
 ) -> WriteResult:
-    """Write one file and sync it. `spans` gets the stages `write` and `sync`.
+    """Write one file and sync it. The time of both is added to `spans`, as `write` and `sync`.
 
     If `data` is a memoryview, it has the size of the file, and holds the data of all tensors at
     their offsets. This function adds the rest of the file to this memory, and writes it from there.
@@ -120,8 +120,8 @@ def _write_parts(
 def _write_memory(writer: FileWriter, layout: FileLayout, memory: memoryview, pace: Pace) -> bytes:
     """Write the file from memory that holds the data. Returns its table of checksums.
 
-    The rest of the file consists of many small parts, each of which would be one more buffer to
-    pass to the store. It is therefore copied into the memory first.
+    Everything else in the file consists of many small parts, each of which would be one more buffer
+    to pass to the store. So these parts are copied into the memory first.
     """
     checksums: list[int] = []
     written = 0

@@ -39,9 +39,9 @@ STATE, GROUPS = "state", "param_groups"
 """Keys of an optimizer's state dict."""
 
 OTHERS, EMPTY, MORE, OWN = "others", "empty_groups", "more", "own"
-"""Keys that are followed by a dot and the optimizer's number: state of no parameter; options of
-groups without parameters, by group number; further entries of the state dict; the whole state of an
-optimizer with its own `state_dict`."""
+"""Keys, each followed by a dot and the optimizer's number, of: state that belongs to no parameter;
+options of groups without parameters, by group number; further entries of the state dict; the whole
+state of an optimizer with its own `state_dict`."""
 
 
 class OptimizerState:
@@ -124,7 +124,8 @@ class OptimizerState:
         return self._names[id(parameter)]
 
     def stepped(self, path: Path, leaves: Mapping[str, Leaf]) -> Iterator[str]:
-        """Yield the names of tensors that change only when these optimizers step."""
+        """Yield the names of those tensors in `leaves` that change only when these optimizers step.
+        `path`: path of this component."""
         parameters = {id(p) for optimizer in self.named for p in parameters_of(optimizer)}
         slots = f"{dotted(path)}.{STATE}."
         for name, leaf in leaves.items() if self.named else ():
@@ -247,7 +248,8 @@ class OptimizerState:
     def _named_paths(
         self, path: Path, group: tuple[int, int], option: str, names: list[str]
     ) -> dict[str, Path]:
-        """Return the paths of an option by name, cached from save to save."""
+        """Return the path of an option for each parameter in `names`, keyed by name of the entry.
+        The result is cached from save to save."""
         key = (path, *group, option)
         known = self._known.get(key)
         if known is None or known[0] != names:
@@ -268,7 +270,8 @@ def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
 def is_zero(optimizer: object) -> bool:
     """Return whether an optimizer is torch's `ZeroRedundancyOptimizer`.
 
-    By its own `state_dict`, one rank saves the state of all. Here, each rank saves its own state.
+    Its own `state_dict` works on one rank, for the state of all ranks. Holdfast lets each rank save
+    its own state instead.
     """
     return any(
         cls.__name__ == "ZeroRedundancyOptimizer" and cls.__module__.startswith("torch.")
@@ -297,7 +300,8 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _zero_state(optimizer: Any) -> dict[str, Any]:
-    """Return a `ZeroRedundancyOptimizer`'s state of this rank's parameters, and all groups."""
+    """Return the state of those parameters that this rank's `ZeroRedundancyOptimizer` updates, and
+    all groups, in torch's form."""
     numbers = {id(p): number for number, p in enumerate(parameters_of(optimizer))}
     state = {numbers[id(p)]: slots for p, slots in optimizer.optim.state.items()}
     return {STATE: state, GROUPS: Optimizer.state_dict(optimizer)[GROUPS]}

@@ -33,7 +33,7 @@ those that depend on options."""
 
 
 class ClassCheck:
-    """Compares optimizers with the classes that saved the state at a path."""
+    """Compares optimizers with the classes of the optimizers whose state is stored at a path."""
 
     def __init__(self, match: Match, path: Path) -> None:
         self._match, self._name = match, dotted(path)

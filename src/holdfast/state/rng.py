@@ -12,7 +12,8 @@ from holdfast import accelerator
 
 
 class RngState:
-    """State of the generators of this process, as a `Stateful`. Each rank has a different one."""
+    """State of this process's random number generators, as a `Stateful`. It differs between
+    ranks."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every generator. Numpy's is included if numpy was imported."""

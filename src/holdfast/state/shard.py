@@ -113,7 +113,7 @@ def _part(intervals: list[Interval], split: Split) -> list[Interval]:
 
 
 def _part_size(length: int, num_parts: int) -> int:
-    """Return the size of all parts except the last ones."""
+    """Return the size of each part of a range of `length`. The last parts may be smaller."""
     return max(1, -(-length // num_parts))
 
 

@@ -50,8 +50,9 @@ class ObjectState:
             match.then(lambda values: self._give(make(values), path))
 
     def _match_guessed(self, match: Match, path: Path, branch: Branch) -> None:
-        """Match a state of stock DCP or of old versions, which stored only names. The types of keys
-        and containers, and everything without entries, come from the fresh object's state."""
+        """Match a state of stock DCP or of old versions, which stored only names. The types of
+        keys, dicts and lists, and everything without entries, come from the state that the object
+        has before the load."""
         fresh: Any = self._owner.state_dict()
         for name in _missing(fresh, branch, path):
             match.missing(name)
@@ -104,9 +105,11 @@ def hand_over(owner: Any, state: Any, name: str) -> None:
 
 
 def _request(match: Match, owner: Stateful, branch: Branch, node: Node) -> Make:
-    """Plan to read the state of `owner`. Return its maker, which passes inner objects their states.
+    """Plan to read the state of `owner` from `branch`. Return its maker, which also passes the
+    states of inner objects to these objects.
 
-    The owner's fresh state shows where its inner objects and sharded tensors are.
+    The state that `owner` has before the load shows where its inner objects and sharded tensors
+    are.
     """
     # Call it only if needed, because it may have effects, such as to start the workers of a data
     # loader.
@@ -156,7 +159,8 @@ def _child(value: Any, key: str | int) -> Any:
 
 
 def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
-    """Yield names of entries that a fresh object has and the checkpoint lacks."""
+    """Yield the names of entries that `fresh` has and the checkpoint lacks. `fresh`: state of the
+    object at `path` before the load."""
     if branch.is_empty:
         flattener = Flattener(lambda _, value: ObjectState(value) if is_object(value) else None)
         flattener.put(path, fresh)
@@ -167,7 +171,8 @@ def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
 
 
 def _below(branch: Branch, key: Any) -> Branch:
-    """Return the branch of a dict's key, even if the checkpoint stores names without paths."""
+    """Return the branch below the key of a dict. If the checkpoint stores names without paths, it
+    has all entries of `branch` whose names begin with the key."""
     name = str(key)
     for known in (key, name):
         if known in branch.children:
@@ -182,7 +187,8 @@ def _below(branch: Branch, key: Any) -> Branch:
 
 
 def _merged(fresh: Any, branch: Branch, values: Values) -> Any:
-    """Return the saved state, with key types and containers of a fresh object's state."""
+    """Return the saved state, with the types of keys, dicts and lists in `fresh`, the state that
+    the object had before the load."""
     if branch.name is not None:
         return values(branch.name)
     if branch.is_empty:
@@ -199,7 +205,8 @@ def _merged(fresh: Any, branch: Branch, values: Values) -> Any:
 
 
 def _numbers(branch: Branch) -> list[int]:
-    """Return the list indices below a branch; an empty list if there are other keys."""
+    """If all keys directly below a branch are list indices, or names that begin with one and a dot,
+    return the indices, sorted. Else return an empty list."""
     heads = {str(key).partition(".")[0] for key in branch.children}
     return sorted(map(int, heads)) if all(head.isdecimal() for head in heads) else []
 

@@ -88,14 +88,14 @@ DEPTH_MAX = 60
 
 
 class Component(Protocol):
-    """A part of the state that has its own code to save and load."""
+    """Object that saves and loads a part of the state by its own code."""
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
         """Add the component's state below a path. Returns the node of the state."""
         ...
 
     def match(self, match: Match, path: Path) -> None:
-        """Decide the target of each entry below a path."""
+        """Plan how the entries below a path are loaded into this component."""
         ...
 
 
@@ -138,14 +138,15 @@ class Flattener:
         self._num_values += not isinstance(value, torch.Tensor)
 
     def put(self, path: Path, value: Any, *, rebuilt: bool = False) -> None:
-        """Add everything below one path. `rebuilt`: a load creates the tensors, so the structure
-        stores their devices and placements."""
+        """Add `value` and everything in it, below one path. `rebuilt`: whether a load creates the
+        tensors, so that the structure must state their devices and placements."""
         node = self.walk(path, value, rebuilt=rebuilt)
         if node is not None and node != {"object": None}:
             self.state.structure.setdefault(path, node)
 
     def walk(self, path: Path, value: Any, *, rebuilt: bool) -> Node:
-        """Add everything below one path. Returns its node."""
+        """Add `value` and everything in it, below one path. Returns the node of `value`. `rebuilt`:
+        see `put`."""
         if type(value) in SCALARS and value != b"":
             self.add(path, value)
             return None
@@ -250,7 +251,8 @@ def holds_state(members: Sequence[Any]) -> bool:
 
 def _holds_placed(members: Sequence[Any]) -> bool:
     """Return whether a tuple must be split into entries, because it contains a sharded tensor, a
-    tensor on a device, an object or an array. Any other tuple is one value, as in stock DCP."""
+    tensor on a device, an object, an array or a defaultdict. Any other tuple is one value, as in
+    stock DCP."""
     if SCALARS.issuperset(map(type, members)):
         return False
     return any(
@@ -269,7 +271,7 @@ def _holds_placed(members: Sequence[Any]) -> bool:
 def is_object(value: object) -> bool:
     """Return whether a value is an object with state of its own, such as a dict subclass with
     `state_dict` and `load_state_dict`."""
-    # Most leaves are tensors, and a protocol takes long to check.
+    # Return early for the most common types, since `isinstance` with a protocol is slow.
     if type(value) in _KIND_OF_MAPPING or type(value) in SCALARS or type(value) in _TENSORS:
         return False
     return isinstance(value, Stateful) and not isinstance(value, type)

@@ -50,7 +50,8 @@ def _container(value: Any) -> bytes | None:
 
 
 def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
-    """Return the position and the innermost part of a value that cannot be stored."""
+    """Find the innermost part of a value that cannot be stored. Return its position, as text such
+    as `[0]['a']`, and the part."""
     members: list[tuple[str, Any]] = []
     if type(value) in (list, tuple):
         members = [(f"[{number}]", member) for number, member in enumerate(value)]
@@ -67,8 +68,9 @@ def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
 
 
 def reads_back(value: Any, depth: int = 0) -> bool:
-    """Return whether a value consists of plain values only, which are known to be readable. To read
-    it back takes too long for Python's random state: 625 numbers that change with each save."""
+    """Return whether a value consists of plain values only, which are known to be readable. A test
+    by reading it back would take too long for Python's random state: 625 numbers that change with
+    each save."""
     if type(value) is int:
         return -_INT_MAX < value < _INT_MAX
     if type(value) in (list, tuple):
