@@ -39,7 +39,7 @@ class Lifetime:
         return not self._closed and self._pid == os.getpid()
 
     def check_open(self) -> None:
-        """Raise a UsageError if the manager is closed, or if this is a forked child of its process."""
+        """Raise a UsageError if the manager is closed, or if this process is a forked child."""
         if self._pid != os.getpid():
             raise UsageError(
                 f"this CheckpointManager belongs to process {self._pid}; this one, {os.getpid()}, "

@@ -108,8 +108,8 @@ def build_meshes(
 
 
 def connect() -> Store | None:
-    """Connect to the key-value store (`torch.distributed.Store`) that the launcher serves: `torchrun`
-    or `holdfast.trainer.launch`.
+    """Connect to the key-value store that the launcher, `torchrun` or `holdfast.trainer.launch`,
+    serves for `torch.distributed`.
 
     Returns None for a single process.
     """
