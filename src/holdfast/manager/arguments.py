@@ -50,13 +50,14 @@ def check(
     on_stop: object,
     on_saved: object,
 ) -> None:
-    """Check the arguments of `CheckpointManager`. Log a warning if settings have no effect, since
-    `enable` is off.
+    """Check the arguments of `CheckpointManager`. If `config.enable` is off, log a warning that
+    lists the other changed settings, since they have no effect.
 
     Collective: every rank calls this. An error on one rank is raised on all.
 
     Raises:
-        UsageError: an argument has the wrong type or value, or a name in `states` is taken.
+        UsageError: an argument has the wrong type or value, or a component has the same name as
+            another component or as a tensor of the model.
     """
 
     def check_on_this_rank() -> None:
@@ -113,7 +114,7 @@ def check(
 
 
 def _check_place(folder: object, store: object) -> None:
-    """Check that either a folder or a store is given."""
+    """Check that only one of `folder` and `store` is given, and that it has the right type."""
     if store is None:
         checked_path(folder, "folder")
     elif folder is not None:
@@ -126,8 +127,8 @@ def _check_place(folder: object, store: object) -> None:
 
 
 def is_container(optimizers: object) -> bool:
-    """Return whether this is one object that holds optimizers, such as TorchTitan's
-    `OptimizersContainer`. The state of such an object is what its own `state_dict` returns."""
+    """Return whether `optimizers` is a single object that holds optimizers, such as TorchTitan's
+    `OptimizersContainer`. A checkpoint stores what the object's own `state_dict` returns."""
     if isinstance(optimizers, Sequence) or _is_optimizer(optimizers):
         return False
     # Schedulers and modules have states too, but schedulers lack `zero_grad`, modules lack `step`.
@@ -136,7 +137,8 @@ def is_container(optimizers: object) -> bool:
 
 def _check_names(models: Sequence[nn.Module], states: object, taken: Mapping[str, str]) -> None:
     """Check that `states` holds objects that can be saved, and that no component has the name of
-    another one or of a tensor of the model, since a checkpoint could not tell the two apart."""
+    another component or of a tensor of the model: a checkpoint could not tell the two apart.
+    `taken`: names that `states` must not use, each with its owner as error messages call it."""
     tensors = {name for module in models for name in map(Names(module).of, memory_of(module))}
     if both := tensors & {OPTIMIZER, SCHEDULER, RNG, *taken}:
         raise UsageError(
@@ -176,7 +178,7 @@ def checked_config(config: object) -> CheckpointConfig:
 
 
 def checked_ranks(ranks: Ranks) -> Ranks:
-    """Return the given ranks. Raise a UsageError if they lack a method."""
+    """Return `ranks`. Raise a UsageError if the object lacks an attribute or method of `Ranks`."""
     if not _has(ranks, "rank", "size", "gather", "broadcast"):
         hint = "leave it out: the ranks of `torch.distributed` are found"
         raise _wrong("ranks", "ranks as `holdfast.comm` has them", ranks, hint)
@@ -190,10 +192,11 @@ def agree(
     measured: Sequence[float] = (),
     **flags: object,
 ) -> tuple[int, Sequence[bool], Sequence[float]]:
-    """Check the arguments of `save` on all ranks. Returns `step`, the flags, and the maximum of
-    each measurement over all ranks.
+    """Check the arguments of `CheckpointManager.save` on all ranks. `flags`: its arguments that are
+    True or False, by name. Returns `step`, the values of the flags, and the maximum over all ranks
+    of each number in `measured`.
 
-    Collective: every rank calls this after every step, so it needs only one `all_reduce_max`.
+    Collective: every rank calls this after every step. It is fast: one `all_reduce_max`.
 
     Raises:
         UsageError: an argument has the wrong type on some rank, or `step` or a flag is not the same
@@ -225,8 +228,8 @@ def agree(
 
 
 def numbers_in(metrics: Metrics | None) -> dict[str, float]:
-    """Return the metrics of a step as plain numbers. Raise a UsageError if a name is not text, or a
-    value is not a number."""
+    """Return the metrics of a step as plain numbers by name. If `metrics` is a function, call it.
+    Raise a UsageError if a name is not text, or a value is not a number."""
     given: object = {} if metrics is None else metrics
     if not isinstance(given, Mapping) and callable(given):
         given = given()
@@ -247,7 +250,8 @@ def numbers_in(metrics: Metrics | None) -> dict[str, float]:
 
 
 def as_list(given: T | Sequence[T]) -> list[T]:
-    """Return one object or several as a list."""
+    """Return the items of a sequence as a list. For text or any other object, return a list with
+    only this object."""
     if isinstance(given, Sequence) and not isinstance(given, str | bytes):
         return list(given)
     return [given]
@@ -256,7 +260,8 @@ def as_list(given: T | Sequence[T]) -> list[T]:
 def _several(
     what: str, given: object, expected: str, is_one: Callable[[object], bool]
 ) -> list[Any]:
-    """Return one object or several as a list. Raise a UsageError if `is_one` rejects an object."""
+    """Return the argument `what` as a list: see `as_list`. Raise a UsageError if `is_one` returns
+    False for an item. `expected`: words for the right type in the error message."""
     items: list[Any] = as_list(given)
     for item in items:
         if not is_one(item):
@@ -265,7 +270,7 @@ def _several(
 
 
 def _is_name(name: object) -> bool:
-    """Return whether this is text that is not empty and that UTF-8 can encode."""
+    """Return whether `name` is a string that is not empty and that UTF-8 can encode."""
     try:
         return isinstance(name, str) and bool(name.encode())
     except UnicodeEncodeError:
@@ -273,7 +278,7 @@ def _is_name(name: object) -> bool:
 
 
 def _has(value: object, *names: str) -> bool:
-    """Return whether this is an object, not a class, with all of these attributes."""
+    """Return whether `value` is an object, not a class, and has all attributes in `names`."""
     return not isinstance(value, type) and all(hasattr(value, name) for name in names)
 
 

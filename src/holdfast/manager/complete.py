@@ -1,4 +1,4 @@
-"""Remembers which checkpoints are complete, so that they need not be opened after each save."""
+"""Remembers which checkpoints are complete, so that retention need not open all after each save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOKS_MAX = 256
 checkpoints has 20,480 files, and on a network file system each check is a request to the server."""
 
 _TAIL_BYTES = 1 << 20
-"""Number of bytes at the end of an index, or of another small file, in its checksum."""
+"""Number of bytes at the end of a file that its checksum covers, if the file is not a data file."""
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class _Complete:
     """Size of each data file. For any other file, its size and the checksum of its last MiB."""
 
     unseen: list[str] = field(default_factory=list)
-    """Files that are still to be checked in the current round."""
+    """Files that the current round has still to check. A round checks each file once."""
 
 
 class CompleteCheckpoints:
@@ -55,8 +55,9 @@ class CompleteCheckpoints:
         return self._known[folder].manifest
 
     def published(self, folder: str) -> None:
-        """Add a checkpoint that this run has just published, or published again. Read only its
-        index, since each rank has confirmed that its data file is complete."""
+        """Add a checkpoint that this run has just published, or published again. Read only the
+        index of the checkpoint, since each rank has confirmed that its own data file is complete.
+        """
         self._known.pop(folder, None)
         self._add(folder, read_any(self._store, folder, entries=False, check_files=False))
 
@@ -103,7 +104,9 @@ class CompleteCheckpoints:
 def read_any(
     store: ReadStore, folder: str, *, entries: bool = True, check_files: bool = True
 ) -> Manifest:
-    """Return the manifest of a checkpoint of a run. The last one may be a Hugging Face folder."""
+    """Return the manifest of a checkpoint of a run, or of the Hugging Face folder that a run may
+    save in place of its last checkpoint. `entries`: whether to read the entries too. `check_files`:
+    whether to check that all files are complete."""
     if not entries and is_sealed(store, folder):
         return open_sealed(store, folder)
     return open_any(store, folder, check_files=check_files, entries=entries).manifest

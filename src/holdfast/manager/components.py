@@ -17,7 +17,8 @@ from holdfast.state.tree import Stateful
 
 
 def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any]:
-    """Return the components of this rank: its data loader and its random number generators.
+    """Return the components whose state is that of a single rank: the data loader, if there is one,
+    and the random number generators. `rank`: number of this rank.
 
     The generators come last, since loading the data loader may create an iterator or a worker,
     which draws random numbers.
@@ -29,9 +30,8 @@ def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any
 def ignored_names(
     manifest: Manifest, loaded: Sequence[str], excluded: Collection[str] = ()
 ) -> set[str]:
-    """Return the top-level keys of a checkpoint that a load of the components `loaded` ignores.
-    These are the keys that the user excludes. If only the model is loaded, the keys of all other
-    components are ignored too."""
+    """Return the top-level keys of a checkpoint that a load of the components `loaded` ignores:
+    those in `excluded`, and if only the model is loaded, the keys of all other components too."""
     names = canonical(excluded)
     if [*loaded] == [MODEL]:
         names |= {*(COMPONENTS if manifest.components is None else manifest.components)}
@@ -39,12 +39,12 @@ def ignored_names(
 
 
 def canonical(names: Collection[str]) -> set[str]:
-    """Return the names of components, with `dataloader` for both spellings of the data loader."""
+    """Return the names of components. Replace `data_loader`, another spelling, by `dataloader`."""
     return {DATALOADER if name in DATALOADER_KEYS else name for name in names}
 
 
 def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None:
-    """Check that the names to exclude from loading are components. Raise a UsageError otherwise."""
+    """Raise a UsageError if a name in `excluded` is not a component, or is the model."""
     known = {*components, *DATALOADER_KEYS} - {MODEL}
     for name in excluded:
         if name not in known:
@@ -56,7 +56,7 @@ def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None
 
 
 def _loader_component(loader: Stateful, rank: int) -> ObjectState | RankState:
-    """Return the component of a data loader.
+    """Return the component that saves and loads the state of a data loader.
 
     A loader with `state_is_global = True` has a state that is valid on all ranks, such as a
     position in a global order of samples. This state is saved once, and any number of ranks can
@@ -69,8 +69,8 @@ def _loader_component(loader: Stateful, rank: int) -> ObjectState | RankState:
 
 
 def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
-    """If the data loader has a state for each rank in the checkpoint, check that `num_ranks` ranks
-    have saved it. Raise a MismatchError otherwise."""
+    """If a checkpoint has one state of the data loader for each rank, check that these are the
+    states of `num_ranks` ranks. Raise a MismatchError otherwise."""
     paths = [tensor.path for tensor in manifest.tensors.values()]
     paths += [value.path for value in manifest.values.values()]
     keys = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
@@ -86,8 +86,9 @@ def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
 
 
 def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str | None:
-    """Return a hint with the setting that excludes the mismatched components; None if only the
-    model is mismatched. `components`: names of all components but the model."""
+    """Return a hint for the error of a load. The hint names the setting that excludes the
+    components which do not match the checkpoint. Return None if only the model does not match.
+    `components`: names of all components but the model."""
     named = {name.partition(".")[0] for name in re.findall(r"`([^`/]+)`", error.what)}
     mismatched = sorted(named & {*components})
     if not mismatched:
@@ -107,7 +108,7 @@ def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str 
 
 
 def differences(loaded: Loaded) -> list[str]:
-    """Return log lines about the differences that a load has tolerated."""
+    """Return log lines about differences between checkpoint and run that a load has tolerated."""
     lines = [*loaded.differences]
     if lines:
         lines.append(
@@ -123,7 +124,7 @@ def differences(loaded: Loaded) -> list[str]:
 
 
 def conversions(loaded: Loaded, manifest: Manifest) -> list[str]:
-    """Return a log line about the tensors that a load has converted to another dtype, if any."""
+    """Return a list with one log line if a load has converted tensors to another dtype, else []."""
     if not loaded.converted:
         return []
     first = loaded.converted[0]
@@ -134,7 +135,8 @@ def conversions(loaded: Loaded, manifest: Manifest) -> list[str]:
 
 
 def why_no_generators(manifest: Manifest, num_ranks: int) -> str | None:
-    """Return why a checkpoint has no random number generators for this run; None if it has them."""
+    """Return why a run of `num_ranks` ranks cannot load the states of the random number generators
+    from a checkpoint; None if it can."""
     saved_by = manifest.layout.get("world_size")
     if not any(entry.path[0] == RNG for entry in manifest.tensors.values()):
         return "not saved"

@@ -286,7 +286,7 @@ class CheckpointConfig:
                 )
 
     def _check_frozen(self) -> None:
-        """If frozen parameters are not saved, refuse settings that need the whole model."""
+        """If `save_frozen` is off, raise a UsageError for settings that do not work without it."""
         for key in ("last_save_in_hf", "hf_export_interval", "create_seed_checkpoint"):
             if getattr(self, key) and not self.save_frozen:
                 raise UsageError(

@@ -31,7 +31,8 @@ class RunContext:
     on_saved: OnSaved | None = None
 
     def note_saved(self, step: int, where: str, metrics: Mapping[str, float]) -> None:
-        """Call `on_saved` on rank 0. Log its errors, since they do not harm the checkpoint."""
+        """Call the user's function `on_saved`, if there is one, on rank 0. Log its errors, since
+        they do not harm the checkpoint. `where`: path or URL of the checkpoint."""
         if self.on_saved is None or self.ranks.rank:
             return
         try:
@@ -46,7 +47,7 @@ class RunContext:
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Limit on the bytes that each rank writes to the folder per second; None for no limit."""
+        """Limit on the bytes per second that each rank writes to the run's folder; None: none."""
         return self.config.write_bandwidth_limit * 1e6 / self.ranks.size or None
 
     def info(self, line: str) -> None:

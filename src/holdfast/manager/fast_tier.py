@@ -15,7 +15,7 @@ from holdfast.tier.local import LocalTier
 
 
 class FastTier:
-    """The fast tier of a run that has locked its folder.
+    """The fast tier of a run. Made after the run has locked its own folder.
 
     Collective: every rank makes one and calls its methods in the same order.
     """
@@ -23,7 +23,10 @@ class FastTier:
     def __init__(
         self, run: RunContext, folder: str, held: ExitStack, note: str, on_drained: OnDrained
     ) -> None:
-        """Lock `folder` on each host until the context `held` ends. `note` describes this process.
+        """Lock `folder` on each host until the context `held` ends.
+
+        `note` describes this process; it is written into the lock files. `on_drained` is called on
+        every rank when a checkpoint was copied to the folder of the run.
 
         Raises:
             UsageError: `folder` is a URL.

@@ -20,7 +20,8 @@ SAVING_LOCALLY = "saving to the fast tier"
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Durations of saves and loads since the last call of `timings`, by stage, over all ranks."""
+    """Durations of the saves and loads since the last call of `CheckpointManager.timings`. Each is
+    divided into stages such as `plan` and `write`, and combines all ranks."""
 
     saves: tuple[Times, ...] = ()
     """Saves that became durable."""
@@ -58,7 +59,7 @@ class Goodput:
             self._lost[cause] = self._lost.get(cause, 0.0) + spent
 
     def note_load(self, loaded: Loaded, step: int, ranks: Ranks) -> None:
-        """Record the duration of a load that resumes from `step`. Collective."""
+        """Record the size and duration of a load. `step`: step of the loaded state. Collective."""
         every = ranks.gather((loaded.nbytes, loaded.spans.seconds))
         if every:
             sizes, seconds = zip(*every, strict=True)
@@ -75,7 +76,7 @@ class Goodput:
         return self.lost_s - self._lost.get(RESUMING, 0.0)
 
     def timings(self) -> Timings:
-        """Return the saves and loads recorded since the last call."""
+        """Return the saves and loads that were recorded since the last call of this method."""
         saves, loads = (
             tuple(added.popleft() for _ in range(len(added))) for added in (self.saves, self.loads)
         )
@@ -92,7 +93,7 @@ class Goodput:
         self._steps_at_save, self._saved_at = self._num_steps, time.perf_counter()
 
     def progress(self) -> Progress:
-        """Return the steps and durations of this rank. `StepSaver` sets the other fields."""
+        """Return a `Progress` whose first four fields are measured on this rank; others are 0."""
         now = time.perf_counter()
         trained = now - self._began - self.lost_s
         # Without a save, `blocked_s` is only the time in which the run decided that no save is due.

@@ -41,11 +41,14 @@ _INNER = (*WRAPPERS, OUTER_WRAPPER)
 
 Export = Literal["as_step", "beside", "alone"]
 """Place of an export. `as_step`: the folder `step-N`, in place of a checkpoint. `beside`: a folder
-below `FOLDER`, in addition to a checkpoint of the step. `alone`: the same, without a checkpoint."""
+below `FOLDER`, in addition to a checkpoint of the step. `alone`: a folder below `FOLDER`, for a
+step that has no checkpoint."""
 
 
 def _with_class(model: HFModel, live: Sequence[nn.Module]) -> HFModel:
-    """Return `model` with the class of the live model in its configuration, if none is there.
+    """If the configuration of `model` has no class name, and the live model is of transformers,
+    return `model` with the class name of the live model. Else return `model` unchanged. `live`:
+    this rank's modules of the live model.
 
     Loaders choose the class by the key `architectures`, which transformers adds to a configuration
     only in `save_pretrained`.
@@ -57,7 +60,8 @@ def _with_class(model: HFModel, live: Sequence[nn.Module]) -> HFModel:
 
 
 def _class_of(module: nn.Module) -> str | None:
-    """Return the class name of a model of transformers, without wrappers; None for other models."""
+    """Return the class name of a transformers model, also if wrapper modules hold it; None for
+    other models."""
     while (inner := next((m for n, m in module.named_children() if n in _INNER), None)) is not None:
         module = inner
     # FSDP replaces the class of a module by a subclass whose name begins with `FSDP`.
@@ -80,7 +84,7 @@ class HFFormat:
     def __init__(
         self, run: RunContext, model: HFModel | None, live: Sequence[nn.Module] = ()
     ) -> None:
-        """`model`: description of the model for exports. `live`: this rank's parts of the model.
+        """`model`: description of the model for exports. `live`: this rank's modules of the model.
 
         Raises:
             UsageError: the settings ask for exports, but `model` is None, the live model has
@@ -109,8 +113,8 @@ class HFFormat:
 
     def check_live(self, model: ModelState) -> None:
         """If the settings ask for exports, check that the live model can be exported, since the
-        first export would fail only after hours of training. Skip the check if a part of the model
-        has no memory yet. Collective.
+        first export would fail only after hours of training. Skip the check if tensors of the model
+        have no memory yet, such as those on the meta device. Collective.
 
         Raises:
             MismatchError: the model has other tensors than its configuration describes.
@@ -155,11 +159,12 @@ class HFFormat:
         return "beside" if saved else "alone"
 
     def check_values(self, config: Mapping[str, Any], where: str) -> None:
-        """Compare the configuration of the weights at `where` with that of this model. Warn of each
-        value that differs, such as `rope_theta`, unless the model is `exact`.
+        """Compare `config`, the configuration of the weights at `where`, with that of the run's
+        model. Log a warning for each value that differs, such as `rope_theta`.
 
         Raises:
-            MismatchError: values differ, and the model is `exact`. All differences are listed.
+            MismatchError: values differ, and `HFModel.exact` is set. The message lists all
+                differences.
         """
         lines = value_differences(of_language_model(config), of_language_model(self.config))
         if not lines or self._model is None:
@@ -176,7 +181,7 @@ class HFFormat:
             self._run.warn(f"{where} was trained with another value: {line}")
 
     def load(self, path: str | None, tree: StateTree) -> Loaded:
-        """Load the model from the Hugging Face folder `path`, by default `HFModel.assets`."""
+        """Load the model in `tree` from the Hugging Face folder `path`; None: `HFModel.assets`."""
         model = self._model
         folder = path or (model.assets if model is not None else None)
         if folder is None:
@@ -201,7 +206,7 @@ class HFFormat:
         return loaded
 
     def prepare(self) -> None:
-        """Create the folder of exports, or clean it up. Collective."""
+        """Create the folder of the exports, if there is none, and clean it up. Collective."""
 
         def make() -> None:
             store = self.catalog.store
@@ -211,8 +216,8 @@ class HFFormat:
         run_on_rank_0(self._ranks, make)
 
     def export(self, pending: Pending, ranks: Ranks, step: int, place: Export) -> int:
-        """Write the model of a save as a Hugging Face folder, and publish the folder. Returns its
-        size in bytes.
+        """Write the model of the save `pending` as a Hugging Face folder, and publish the folder at
+        `place`. Returns the number of bytes of its tensors.
 
         Collective. Nothing else may use `ranks` in the meantime.
         """

@@ -21,11 +21,12 @@ from holdfast.storage.opening import is_url
 
 
 class Lifetime:
-    """Context that releases everything that a manager holds, even if it ends with an error."""
+    """Context that closes a `CheckpointManager` when it ends, also after an error: it releases
+    everything that the manager holds."""
 
     def __init__(self) -> None:
         self.held: ExitStack = ExitStack()
-        """Context that ends when the manager is closed."""
+        """Contexts that end, and functions that are called, when the manager is closed."""
 
         self._pid = os.getpid()
         # If the program ends without `close`, releases everything before modules are torn down.
@@ -38,7 +39,7 @@ class Lifetime:
         return not self._closed and self._pid == os.getpid()
 
     def check_open(self) -> None:
-        """Raise a UsageError if the manager is closed, or was inherited by a fork."""
+        """Raise a UsageError if the manager is closed, or if this process is a forked child."""
         if self._pid != os.getpid():
             raise UsageError(
                 f"this CheckpointManager belongs to process {self._pid}; this one, {os.getpid()}, "
@@ -79,20 +80,20 @@ class Lifetime:
 
 
 def note_of_process() -> str:
-    """Return a description of this process, for the files that it locks."""
+    """Return the note for a lock file: host and PID of this process, and the current time."""
     since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     return f"host {host_name()}, pid {os.getpid()}, since {since}"
 
 
 class OptimizerHooks:
-    """Hooks that make optimizers call `wait` before each step, until the manager is closed."""
+    """Hooks that make optimizers call `wait` before each step, until `lifetime` ends."""
 
     def __init__(self, lifetime: Lifetime, wait: Callable[[], None]) -> None:
         self._lifetime, self._wait = lifetime, wait
         self._hooked: WeakSet[Optimizer] = WeakSet()
 
     def add(self, optimizer: Optimizer) -> None:
-        """Add the hook to an optimizer, unless it has one."""
+        """Add the hook to an optimizer, unless the optimizer already has the hook."""
         if optimizer not in self._hooked:
             self._hooked.add(optimizer)
             hook = optimizer.register_step_pre_hook(lambda *_: self._wait())

@@ -41,7 +41,7 @@ from holdfast.tier.union import Fetching, LocalCheckpoint, fetching, find
 
 
 class Loader:
-    """Loads the components of a run.
+    """Loads the components of a run from a checkpoint.
 
     Collective: every rank makes one and calls its methods in the same order.
     """
@@ -55,8 +55,9 @@ class Loader:
         hf: HFFormat,
         saver: Saver,
     ) -> None:
-        """`whole_model` includes frozen parameters that are not saved. `saver` has the fast tier,
-        and is told which checkpoint the run resumes from, for retention and deduplication."""
+        """`components`: objects to load, by name. `whole_model`: the model, including frozen
+        parameters that are not saved. `saver` has the fast tier, and is told which checkpoint the
+        run resumes from, for retention and deduplication."""
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._components, self._whole_model = components, whole_model
@@ -65,7 +66,13 @@ class Loader:
         self._hf, self._saver = hf, saver
 
     def load(self, requested: int) -> Resumed:
-        """Resume from step `requested`; -1 takes the newest good one, or else initial weights."""
+        """Resume from step `requested`, or for -1 from the newest good checkpoint. If -1 finds no
+        checkpoint, load the configured initial weights; if none are configured, start at step 0.
+
+        Raises:
+            NotFoundError: there is no step `requested`. Or there are checkpoints, but none of them
+                can be resumed from, and no initial weights are configured.
+        """
         start = None if self._config.save_frozen else self._load_initial()
         if requested >= 0:
             local = self._local_at(requested)
@@ -161,14 +168,15 @@ class Loader:
         return [] if tier is None else find(tier.local, self._ranks)
 
     def _local_at(self, step: int) -> LocalCheckpoint | None:
-        """Return the checkpoint of `step` if only the fast tier has one, else None. Collective."""
+        """Return the fast tier's checkpoint of `step`; None if the fast tier has none, or if the
+        folder of the run has one too. Collective."""
         local = [found for found in self._local_checkpoints() if found.step == step]
         if not local or step in run_on_rank_0(self._ranks, self._catalog.steps):
             return None
         return local[0]
 
     def _resume_local(self, found: LocalCheckpoint, *, explicit: bool) -> Resumed:
-        """Load a checkpoint of the fast tier."""
+        """Resume from a checkpoint of the fast tier. `explicit`: see `_resume`."""
         tier = self._saver.tier
         assert tier is not None, "it has found the checkpoint"
         with fetching(tier.local, found, self._ranks) as fetched:
@@ -177,8 +185,9 @@ class Loader:
     def _resume(
         self, opened: Opened, *, explicit: bool, fetched: Fetching | None = None
     ) -> Resumed:
-        """Load a checkpoint of the run's folder or of the fast tier. Protect this step and newer
-        ones from retention."""
+        """Resume from a checkpoint of the run's folder, or of the fast tier if `fetched` is given.
+        Protect its step and newer steps from retention. `explicit`: whether the user has requested
+        this step."""
         started = time.perf_counter()
         step, manifest = opened.step, opened.manifest
         assert step is not None, "only checkpoints of this folder are resumed from"
@@ -206,7 +215,8 @@ class Loader:
         return Resumed(step, "checkpoint" if is_full else "seed", source.url)
 
     def _before(self, step: int) -> list[tuple[str, Manifest]]:
-        """Return the newest resumable checkpoint before `step`, as a list of at most one item."""
+        """Return folder name and manifest of the newest resumable checkpoint before `step`, as a
+        list of one pair. The list is empty if there is no such checkpoint."""
         found = capture(lambda: newest_resumable(self._catalog, step)[0])
         # Without such a checkpoint, the next save links nothing and writes everything.
         if found is None or isinstance(found, HoldfastError) or found.step is None:

@@ -49,7 +49,8 @@ T = TypeVar("T")
 def _one_at_a_time(
     method: Callable[Concatenate[CheckpointManager, P], T],
 ) -> Callable[Concatenate[CheckpointManager, P], T]:
-    """Make each call of `method` wait until calls by other threads have returned."""
+    """Return `method` with a lock: a call waits while another thread is in a method of the same
+    manager that has this decorator."""
 
     @uncompiled
     @wraps(method)
@@ -96,11 +97,11 @@ class CheckpointManager:
     ) -> None:
         """Lock `folder` against other runs, and clean up what killed runs left there.
 
-        `model` may be a list of pipeline stages. `states` are further objects, by name. The state
-        of a `dataloader` is saved for each rank, unless the loader has `state_is_global = True`, as
-        `holdfast.data.ElasticLoader` has. `config` defaults to a save every 500 steps, `ranks` to
-        those of `torch.distributed`. `hub` describes the model in Hugging Face format, for exports
-        and for loading Hugging Face folders.
+        `model` may be a list of pipeline stages. `states` are further objects to save, by name. The
+        state of a `dataloader` is saved once for each rank, unless `state_is_global` of the loader
+        is True, as in `holdfast.data.ElasticLoader`. `config` defaults to a save every 500 steps,
+        `ranks` to those of `torch.distributed`. `hub` describes the model in Hugging Face format,
+        for exports and for loading Hugging Face folders.
 
         `optimizers` may be one object that holds optimizers; then its own `state_dict` is saved.
         `store`: store for the checkpoints, in place of `folder`, which must be None then.
@@ -178,7 +179,8 @@ class CheckpointManager:
                 raise
 
     def _open(self, hf: HFFormat) -> None:
-        """Lock the folder, and check that all hosts share it. Collective."""
+        """Lock the folder of the run, check that all hosts share it, and start the fast tier if one
+        is configured. A run that does not save only checks. Collective."""
         run = self._run
 
         def take() -> None:
@@ -200,7 +202,8 @@ class CheckpointManager:
         `step` defaults to `load_step`. -1 takes the newest good checkpoint, and logs the newer ones
         that it passes over because they are damaged or hold only the model. Any other number takes
         that step, or raises an error. From a seed, or a stock checkpoint at step 0, only the model
-        is loaded. If the folder holds no checkpoint, `initial_load_path` is loaded if it is set.
+        is loaded. If -1 finds no checkpoint to resume from, and `initial_load_path` is set, that
+        checkpoint is loaded.
 
         Collective: every rank calls this, and all load the same step.
 
@@ -307,8 +310,8 @@ class CheckpointManager:
 
     @uncompiled
     def latest_step(self) -> int | None:
-        """Return the newest step that can be resumed from; None if there is none. Only its index
-        and the sizes of its files are checked.
+        """Return the newest step that can be resumed from; None if there is none. Only the index of
+        its checkpoint and the sizes of the files are checked.
 
         Collective: every rank calls this.
         """
@@ -327,8 +330,9 @@ class CheckpointManager:
 
     @uncompiled
     def timings(self) -> Timings:
-        """Return the durations of the saves and loads that have finished since the last call, by
-        stage, over all ranks. On ranks other than 0 they are empty."""
+        """Return the durations of the saves and loads that have finished since the last call. Each
+        is divided into stages such as `plan` and `write`, and combines all ranks. On ranks other
+        than 0, there are none."""
         return self._run.goodput.timings()
 
     @property

@@ -13,7 +13,7 @@ from holdfast.manager.config import CheckpointConfig
 
 
 class Progress(NamedTuple):
-    """Measurements of one rank after a step, or the largest of each over all ranks."""
+    """Measurements of one rank after a step, or the maximum of each measurement over all ranks."""
 
     steps: float = 0
     """Steps since the last save, or since the run began."""
@@ -43,13 +43,13 @@ class Progress(NamedTuple):
     """1 while a checkpoint is or will be copied from the fast tier to the run's folder, else 0."""
 
     lacks_memory: float = 0
-    """1 after the first step if snapshots need page-locked memory, else 0."""
+    """1 after the first step if page-locked memory must be reserved for snapshots, else 0."""
 
     signal: float = 0
     """Number of a stop signal that was received; 0 if there is none."""
 
     signal_age_s: float = 0
-    """Seconds since that signal was received."""
+    """Seconds since the signal was received; 0 if there is none."""
 
 
 def is_due(step: int, *, last_step: bool, config: CheckpointConfig, progress: Progress) -> bool:
@@ -96,7 +96,8 @@ def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind 
 def stopping_line(
     number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
 ) -> str:
-    """Return the log line about a stop signal and the save after it. `kind`: see `kind_in_time`."""
+    """Return the log line about the stop signal `number` and the save of `step` after it. `left_s`,
+    `full_save_s`: arguments of `kind_in_time`. `kind`: its result."""
     name = signal.Signals(number).name
     if kind == "full":
         return f"{name}: saving step {step}, then ending"
@@ -145,11 +146,11 @@ class Candidate:
 def reasons_to_keep(
     good: Iterable[Candidate], retention: Retention, *, protected: Collection[int] = ()
 ) -> dict[int, list[str]]:
-    """Return the reasons to keep each checkpoint, oldest first. Those without a reason may be
-    deleted.
+    """Return the reasons to keep each checkpoint, by step, oldest first. A checkpoint without any
+    reason may be deleted.
 
-    `good` holds only complete checkpoints. Damaged ones are neither counted nor deleted, so they
-    never displace a good one. Steps in `protected` are always kept.
+    `good` holds only complete checkpoints. Damaged checkpoints are neither counted nor deleted, so
+    they never displace a good one. Steps in `protected` are always kept.
     """
     steps = sorted(good, key=lambda candidate: candidate.step)
     reasons: dict[int, list[str]] = {candidate.step: [] for candidate in steps}
@@ -174,10 +175,10 @@ def removable(
     current: int | None = None,
     protected: Collection[int] = (),
 ) -> list[int]:
-    """Return the steps to delete, oldest first.
+    """Return the steps to delete, oldest first. `good`, `protected`: see `reasons_to_keep`.
 
-    Steps after `current` are neither counted nor deleted: the run abandoned them when it went back
-    to an earlier step by an explicit `load_step`.
+    `current`: step that the run has just saved. Later steps are neither counted nor deleted: the
+    run abandoned them when it went back to an earlier step by an explicit `load_step`.
     """
     ours = [c for c in good if current is None or c.step <= current]
     reasons = reasons_to_keep(ours, retention, protected=protected)
@@ -185,8 +186,8 @@ def removable(
 
 
 def _best(steps: Sequence[Candidate], retention: Retention) -> list[Candidate]:
-    """Return the best checkpoints by the metric. Of two with equal values, the newer one is better.
-    Checkpoints without the metric, or with NaN, are left out."""
+    """Return the `best_k` best checkpoints by the metric. Of two checkpoints with equal values, the
+    newer one is better. Checkpoints without the metric, or with NaN, are left out."""
     sign = 1 if retention.best_mode == "max" else -1
     metric = retention.best_metric
     measured = [c for c in steps if not math.isnan(c.metrics.get(metric, math.nan))]

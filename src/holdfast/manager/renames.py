@@ -13,7 +13,7 @@ KEY = "checkpoint.initial_load_renames"
 
 
 def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
-    """Return the manifest with its tensors renamed to the dialect of the names `names`.
+    """Return the manifest with its tensors renamed to the dialect that `names` are in.
 
     Renames optimizer state too. Converts only between Meta's dialect and that of TorchTitan from
     0.3 on; for all other dialects, returns the manifest unchanged.
@@ -32,8 +32,8 @@ def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
 
 
 def rename(manifest: Manifest, rules: Sequence[str]) -> Manifest:
-    """Rename every tensor by the first rule that matches the beginning of its name. `{}` matches
-    one part of a name, without dots.
+    """Return the manifest with each tensor renamed by the first rule that matches the beginning of
+    its name. A rule is `theirs=ours`; `{}` in it matches one part of a name, without dots.
 
     Raises:
         UsageError: a rule matches no tensor, or two tensors get the same name.

@@ -66,8 +66,8 @@ def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Opened | None
 
 
 def mark_unless_store_failed(catalog: Catalog, step: int, error: HoldfastError) -> None:
-    """Mark a checkpoint that failed to load as damaged, unless the store caused the error: then the
-    next load may succeed."""
+    """Mark the checkpoint of `step` as damaged, since its load raised `error`. Do not mark it if
+    the store caused the error: then the next load may succeed."""
     if isinstance(error, NotFoundError | StorageError):
         return
     try:
@@ -89,7 +89,8 @@ def good_steps(
     """Yield the good checkpoints among `folders`, newest first, for the retention rules.
 
     A good checkpoint has all of its files in full, has no mark `damaged`, and was saved as the step
-    in its name. Checkpoints in `complete` need not be opened. Those opened here are added to it.
+    in its name. `folders`: names of the folders, by step. `complete`: checkpoints that need not be
+    opened; this function adds those that it opens.
     """
     complete = CompleteCheckpoints(catalog.store) if complete is None else complete
     complete.look_again({*folders.values()})

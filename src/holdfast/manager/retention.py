@@ -37,8 +37,8 @@ class Retainer:
         self._resumed_from, self._left_behind = step, set(left_behind)
 
     def saved(self, step: int) -> None:
-        """Apply the rules after `step` was published. Files are deleted in the background: see
-        `wait`."""
+        """Apply the rules after the checkpoint of `step` was published. The files of deleted
+        checkpoints are removed in the background: see `wait`."""
         self._left_behind.discard(step)
         found = capture(lambda: self._removable(step))
         if isinstance(found, HoldfastError):
@@ -49,7 +49,7 @@ class Retainer:
         self._remover.start()
 
     def wait(self) -> None:
-        """Wait until the files are deleted, or the errors are logged."""
+        """Wait until all files of deleted checkpoints are removed, or the errors are logged."""
         self._remover.wait()
 
     def _removable(self, current: int) -> list[int]:

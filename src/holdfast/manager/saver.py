@@ -44,7 +44,7 @@ Target = Literal["durable", "local", "drained"]
 the fast tier, from which it is copied to the folder of the run."""
 
 AHEAD_SPARE_BYTES = 16 << 20
-"""Bytes reserved for snapshots ahead of the first save, in addition to the size of its file."""
+"""Bytes reserved for snapshots ahead of the first save, in addition to the size of a data file."""
 
 LOGGED_WAIT_S = 0.1
 """Longest wait for the background save that is not logged."""
@@ -91,7 +91,7 @@ class Saver:
         """Whether the next step must be saved to the folder of the run, since a save that was to be
         copied there has failed in the fast tier."""
         self._target: Target = "durable"
-        """Place that the last save went to."""
+        """Place that the current or latest save goes to."""
         self.full_save_s: float = 0.0
         """Longest duration of a full save: see `Progress`."""
         self.model_share: float = 0.0
@@ -113,7 +113,10 @@ class Saver:
         export: Export | None = None,
         target: Target = "durable",
     ) -> bool:
-        """Save a checkpoint, an export, or both. Returns whether it was saved or is being saved.
+        """Save a checkpoint, an export, or both. Returns True if all is saved or being saved.
+
+        `flatten` returns the state to save. `dtype`: dtype in which floating-point tensors are
+        stored; None for their own.
 
         A failure raises an error or returns False: see `on_save_error`. If the fast tier fails and
         the checkpoint was to be copied from there, it is saved to the folder of the run instead.
@@ -182,7 +185,8 @@ class Saver:
         dtype: torch.dtype | None,
         export: Export | None,
     ) -> Pending:
-        """Plan a save and make its attempt: for the fast tier, one on each host. Collective."""
+        """Plan a save and create its attempt; for the fast tier, create an attempt on each host.
+        `facts`: the manifest, without entries and files. Collective."""
         begin = partial(begin_save, facts=facts, dtype=dtype)
         name, local = step_name(step), self._local
         if export == "alone":
@@ -198,11 +202,11 @@ class Saver:
 
     @property
     def _local(self) -> LocalTier | None:
-        """Fast tier if the last save goes there, else None."""
+        """Fast tier if the current or latest save goes there, else None."""
         return None if self._target == "durable" or self.tier is None else self.tier.local
 
     def wait_for_staging(self) -> None:
-        """Wait until the training state is copied."""
+        """Wait until the state is copied for the latest save, so that training may change it."""
         staging = self._staging
         if staging is not None:
             with self._goodput.lost_to("waiting for a copy"):
@@ -250,7 +254,7 @@ class Saver:
             self._raise_or_log(error)
 
     def finish(self) -> None:
-        """Wait for everything in the background."""
+        """Wait for all work in the background: saves, copies, deletions, reservations of memory."""
         self.settle()
         self.retainer.wait()
         self._snapshot.wait()
@@ -258,7 +262,8 @@ class Saver:
             self.tier.local.wait()
 
     def give_up_drain(self) -> None:
-        """Give up the copy from the fast tier, since a stopping run has a deadline."""
+        """Wait for the background save. Then end the copy of a checkpoint from the fast tier, since
+        a stopping run has a deadline."""
         if self.tier is None:
             return
         try:
@@ -268,8 +273,9 @@ class Saver:
             self.tier.drain.stop()
 
     def _has_room(self, pending: Pending) -> bool:
-        """Reserve memory for a snapshot on every rank. If it does not suffice, raise an error, or
-        return False to let training wait for this save: see `on_low_memory`. Collective."""
+        """Reserve memory for a snapshot on every rank, and return True. If a host has too little
+        memory, raise a UsageError, or return False to let training wait for this save: see
+        `on_low_memory`. Collective."""
         try:
             self._reserve(pending.file_layout.nbytes, pending.devices, self._snapshot.reserve)
         except UsageError as error:
@@ -305,9 +311,10 @@ class Saver:
     def _reserve(
         self, nbytes: int, devices: Sequence[torch.device], reserve: Callable[..., None]
     ) -> None:
-        """Reserve memory for snapshots of `nbytes` by `reserve`, unless all ranks have enough.
+        """Call `reserve`, a method of `Snapshot`, to get memory for snapshots of `nbytes`, unless
+        all ranks have enough. `devices`: devices of the tensors.
 
-        Collective. Raises a UsageError on all ranks if one host has too little.
+        Collective. Raises a UsageError on all ranks if one host has too little memory.
         """
         growth = self._snapshot.growth(nbytes, devices)
         if not self._ranks.all_reduce_max([growth])[0]:
@@ -348,7 +355,8 @@ class Saver:
     def _finish(
         self, pending: Pending, step: int, export: Export | None, staging: Staging | None = None
     ) -> None:
-        """Write and publish a save, then apply the retention rules."""
+        """Write and publish a save, and apply the retention rules. Then write its export, if any.
+        `staging`: copy of tensors into the snapshot, if it is still in progress."""
         if export in ("as_step", "alone"):
             self._finish_export(pending, step, export, staging)
             return
@@ -380,7 +388,7 @@ class Saver:
     def _finish_export(
         self, pending: Pending, step: int, export: Export, staging: Staging | None
     ) -> None:
-        """Write and publish an export in place of a checkpoint, or one that comes without any."""
+        """Write and publish an export of a step that gets no checkpoint: see `Export`."""
         ranks = self._finishing_ranks
         copied = capture(staging.run) if staging is not None else None
         try:
@@ -396,7 +404,7 @@ class Saver:
             self._note_durable(step, where, pending.facts.metrics)
 
     def _drained(self, drained: Drained) -> None:
-        """Log and record a copy that the drain has finished. Called in the thread of the drain."""
+        """Log and record a finished copy from the fast tier. The thread that copies calls this."""
         if drained.times is not None:
             self._goodput.saves.append(drained.times)
             speed = rate(drained.manifest.nbytes, drained.times.seconds)
@@ -424,7 +432,8 @@ class Saver:
         return True
 
     def _raise_or_log(self, error: HoldfastError) -> None:
-        """Raise the error of a save, or log it if the run can and should continue."""
+        """Raise the error of a save, or log it: see `on_save_error`. A RankError is always raised,
+        since the run cannot continue."""
         self._goodput.failed_saves += 1
         if error.hint == NO_SPACE:
             error.hint = f"{NO_SPACE}, or lower `checkpoint.keep_latest_k`"
@@ -454,7 +463,7 @@ def _hosts_with_files(run: RunContext) -> list[str] | None:
 
 @contextmanager
 def _hint_about_links() -> Iterator[None]:
-    """Add a hint to the error that is raised if the store can neither link nor copy files."""
+    """Context that adds a hint to the error of a store that can neither link nor copy files."""
     try:
         yield
     except UsageError as error:
@@ -463,7 +472,7 @@ def _hint_about_links() -> Iterator[None]:
 
 
 def _on_same_host(nbytes: int, ranks: Ranks) -> list[int]:
-    """Return the `nbytes` of every other rank on this rank's host. Collective."""
+    """Return the `nbytes` that each of the other ranks on this rank's host passes. Collective."""
     hosts, numbers = hosts_of(ranks), ranks.broadcast(ranks.gather(nbytes))
     places = enumerate(zip(hosts, numbers, strict=True))
     host = hosts[ranks.rank]

@@ -16,7 +16,7 @@ from holdfast.storage.forks import leave_in_children, no_fork_between
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise a UsageError if an entry is not the name of a signal that a process can catch."""
+    """Raise a UsageError if one of `names` is not the name of a signal that a process can catch."""
     for name in names:
         number = getattr(signal, name, None)
         if not isinstance(number, signal.Signals) or name in ("SIGKILL", "SIGSTOP"):
@@ -35,10 +35,11 @@ may pass on a signal that the process has also received directly."""
 
 
 class StopSignals:
-    """Records the first of the given signals. A second one ends the process at once.
+    """Records the first signal that the process receives, of the signals `names`. A second signal
+    ends the process at once.
 
-    A thread receives them through a pipe as they arrive. A Python handler in the main thread would
-    run only after the current collective or copy, which may take longer than the deadline.
+    A thread receives the signals through a pipe as they arrive. A Python handler in the main thread
+    would run only after the current collective or copy, which may take longer than the deadline.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -66,7 +67,7 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._handle)
 
     def received(self) -> tuple[float, float]:
-        """Return the recorded signal and its age in seconds; zeros if there is none."""
+        """Return number and age in seconds of the recorded signal; zeros if there is none."""
         return self._number, time.monotonic() - self._received_s if self._number else 0.0
 
     def forget(self) -> None:
@@ -139,7 +140,7 @@ class StopSignals:
 
 
 def _file_of(descriptor: int) -> tuple[int, int] | None:
-    """Return device and inode of an open descriptor; None if it is closed."""
+    """Return device and inode number of the open file `descriptor`; None if it is closed."""
     try:
         status = os.fstat(descriptor)
     except OSError:
@@ -148,7 +149,8 @@ def _file_of(descriptor: int) -> tuple[int, int] | None:
 
 
 def _call(handler: Any, number: int, frame: FrameType | None) -> None:
-    """Do what `handler`, an argument of `signal.signal`, would do."""
+    """Do what Python or the system does for a signal with this handler: a function, `SIG_DFL` or
+    `SIG_IGN`."""
     if callable(handler):
         handler(number, frame)
     elif handler == signal.SIG_DFL:

@@ -112,7 +112,7 @@ class StepSaver:
         self._saver.collect()
 
     def _progress(self) -> Progress:
-        """Return the progress of this rank."""
+        """Return the measurements of this rank after the current step."""
         saver = self._saver
         signal, signal_age_s = self.stop_signals.received()
         return self._goodput.progress()._replace(
@@ -144,7 +144,8 @@ class StepSaver:
         return kind
 
     def _target(self, step: int, forced: bool, progress: Progress) -> Target | None:
-        """Return the place that the save due now goes to; None if no save is due."""
+        """Return the place that the save after `step` goes to; None if no save is due, or it is
+        skipped or queued. `forced`: whether the step is saved in any case."""
         due = self._queued or is_due(step, last_step=forced, config=self._config, progress=progress)
         owes, self._saver.owes_durable = self._saver.owes_durable, False
         self._queued = False
@@ -159,7 +160,7 @@ class StepSaver:
 
     def _is_late(self, step: int, busy: bool) -> bool:
         """Return whether the save that is due now cannot begin, since the previous one is still in
-        progress. If so, queue it or skip it."""
+        progress (`busy`). If so, queue or skip the due save: see `on_save_overlap`."""
         overlap = self._config.on_save_overlap
         if not busy or overlap == "wait":
             return False
@@ -177,7 +178,8 @@ class StepSaver:
         metrics: Metrics | None = None,
         target: Target = "durable",
     ) -> bool:
-        """Save all components, or the model alone, which has the export dtype at the last step."""
+        """Save all components, or only the model. A model-only save at the last step casts the
+        model to `export_dtype`. Returns whether the step is saved or being saved."""
         numbers = run_on_all(self._ranks, partial(arguments.numbers_in, metrics))
         if target != "local":
             self._goodput.count_save()
@@ -208,7 +210,8 @@ class StepSaver:
         return StateTree({MODEL: self._model}, flat=MODEL, others=self._run.others)
 
     def _warn_of_newer_steps(self, step: int) -> None:
-        """Warn once if the folder has later steps, and this run has not called `load`."""
+        """Log one warning if the run's folder has checkpoints of later steps than `step`, and this
+        run has not called `load`."""
         if self.knows_folder or self._ranks.rank:
             return
         self.knows_folder = True

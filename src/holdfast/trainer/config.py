@@ -108,7 +108,7 @@ class TrainingConfig:
         _not_negative("training.max_norm", self.max_norm)
 
     def batch_per_rank(self, dp_size: int) -> int:
-        """Return the sequences per step of each of `dp_size` data-parallel ranks."""
+        """Return how many sequences each of `dp_size` data-parallel ranks has per step."""
         if self.global_batch_size == -1:
             return self.local_batch_size
         unit = self.local_batch_size * dp_size
@@ -240,7 +240,7 @@ class ParallelismConfig:
         return STAGES_PER_RANK[self.pipeline_parallel_schedule]
 
     def degrees(self, world_size: int) -> dict[str, int]:
-        """Return the degree of each mesh axis, outermost first, with -1 replaced.
+        """Return the degree of each mesh axis, outermost first; a degree of -1 is computed.
 
         Raises:
             UsageError: the product is not `world_size`.

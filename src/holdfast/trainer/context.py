@@ -25,9 +25,10 @@ def sequence_slice(seq_len: int, index: int, degree: int) -> range:
 
 
 def context_parallel_attention(mesh: DeviceMesh) -> Attend:
-    """Return a function that attends from this rank's queries to the keys up to its own slice.
+    """Return a function that attends from this rank's queries to the keys of its own slice and of
+    all earlier slices.
 
-    Collective over `mesh`, forward and backward.
+    The function is collective over `mesh`, forward and backward.
     """
     group, index = mesh.get_group(), mesh.get_local_rank()
 

@@ -32,10 +32,10 @@ class ByteTokenizer:
     """Highest id plus one."""
 
     name = "bytes"
-    """Name of the tokenizer. Tokenizers with other ids have other names."""
+    """Name of the tokenizer. Two tokenizers that encode a text differently have different names."""
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """Return the document's bytes between the tokens 256 and 257."""
+        """Return the bytes of `text` as token ids, between begin token 256 and end token 257."""
         ids = np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
         return np.concatenate(([256], ids, [257])).astype(np.uint16)
 
@@ -44,7 +44,7 @@ class FileTokenizer:
     """Tokenizer from a Hugging Face `tokenizer.json`."""
 
     def __init__(self, path: Path) -> None:
-        """Load the file."""
+        """Load the file `path`."""
         try:
             from tokenizers import Tokenizer as Loaded
         except ImportError:
@@ -59,7 +59,7 @@ class FileTokenizer:
         self.name: str = xxhash.xxh3_128_hexdigest(path.read_bytes())
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """Return the ids, with the special tokens that the file specifies."""
+        """Return the token ids of `text`, with the special tokens that the file specifies."""
         return np.asarray(self._loaded.encode(text).ids, dtype=np.uint32)
 
 
@@ -148,7 +148,8 @@ class Text:
 
     name: str
     identity: str
-    """Key that changes with the names, sizes and times of the data files."""
+    """Text that changes with the names, sizes and times of the data files; for a data set on the
+    Hugging Face hub, its name."""
 
     documents: Callable[[], Iterator[str]]
     """Function that yields the documents in a fixed order."""
@@ -210,7 +211,8 @@ def _json_lines(path: Path) -> Iterator[str]:
 
 
 def _hub_documents(dataset: str) -> Iterator[str]:
-    """Yield the rows of the split `train` of `owner/name[:config]` while they are downloaded."""
+    """Yield the texts of a data set on the Hugging Face hub, `owner/name[:config]`, as they are
+    downloaded. Its split is `train`."""
     datasets = _import_datasets(f"`training.dataset` {dataset}")
     path, _, subset = dataset.partition(":")
     try:

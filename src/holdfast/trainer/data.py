@@ -1,8 +1,8 @@
 """Batches of tokens, in an order that does not depend on the number of ranks.
 
-The data is cut into samples of `seq_len + 1` tokens. Each epoch visits all samples in a random
-order. A loader's only state is the number of samples that the run has taken, over all epochs, so a
-resume on any number of ranks continues with the next sample.
+The data is cut into samples of `seq_len + 1` tokens; neighbouring samples share one token. Each
+epoch visits all samples in a random order. A loader's only counter is the number of samples that
+the run has taken, over all epochs, so a resume on any number of ranks continues with the next one.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Gradients:
             )
 
     def accumulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return this rank's share of the step's mean loss; leave its gradients in the model.
+        """Return this rank's share of the step's mean loss. Add its gradients to each `grad`.
 
         `inputs` and `labels` are whole sequences; a context-parallel rank uses its slice of them.
         `training.local_batch_size` sequences go through the model at a time. The sum of all ranks'
@@ -63,7 +63,8 @@ class Gradients:
         return total
 
     def _accumulate_alone(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Run the batches one by one through a model that is not split into pipeline stages."""
+        """Run forward and backward through a model without pipeline stages, `local_batch_size`
+        sequences at a time. Return this rank's share of the loss."""
         (model,) = self._stages
         total = torch.zeros((), device=self._parallel.device)
         size = self._local_batch_size

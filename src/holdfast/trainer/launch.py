@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 class Workers:
-    """Forked workers, to which the launcher passes on its signals."""
+    """Forked worker processes, to which the launcher passes on the signals that it receives."""
 
     def __init__(self, config: Config, num_workers: int) -> None:
         """Fork the workers, which start at once."""

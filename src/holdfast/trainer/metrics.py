@@ -91,7 +91,7 @@ class Metrics:
 
 
 def with_timings(row: MetricsRow, timings: Timings) -> MetricsRow:
-    """Return the row with further saves and loads added."""
+    """Return `row` with the saves and loads in `timings` added."""
     return replace(
         row,
         saves=(*row.saves, *timings.saves),
@@ -101,7 +101,7 @@ def with_timings(row: MetricsRow, timings: Timings) -> MetricsRow:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return this process's peak memory on its device."""
+    """Return this process's peak memory on `device`, in bytes."""
     if device.type != "cpu":
         return accelerator.memory_bytes_max(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

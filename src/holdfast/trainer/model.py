@@ -33,13 +33,14 @@ from holdfast.trainer.config import ActivationCheckpointConfig
 from holdfast.trainer.moe import MixtureOfExperts
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention of queries (BHTE) to keys and values (BKTE); the output is BHTE."""
+"""Function that computes attention from queries (BHTE), keys and values (BKTE); returns BHTE."""
 
 
 def checkpoint_function(
     config: ActivationCheckpointConfig, layer: int
 ) -> Callable[..., Tensor] | None:
-    """Return a function that runs a layer with activation checkpointing; None if it has none."""
+    """Return a function that runs the layer with index `layer` with activation checkpointing; None
+    if `config` selects none for this layer."""
     selective = config.mode == "selective"
     if selective and config.selective_ac_option == "op":
         # Matrix products and attention, the costly part of a layer, are not recomputed.
@@ -61,11 +62,11 @@ def _product_policy(_context: object, op: object, *_: object, **__: object) -> C
 class Transformer(nn.Module):
     """Decoder, or one pipeline stage of it.
 
-    Later stages take the hidden states (BTD) of the stage before them in place of tokens (BT).
+    The first stage takes tokens. Each later stage takes the hidden states of the stage before it.
     """
 
     rope: Tensor
-    """Rotary table, of shape TP2."""
+    """Cosine and sine for each position and each rotary pair of a head: see `rotary_table`."""
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class Transformer(nn.Module):
         self.tie()
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Return the logits (BTV), or the hidden states (BTD) of a stage before the last."""
+        """Return the logits; in a stage before the last, the hidden states."""
         x_BTD = self.tok_embeddings(tokens_BT)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, self.rope)
@@ -127,7 +128,7 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def rope_table(self) -> Tensor:
-        """Compute the rotary table for `positions`, of shape TP2, on the current device."""
+        """Compute the rotary table for `positions` on the current device: see `rotary_table`."""
         table_TP2 = rotary_table(
             self.seq_len, self.flavor.head_dim, self.flavor.rope_theta, self.flavor.rope_scaling
         )
@@ -200,12 +201,12 @@ class Attention(nn.Module):
 
 
 def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Compute causal attention, of shape BHTE."""
+    """Compute causal attention. The output has the shape of the queries."""
     return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=True)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: a gated projection from D to F and a projection back."""
+    """SwiGLU: a gated projection to the hidden width and a projection back."""
 
     def __init__(self, flavor: Flavor) -> None:
         super().__init__()
@@ -235,10 +236,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: Scaling | None) -> Tensor:
-    """Compute cosine and sine of `position * frequency`, of shape TP2, as transformers does.
+    """Compute cosine and sine of `position * frequency` for each position and each rotary pair of a
+    head, as transformers does. Shape: `(seq_len, head_dim / 2, 2)`.
 
-    With `DynamicScaling`, the frequencies depend on `seq_len`, and are the same for shorter
-    sequences.
+    With `DynamicScaling`, the frequencies depend on `seq_len`. Shorter sequences use the same
+    frequencies.
     """
     if isinstance(scaling, DynamicScaling):
         length = max(seq_len, scaling.original_seq_len) / scaling.original_seq_len
@@ -259,8 +261,8 @@ def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: Scaling | N
 
 
 def _scale_frequencies(frequency_P: Tensor, scaling: Llama3Scaling) -> Tensor:
-    """Scale as Llama 3.1 does: divide low frequencies by `factor`, keep high ones, and interpolate
-    between the two."""
+    """Scale rotary frequencies as Llama 3.1 does: divide low frequencies by `factor`, keep high
+    frequencies, and interpolate between the two."""
     turns_P = frequency_P * scaling.original_seq_len / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
@@ -268,7 +270,8 @@ def _scale_frequencies(frequency_P: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def _kept_by_yarn(head_dim: int, theta: float, scaling: YarnScaling) -> Tensor:
-    """Return the unscaled share of each frequency: 1 for high frequencies, 0 for low ones."""
+    """Return the share of each rotary frequency that YaRN does not scale: 1 for high frequencies, 0
+    for low frequencies, a ramp between the two."""
 
     def index_of(num_turns: float) -> float:
         turns_per_radian = scaling.original_seq_len / (num_turns * 2 * math.pi)
@@ -285,7 +288,7 @@ def _kept_by_yarn(head_dim: int, theta: float, scaling: YarnScaling) -> Tensor:
 
 
 def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
-    """Rotate each head's pairs of neighbouring elements by the angle of their position.
+    """Rotate each head's pairs of neighbouring elements by the angles in the rotary table.
 
     The pairs are (0, 1), (2, 3), ..., as in Meta's weights. Hugging Face's copies of these weights
     pair the first half with the second, and permute the rows of `wq` and `wk` to match.
@@ -296,7 +299,7 @@ def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
 
 
 def rotate_halves(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
-    """Rotate pairs of elements, one of each half of a head, by the angle of their position."""
+    """Rotate pairs of elements, one of each half of a head, by the angles in the rotary table."""
     first_BTHP, second_BTHP = x_BTHE.float().chunk(2, dim=-1)
     rotated = _rotate_pairs(first_BTHP, second_BTHP, rope_TP2)
     return torch.cat(rotated, dim=-1).type_as(x_BTHE)

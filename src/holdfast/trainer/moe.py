@@ -77,17 +77,19 @@ class Experts(nn.Module):
         return self.num_experts // (1 if self.group is None else self.group.size())
 
     def apply_expert_parallel(self, mesh: DeviceMesh) -> None:
-        """Divide the experts evenly over the ranks of `mesh`. `forward` sends them their tokens."""
+        """Divide the experts evenly over the ranks of `mesh`. `forward` then sends each token to
+        the ranks that have its experts."""
         self.group = mesh.get_group()
         for name, weight in list(self.named_parameters()):
             sharded = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
             setattr(self, name, nn.Parameter(sharded))
 
     def forward(self, x_RD: Tensor, count_X: Tensor) -> Tensor:
-        """Return for each row the output of its expert.
+        """Return for each row of `x_RD` the output of its expert.
 
-        `x_RD` is sorted by expert. `count_X` is the number of rows of each expert. Collective over
-        the ranks that divide the experts, forward and backward.
+        A row is one token for one of its experts. The rows are sorted by expert; `count_X` has the
+        number of rows of each expert. Collective over the ranks that divide the experts, forward
+        and backward.
         """
         if self.group is None:
             return self._compute(x_RD, count_X.tolist())

@@ -19,7 +19,7 @@ from holdfast.trainer.parallel import ParallelContext, local_shard
 def build_optimizers(
     stages: Sequence[nn.Module], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
-    """Build one optimizer for each stage and each mesh of its weights.
+    """Build the optimizers: for each pipeline stage, one for each device mesh of its weights.
 
     Experts have their own mesh, and a kernel cannot take tensors of several meshes at once.
     """
@@ -63,7 +63,8 @@ def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
     """Return a function that maps a step, counted from 0, to the factor of its learning rate.
 
     The schedule has a linear warm-up, a constant phase and a decay. The factors of its first and
-    last step are above 0, since a step with factor 0 would learn nothing.
+    last step are above 0, since a step with factor 0 would learn nothing. `steps`: length of the
+    schedule if `total_steps` is None.
     """
     total = config.total_steps or steps
     warmup = min(config.warmup_steps, total)
@@ -91,7 +92,8 @@ def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
 def clip_gradients(
     stages: Sequence[nn.Module], max_norm: float, parallel: ParallelContext
 ) -> Tensor:
-    """Clip gradients to `max_norm` if it is not 0. Return their unclipped norm. Collective."""
+    """Clip the norm of all gradients to `max_norm`; 0: do not clip. Return the norm before that.
+    Collective."""
     parameters = [p for stage in stages for p in stage.parameters()]
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = gradient_norm(gradients, parallel)

@@ -68,7 +68,7 @@ class _OtherModelError(MismatchError):
 
 
 def _read(folder: str) -> dict[str, Any] | None:
-    """Return the `config.json` in a folder; None if the file or the folder does not exist."""
+    """Return the contents of `config.json` in a folder; None if there is no such file or folder."""
     try:
         return config_at(folder)
     except NotFoundError:

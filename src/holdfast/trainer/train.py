@@ -99,7 +99,7 @@ class Run:
 
 
 def train(config: Config, parallel: ParallelContext) -> None:
-    """Train the configured model to its last step, resuming from the newest checkpoint.
+    """Train the configured model to the last step, resuming from the newest checkpoint.
 
     Collective.
 
@@ -168,7 +168,7 @@ def create_seed(config: Config, parallel: ParallelContext) -> None:
 
 
 def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:
-    """Train from step `first` to the last, with metrics and checkpoints. Collective."""
+    """Take the steps after step `first` to the last, with metrics and checkpoints. Collective."""
     config, parallel, step = run.config, run.parallel, first
     # Time of the previous row, tokens since then, and the wait for all saves before that row.
     started, tokens, blocked_s = time.perf_counter(), 0, 0.0
@@ -217,7 +217,8 @@ def _saved_metrics(loss: torch.Tensor, parallel: ParallelContext) -> dict[str, f
 def is_finished(config: Config, step: int | None) -> bool:
     """Return whether an earlier run has reached `training.steps`, and log it if so.
 
-    `step` is the last step of that run; None if it is unknown.
+    `step` is the last step of that run; None if it is unknown. If `load_step` selects a step before
+    `training.steps`, the run trains from there, and this returns False.
     """
     steps = config.training.steps
     if step is None or step < steps or 0 <= config.checkpoint.load_step < steps:
@@ -236,7 +237,8 @@ def _seed(config: Config) -> None:
 
 
 def _open_data(config: Config, parallel: ParallelContext) -> tuple[Tokenizer, Tokens]:
-    """Open the data: on rank 0 first, which may write the token file. Collective."""
+    """Open tokenizer and tokens, on rank 0 first: it writes the token file if there is none.
+    Collective."""
     opened, failure = None, None
     if parallel.rank == 0:
         try:
@@ -253,8 +255,8 @@ def _tokenizer_and_tokens(config: Config) -> tuple[Tokenizer, Tokens]:
 
 
 def _published(config: Config, parallel: ParallelContext, vocab_size: int) -> FollowedModel:
-    """Return the model to train. Check the settings again with its flavor, since the `config.json`
-    that it follows may tie weights, which a pipeline does not support."""
+    """Return the model to train. Check the settings again with the model's flavor, since the
+    `config.json` that the model follows may tie weights, which a pipeline does not support."""
     published = followed_model(config, vocab_size)
     config.check(parallel.world_size, published.flavor)
     return published

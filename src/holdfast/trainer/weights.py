@@ -50,7 +50,8 @@ def init_weights(model: Transformer, seed: int) -> None:
 def _draw(
     local: Tensor, indices: Sequence[Tensor], shape: Sequence[int], key: str, std: float
 ) -> None:
-    """Fill `local`, which holds the rows and columns `indices` of a matrix of `shape`."""
+    """Fill `local`, which holds the rows and columns `indices` of a matrix of `shape`, with random
+    numbers of normal distribution. `std`: standard deviation. `key`: text that gives the seeds."""
     (rows, columns), (num_rows, num_columns) = indices, shape
     band_rows = max(1, BAND_ELEMENTS // num_columns)
     for band in sorted(set((rows // band_rows).tolist())):
@@ -64,7 +65,7 @@ def _draw(
 
 
 def _local_indices(parameter: Tensor, dim: int) -> Tensor:
-    """Return the indices along `dim` of the elements on this rank."""
+    """Return the indices along `dim` of the elements of `parameter` that this rank holds."""
     shape = [1] * parameter.dim()
     shape[dim] = -1
     indices = torch.arange(parameter.shape[dim])
