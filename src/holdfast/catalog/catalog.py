@@ -298,8 +298,8 @@ def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
-    """Check that no file of a checkpoint is missing or has another size. Reads no data. Raises a
-    DamagedError if one is or has."""
+    """Check the files of a checkpoint and their sizes, without reading data. Raises a DamagedError
+    if a file is missing or has another size."""
     problems = check_structure(store, name, manifest)
     if problems:
         raise DamagedError(
