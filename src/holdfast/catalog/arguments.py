@@ -14,7 +14,8 @@ from holdfast.storage.store import ReadStore
 
 
 def place_to_save(path: object, state: object, *, overwrite: object) -> tuple[Catalog, str]:
-    """Return the catalog that `save` writes to, and the name of the checkpoint in it.
+    """Check the arguments of `holdfast.save`. Return the catalog of the folder above `path`, and
+    the last part of `path`, which is the name of the checkpoint.
 
     Raises:
         UsageError: an argument has the wrong type, or `open_for_saving` rejects `path`.
@@ -25,8 +26,9 @@ def place_to_save(path: object, state: object, *, overwrite: object) -> tuple[Ca
 
 
 def check_to_load(path: object, state: object, *, strict: object) -> tuple[ReadStore, str]:
-    """Return the store that `load` reads from, and the name of the checkpoint in it. Raises a
-    UsageError if an argument has the wrong type."""
+    """Check the arguments of `holdfast.load`. Return the store of the folder above `path`, and the
+    last part of `path`, which is the name of the checkpoint. Raises a UsageError if an argument has
+    the wrong type."""
     text = _checked(path, state, "holdfast.load")
     if isinstance(state, Mapping) and not isinstance(state, MutableMapping):
         raise UsageError(f"`state` must be a dict, which is filled in place, found: {shown(state)}")
@@ -35,7 +37,8 @@ def check_to_load(path: object, state: object, *, strict: object) -> tuple[ReadS
 
 
 def _checked(path: object, state: object, function: str) -> str:
-    """Check the types of `path` and `state`. Return `path` as a string."""
+    """Check the types of `path` and `state`. Return `path` as a string. `function`: name of the
+    public function, for messages."""
     if isinstance(state, str | os.PathLike) and not isinstance(path, str | os.PathLike):
         raise UsageError(
             f"`path` must be a path, found: {shown(path)}; `state` must be a dict, found: "
@@ -54,8 +57,9 @@ def _checked(path: object, state: object, function: str) -> str:
 
 
 def region_of(name: object, shape: tuple[int, ...], region: object) -> Region:
-    """Convert the argument `region` to a `Region`: None means the whole tensor; slices are allowed
-    too. Raises a UsageError for another type, or for a region outside of the tensor."""
+    """Convert the `region` that a user wants to read from tensor `name` to a `Region`. The user may
+    pass a `Region`, slices, or None for the whole tensor. Raises a UsageError for another type, or
+    for a region outside of the tensor."""
     if region is None:
         return Region.whole(shape)
     if not isinstance(region, Region):

@@ -72,19 +72,21 @@ class Catalog:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._begun: dict[str, tuple[ExitStack, bool]] = {}
-        """Holds of each unfinished attempt, and whether the attempt replaces a checkpoint; by
-        folder."""
+        """For each unfinished attempt, by the name of its folder: the context of its holds, and
+        whether it replaces a checkpoint."""
 
         self.check_lock: Check = lambda: None
         """Function that is called before every change. Raises an error if the run has lost its
         lock."""
 
     def steps(self) -> list[int]:
-        """Return the published steps, oldest first. Folders with other names are ignored."""
+        """Return the step numbers of the published checkpoints, oldest first. Checkpoints that are
+        not named after a step are ignored."""
         return list(self.folders())
 
     def folders(self) -> dict[int, str]:
-        """Return the folder of each published step, oldest first: see `steps_among`."""
+        """Return the name of the folder of each published checkpoint, by step, oldest first. It is
+        `step-N`, or a hidden name if a save was killed while it replaced the checkpoint."""
         return steps_among(self.store.list())
 
     def where(self, name: str) -> str:
@@ -147,7 +149,9 @@ class Catalog:
         raise StorageError(f"every attempt to save `{self.where(name)}` was deleted at once")
 
     def hold(self, attempt: HiddenFolder, *, replace: bool) -> bool | None:
-        """Hold an existing attempt. Returns the result of `Store.hold`. `replace`: see `begin`."""
+        """Hold an existing attempt. Returns True on success, False if another process holds it, and
+        None if the store cannot tell. `replace`: whether the checkpoint that has the name now may
+        be replaced."""
         with ExitStack() as stack:
             held = stack.enter_context(self.store.hold(str(attempt)))
             if held is False:
@@ -160,7 +164,8 @@ class Catalog:
         return held
 
     def _hold_replaced(self, attempt: HiddenFolder, replaced: str, stack: ExitStack) -> None:
-        """Hold the checkpoint that an attempt will replace. Deletes the attempt on failure."""
+        """Hold the checkpoint that an attempt will replace. Deletes the attempt on failure.
+        `replaced`: folder of the checkpoint. `stack`: closed to release the hold."""
         try:
             if stack.enter_context(self.store.hold(replaced)) is False:
                 raise self._kept(attempt.name, "another process is replacing or deleting it")
@@ -220,8 +225,9 @@ class Catalog:
             raise self._kept(attempt.name, "another save has just taken its place") from error
 
     def _delete_damage_mark(self, name: str, names: Collection[str]) -> None:
-        """Delete the mark `damaged` of the old checkpoint. Call this before the new checkpoint is
-        published: otherwise the new one could have the mark after a power cut."""
+        """Delete the mark `damaged` of the old checkpoint `name`. Call this before the new
+        checkpoint of this name is published: otherwise the new one could have the mark after a
+        power cut. `names`: all files and folders of the catalog."""
         for mark in map(mark_of, names):
             if mark is not None and mark.role == "damaged" and step_name(mark.step) == name:
                 with suppress(NotFoundError):
@@ -292,8 +298,8 @@ def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
-    """Check that all files of a checkpoint are complete: see `check_structure`. Raises a
-    DamagedError if not."""
+    """Check the files of a checkpoint and their sizes, without reading data. Raises a DamagedError
+    if a file is missing or has another size."""
     problems = check_structure(store, name, manifest)
     if problems:
         raise DamagedError(
@@ -401,16 +407,17 @@ def verify_hint(where: str) -> str:
 
 
 def steps_in(store: ReadStore, name: str) -> list[str]:
-    """Return the paths of the published steps directly below a folder, oldest first; if there are
-    none, the paths of the sealed folders below it."""
+    """Return the paths of the published checkpoints that are named after a step and are directly
+    below folder `name`, oldest first. If there are none, return the paths of the sealed folders
+    directly below it."""
     names = store.list(name)
     folders = list(steps_among(names).values()) or sealed_among(store, name, names)
     return [f"{name}/{folder}" for folder in folders]
 
 
 def sealed_among(store: ReadStore, name: str, names: Iterable[str]) -> list[str]:
-    """Return the sealed folders among `names`, the entries of folder `name`. They are sorted by the
-    last number in their name."""
+    """Return the sealed folders among `names`, the files and folders in folder `name`. They are
+    sorted by the last number in their names."""
     sealed = []
     for folder in (entry.rstrip("/") for entry in names if entry.endswith("/")):
         with suppress(HoldfastError):

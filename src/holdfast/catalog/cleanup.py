@@ -33,7 +33,7 @@ _WHY: dict[HiddenRole, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One step of a cleanup."""
+    """One deletion or rename of a cleanup."""
 
     verb: Literal["delete", "restore"]
     """Kind of action: delete a folder or file, or give a checkpoint its name back."""
@@ -49,7 +49,8 @@ class Action:
 
 
 def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Action]:
-    """Plan the cleanup of a folder, given the names of its entries. Names of folders end in `/`.
+    """Plan the cleanup of a folder, given the names of the files and folders in it. Names of
+    folders end in `/`.
 
     `only`: name of a checkpoint; the plan is then limited to its leftovers. The plan may include
     folders of processes that still run: `execute` skips folders that another process holds.
@@ -76,7 +77,7 @@ def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Act
 
 
 def execute(store: Store, actions: Sequence[Action]) -> list[str]:
-    """Execute a plan, except on folders that another process holds.
+    """Execute the actions of a plan, except on folders that another process holds.
 
     Returns one line for each failed action. The next cleanup tries these actions again.
     """

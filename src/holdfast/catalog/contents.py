@@ -66,8 +66,8 @@ class RecordReader:
         return self.store.read(self.key, offset, offset + nbytes)
 
     def windows(self, span: Span) -> Iterator[memoryview]:
-        """Yield a span of the file in windows, with fewer bytes at the end of the file. Each window
-        overwrites the one before."""
+        """Yield the bytes of a span, in windows of at most `WINDOW_BYTES`. If the file ends inside
+        the span, windows are shorter or empty. Each window overwrites the one before."""
         buffer = memoryview(bytearray(min(span.nbytes, WINDOW_BYTES)))
         with self.store.open(self.key) as reader:
             for start in range(span.offset, span.stop, WINDOW_BYTES):
@@ -107,11 +107,12 @@ def check_files(
     checksums: Mapping[str, Sequence[int]],
     reader_of: Callable[[str], RecordReader],
 ) -> Iterator[Check]:
-    """Yield checks of every byte of Holdfast's own files.
+    """Yield checks of every byte of the data files `files` of a checkpoint of Holdfast.
 
     Blocks and values are compared with their checksums, the bytes around them with the bytes that a
     save writes there, and gaps between items with zeros. Gaps in a shared file are not checked.
-    `checksums`: block checksums of each file whose table could be read.
+    `checksums`: block checksums of each file whose table could be read. `reader_of`: function that
+    returns the reader of a file.
     """
     items: dict[str, list[_Item]] = {}
     for name, entry in manifest.tensors.items():
@@ -134,8 +135,8 @@ def check_files(
 def _sections(
     items: Sequence[_Item], nbytes: int, table: Sequence[int], block_bytes: int
 ) -> Iterator[_Section]:
-    """Divide the first `nbytes` of a file into sections. `table`: checksums of all blocks of the
-    file; empty if they could not be read."""
+    """Divide the first `nbytes` of a file into sections. `items`: chunks and values in the file, in
+    order. `table`: checksums of all blocks of the file; empty if they could not be read."""
     position, previous = 0, None
     for item, name, dtype, content in items:
         if item == previous:
@@ -237,8 +238,9 @@ def _compare(file: str, section: _Section, checksums: Sequence[int]) -> list[Fin
 def check_containers(
     manifest: Manifest, skipped: Collection[str], reader_of: Callable[[str], RecordReader]
 ) -> Iterator[Check]:
-    """Yield checks of every item of a stock checkpoint: dtype and shape against the index, and the
-    CRC-32 of each record. Items in `skipped` files are not checked."""
+    """Yield checks of every item of a stock checkpoint: whether its dtype and shape are those of
+    the index, and whether each record of its archive has its CRC-32. Items in `skipped` files are
+    not checked. `reader_of`: function that returns the reader of a file."""
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
             if chunk.file not in skipped:
@@ -282,15 +284,16 @@ def _check_value(reader: RecordReader, name: str, item: Span) -> list[Finding]:
 
 
 def has_checksums(records: Mapping[str, Record]) -> bool:
-    """Return whether an archive has CRC-32s. torch can leave them out."""
+    """Return whether the records of a ZIP archive have CRC-32s. torch can leave them out."""
     return any(record.crc32 for record in records.values())
 
 
 def check_record(
     reader: RecordReader, records: Mapping[str, Record], name: str, position: int, entry: str
 ) -> list[Finding]:
-    """Compare a record with its CRC-32. `position`: offset of the archive in the file. `entry`:
-    name of the tensor or value, for the finding."""
+    """Compare record `name` of a ZIP archive with its CRC-32. `records`: all records of the
+    archive. `position`: offset of the archive in the file. `entry`: name of the tensor or value,
+    for the finding."""
     record, crc32 = records[name], 0
     for window in reader.windows(Span(position + record.data.offset, record.data.nbytes)):
         crc32 = zlib.crc32(window, crc32)
@@ -301,7 +304,8 @@ def check_record(
 
 
 def entries_by_record(manifest: Manifest, records: Mapping[str, Record]) -> dict[str, str]:
-    """Return the names of the tensors in each record of a `.pt` file, joined by commas."""
+    """Return, for each record of a `.pt` file that holds tensors, the names of these tensors,
+    joined by commas."""
     by_offset = sorted((record.data.offset, name) for name, record in records.items())
     offsets = [offset for offset, _ in by_offset]
     names: dict[str, list[str]] = {}

@@ -144,14 +144,14 @@ def _line(group: Sequence[Finding]) -> str:
 
 
 def named(names: Sequence[str]) -> str:
-    """Return the first names, and the number of others, for messages."""
+    """Return text for a message: the first of `names`, and the number of the others."""
     first = ", ".join(f"`{name}`" for name in names[:NAMED_MAX])
     more = len(names) - NAMED_MAX
     return first + (f" and {more} more" if more > 0 else "")
 
 
 def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
-    """Return the parts of a checkpoint that can be used despite these findings, for messages."""
+    """Describe the parts of a checkpoint that can be used despite these findings, for messages."""
     if not findings:
         return "everything"
     if all(finding.concern == "frame" for finding in findings):
@@ -210,9 +210,10 @@ def components_of(manifest: Manifest) -> dict[str, str]:
     """Return the component of each entry, by the name of the entry.
 
     A manifest of Holdfast lists the components. In other formats, the first key of an entry's path
-    decides. If a key such as `model` marks the model, all other first keys are other components. If
-    the first keys include `state` and `param_groups`, as in `optimizer.pt`, the entries belong to
-    an optimizer.
+    decides. If a key such as `model` marks the model, all other first keys are other components.
+    Without such a key, entries belong to the model unless their first key is a component such as
+    `optimizer`. If the first keys include `state` and `param_groups`, as in `optimizer.pt`, the
+    entries belong to an optimizer.
     """
     paths: dict[str, Sequence[str | int]] = {n: e.path for n, e in manifest.tensors.items()}
     paths |= {name: entry.path for name, entry in manifest.values.items()}
@@ -234,14 +235,14 @@ def components_of(manifest: Manifest) -> dict[str, str]:
 
 
 def name_in_model(path: Sequence[str | int]) -> str:
-    """Return the name, in the model's own state dict, of the model's tensor at this path."""
+    """Return the name that the model's tensor at `path` has in the model's own state dict."""
     nested = len(path) > 1 and path[0] in MODEL_KEYS
     return ".".join(map(str, path[1:] if nested else path))
 
 
 def _damaged_files(manifest: Manifest, findings: Sequence[Finding]) -> dict[str, set[str]]:
-    """Return the damaged files of each damaged component. A finding with scope `file` damages all
-    entries in the file."""
+    """Return the names of the damaged files of each damaged component. A finding whose concern is
+    `file` damages all entries in the file."""
     damaged = {(f.entry, f.file) for f in findings if f.concern == "data"}
     files = {finding.file for finding in findings if finding.concern == "file"}
     for name, tensor in manifest.tensors.items() if files else ():

@@ -1,4 +1,4 @@
-"""Opens Hugging Face folders. Returns one manifest for all files, and the configuration.
+"""Opens Hugging Face folders: makes one manifest for all weight files, and reads the configuration.
 
 The weights are safetensors files or, in older folders, files of `torch.save` that end in `.bin`.
 """
@@ -82,7 +82,7 @@ class Weights:
     """Name of the index that lists the files; empty if there is none."""
 
     notes: tuple[str, ...]
-    """Files that are ignored, for messages."""
+    """Notes for the user on files that are ignored."""
 
     file_of: Mapping[str, str] | None = None
     """File of each tensor according to the index; None without an index."""
@@ -98,8 +98,8 @@ def has_weights(names: Collection[str]) -> bool:
 
 
 def has_safetensors(names: Collection[str]) -> bool:
-    """Return whether there are safetensors among files of these names. They are preferred to
-    `.bin`."""
+    """Return whether there are safetensors among files of these names. If so, `.bin` files are
+    ignored."""
     suffixes = (safetensors.SUFFIX, safetensors.INDEX_SUFFIX)
     return any(name.endswith(suffixes) for name in names)
 
@@ -108,7 +108,8 @@ def weights_in(store: ReadStore, name: str) -> Weights:
     """Choose the weight files of a folder, as transformers does.
 
     With an index: the files that it lists, unless there is a `model.safetensors` that it does not
-    list; then this file alone. Without an index: see `_without_index`.
+    list; then this file alone. Without an index: a single file with a usual name such as
+    `model.safetensors`, else all weight files except adapters.
 
     Raises:
         FormatError: the index is malformed, or is a link out of the folder.
@@ -134,9 +135,10 @@ def weights_in(store: ReadStore, name: str) -> Weights:
 
 
 def _without_index(weights: list[str]) -> Weights:
-    """Choose the weight files of a folder without an index: a single file with a name in `SINGLES`,
-    else all files except adapters. An adapter is chosen if the folder has nothing else. Files
-    beside a single one are other variants of the weights, or formats of other programs."""
+    """Choose from `weights`, the weight files of a folder without an index: a single file with a
+    name in `SINGLES`, else all files except adapters. An adapter is chosen if the folder has
+    nothing else. Files beside a single one are other variants of the weights, or formats of other
+    programs."""
     chosen = next((file for file in SINGLES if file in weights), None)
     others = [file for file in weights if file not in (ADAPTER, ADAPTER_BIN)]
     if chosen is None and others and len(others) < len(weights):
@@ -269,8 +271,8 @@ def is_of_diffusers(config: Config) -> bool:
 
 
 def quantization_of(config: Config) -> Mapping[str, Any]:
-    """Return the quantization of the weights; empty if there is none. Multimodal models have it in
-    `text_config`."""
+    """Return the part of a configuration that says how the weights are quantized; empty if there is
+    none. Multimodal models have it in `text_config`."""
     text = config.get("text_config")
     for one in (config, text if isinstance(text, dict) else {}):
         for key in QUANTIZATION:
@@ -281,7 +283,7 @@ def quantization_of(config: Config) -> Mapping[str, Any]:
 
 
 def _read_weights_index(store: ReadStore, name: str, file: str) -> dict[str, str]:
-    """Read the index of a folder. Return the file of each tensor."""
+    """Read the index of the weights in a folder. Return the name of the file of each tensor."""
     data = _read(store, f"{name}/{file}", safetensors.INDEX_BYTES_MAX)
     return safetensors.read_index(data, where=f"{location(store, name)}/{file}")
 

@@ -76,7 +76,7 @@ class CheckpointRow:
 
 
 def row_of(store: ReadStore, key: str) -> CheckpointRow:
-    """Describe one checkpoint, without its marks."""
+    """Describe the checkpoint in folder `key` of the store, without its marks."""
     name = key.rpartition("/")[2]
     sealed = is_sealed(store, key)
     step = number_of(name) if sealed else step_of_folder(name)
@@ -119,8 +119,8 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
 
 
 def shared_files(store: ReadStore, folder: str, files: Iterable[str]) -> dict[str, Links]:
-    """Return the links of those files that other checkpoints share by hard links. Files that cannot
-    be examined are left out."""
+    """Return, for those of `files` that other checkpoints share by hard links, the identity of the
+    file and the number of its links. Files that cannot be examined are left out."""
     found = {}
     if isinstance(store, ListedStore):
         store = store.store
@@ -152,7 +152,7 @@ def survey(
     """List the checkpoints in a folder, oldest first, then those that only the fast tier has on
     this host, then unfinished saves and deletions.
 
-    `look_at`: function to call in place of `row_of`, for callers that cache rows.
+    `look_at`: function that describes one checkpoint, for callers that cache its results.
 
     Raises:
         NotFoundError: there is no such folder, or it holds no checkpoint.
@@ -183,8 +183,8 @@ def survey(
 
 
 def local_rows(store: ReadStore, name: str, *, besides: Collection[int]) -> list[CheckpointRow]:
-    """Return the checkpoints in the fast tier of a run on this host, oldest first. The steps in
-    `besides` and unreadable checkpoints are left out."""
+    """Describe the checkpoints in the fast tier of a run on this host, oldest first. `name`:
+    durable folder of the run. The steps in `besides` and unreadable checkpoints are left out."""
     local = local_store(store, name)
     rows: list[CheckpointRow] = []
     if local is None:
@@ -227,7 +227,8 @@ def _marked(
 
 
 def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str:
-    """Return the hint for a folder without checkpoints of a run. `names`: entries of the folder."""
+    """Return the hint for folder `name`, in which no checkpoint of a run was found. `names`: files
+    and folders in it."""
     if is_checkpoint(store, name):
         return f"it is a checkpoint itself: holdfast verify {location(store, name)}"
     folders = [folder.rstrip("/") for folder in names if folder.endswith("/")]
@@ -243,7 +244,7 @@ def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str
 
 
 def resumable(rows: Sequence[CheckpointRow]) -> int | None:
-    """Return the step that a run would resume from, judged without reading data; None if there is
-    none."""
+    """Return the newest step among `rows` that a run could resume from; None if there is none. Data
+    is not read for this."""
     steps = [row.step for row in rows if row.why_not is None and row.step is not None]
     return max(steps, default=None)

@@ -14,7 +14,7 @@ _NOTE_BYTES_MAX = 4096
 
 
 def marks_in(store: ReadStore, folder: str = "") -> list[Mark]:
-    """Return the marks in a folder of checkpoints."""
+    """Return the marks in folder `folder`, whose checkpoints they are about."""
     return [mark for mark in map(mark_of, store.list(folder)) if mark is not None]
 
 
@@ -46,7 +46,8 @@ def _note(store: ReadStore, folder: str, mark: Mark) -> str:
 
 
 def pin(store: Store, step: int) -> None:
-    """Keep a checkpoint from retention, until its mark is deleted."""
+    """Mark a checkpoint as pinned, so that retention does not delete it until the mark is
+    deleted."""
     mark = Mark("pinned", step)
     if mark not in marks_in(store):
         with store.create(str(mark), 0):

@@ -54,7 +54,7 @@ class Nested:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A folder to look into."""
+    """A folder in which checkpoints are looked for."""
 
     store: ReadStore
     name: str
@@ -68,8 +68,8 @@ class _Folder:
         return data.decode(errors="replace").strip()
 
     def pointed_to(self, kind: str, pointer: str, newest: str) -> Nested:
-        """Return the checkpoint `newest`, whose name is in the file `pointer`. It may be
-        missing."""
+        """Return the checkpoint `newest`, which the file `pointer` names, or the reason that it is
+        missing in this folder. `kind`: kind of this folder, for messages."""
         if f"{newest}/" in self.names:
             return Nested(kind, (newest,))
         return Nested(kind, (), f"`{pointer}` names `{newest[:200]}`, which is not in it")
@@ -230,8 +230,8 @@ def _meta(folder: _Folder) -> Nested | None:
 
 
 def _hub_cache(folder: _Folder) -> Nested | None:
-    """Return the last snapshot of the main branch in a repository of Hugging Face's cache, or all
-    snapshots if the last one is unknown."""
+    """Return the folder of a repository's newest revision in Hugging Face's local cache, or the
+    folders of all its revisions if the newest is unknown. None for other folders."""
     if not {"snapshots/", "blobs/"} <= {*folder.names}:
         return None
     kind = "a repository in the cache of Hugging Face"

@@ -72,7 +72,7 @@ class Opened:
 
     @property
     def step(self) -> int | None:
-        """Step in the name of the folder."""
+        """Step number in the name of the folder; None if it has none."""
         return step_of_folder(self.folder.rpartition("/")[2])
 
     def source(self, store: ReadStore) -> Source:
@@ -89,8 +89,8 @@ class Opened:
 def open_in(
     store: ReadStore, name: str, read: Callable[[ReadStore, str], Manifest] = open_manifest
 ) -> Opened:
-    """Open the checkpoint `name` of a store with the function `read`. Try again if another process
-    replaces the checkpoint meanwhile."""
+    """Open the checkpoint `name` of a store. `read`: function that reads its manifest. Try again if
+    another process replaces the checkpoint meanwhile."""
     try:
         return read_steadily(
             store, name, lambda folder, found: Opened(folder, read(store, folder), found)
@@ -198,8 +198,8 @@ def format_of(store: ReadStore, name: str) -> Format | None:
 
 
 def check_folder(store: ReadStore, name: str) -> None:
-    """Raise an error if `name` is a file, not a folder. The hint of the error is the command for
-    such a file. Does nothing if `name` does not exist."""
+    """Raise an error if `name` is a file, where the folder of a checkpoint is expected. The hint
+    names commands that accept such a file. Does nothing if `name` does not exist."""
     parent, _, last = name.rpartition("/")
     try:
         if last not in store.list(parent):
@@ -226,8 +226,8 @@ def is_checkpoint(store: ReadStore, name: str) -> bool:
 
 
 def other_checkpoints(store: ReadStore, name: str) -> list[str]:
-    """Return the folders directly below `name` that are checkpoints but not steps of a run: renamed
-    copies, exports. Hidden folders are left out."""
+    """Return the folders directly below `name` that are checkpoints but are not named after a step:
+    renamed copies, exports. Hidden folders are left out."""
     steps = {key.rpartition("/")[2] for key in steps_in(store, name)}
     others = []
     for folder in (entry.rstrip("/") for entry in store.list(name) if entry.endswith("/")):

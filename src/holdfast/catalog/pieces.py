@@ -125,7 +125,8 @@ def _folder(store: ReadStore, folder: str) -> str:
 
 
 def _part(last: str, *, in_checkpoint: bool) -> str | None:
-    """Return what a file of this name is in a checkpoint, for messages; None for other names."""
+    """Return the role that a file named `last` has in a checkpoint, for messages; None if it has
+    none. `in_checkpoint`: whether the file is in the folder of a checkpoint."""
     data = _DATA.fullmatch(last)
     if data is not None:
         return f"the data that rank {data[1]} wrote"
@@ -144,7 +145,8 @@ def _part(last: str, *, in_checkpoint: bool) -> str | None:
 
 
 def _kind(start: bytes) -> str | None:
-    """Return the kind of a file, by its first bytes; None if it is unknown."""
+    """Return the kind of a file that begins with the bytes `start`, for messages; None if it is
+    unknown."""
     for magic, kind in _STARTS.items():
         if start.startswith(magic) or (magic == b"ustar" and start[257:262] == magic):
             return kind

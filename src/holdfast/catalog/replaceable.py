@@ -86,8 +86,8 @@ def why_not_removable(store: ReadStore, name: str) -> str | None:
 
 
 def not_sealed(store: ReadStore, name: str) -> Iterator[str]:
-    """Yield the files of a sealed folder that its seal does not list, and the folders without a
-    listed file.
+    """Yield the files of a sealed folder that its seal does not list, and the folders that contain
+    no listed file.
 
     Yields nothing if the seal cannot be read: the folder then counts as a damaged checkpoint.
     """
@@ -143,8 +143,8 @@ def _is_occupied(store: ReadStore, folder: str) -> bool:
 
 
 def _holds_native(store: ReadStore, name: str, files: Sequence[str]) -> bool:
-    """Return whether these are files of Holdfast's or stock DCP's checkpoints. Data files are
-    enough, since a damaged checkpoint may lack its manifest."""
+    """Return whether folder `name`, which has these files, holds a checkpoint of Holdfast or stock
+    DCP. Data files are enough, since a damaged checkpoint may lack its manifest."""
     if any(map(_DATA.fullmatch, files)) or METADATA in files:
         return True
     if MANIFEST not in files:

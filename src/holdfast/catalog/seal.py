@@ -44,7 +44,7 @@ hashed."""
 
 @dataclass(frozen=True, slots=True)
 class Unsealed:
-    """A folder that is being filled. Readers ignore it."""
+    """A folder that another program fills with the files of a checkpoint. Readers ignore it."""
 
     catalog: Catalog
     attempt: HiddenFolder
@@ -88,12 +88,14 @@ def begin(
     checks_name: bool = True,
     durable: bool = True,
 ) -> Unsealed:
-    """Create the folder to fill, beside `path`, and clean up after killed processes.
+    """Create a hidden folder beside `path` for another program to fill, and clean up after killed
+    processes.
 
-    `chosen_id`: eight hexadecimal digits for the folder's name; random by default. `checks_name`:
-    whether to refuse to replace a file, or a checkpoint to which files were added. `durable`:
-    whether the checkpoint is durable when `publish` returns. A checkpoint that replaces another one
-    is always durable: the old one may be the only checkpoint to resume from.
+    `overwrite`: whether a checkpoint at `path` may be replaced. `chosen_id`: eight hexadecimal
+    digits for the folder's name; random by default. `checks_name`: whether to refuse to replace a
+    file, or a checkpoint to which files were added. `durable`: whether the checkpoint is durable
+    when `publish` returns. A checkpoint that replaces another one is always durable: the old one
+    may be the only checkpoint to resume from.
 
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is no checkpoint.
@@ -238,7 +240,7 @@ def _hash_files(folder: Path, files: Sequence[str]) -> dict[str, SealedFile]:
 
 
 def _hash_piece(path: Path, start: int, stop: int) -> list[int]:
-    """Return the checksum of each block from `start` to `stop`."""
+    """Return the checksum of each block of a file from byte `start` to byte `stop`."""
     window = memoryview(bytearray(_WINDOW_BYTES))
     with _storage_errors(path), path.open("rb", buffering=0) as file:
         file.seek(start)

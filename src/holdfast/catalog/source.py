@@ -47,7 +47,7 @@ class Source:
 
     @property
     def request_bytes(self) -> int | None:
-        """Bytes of one request to a distant store; None for other stores."""
+        """Bytes to read in one request, if the store is reached over a network; else None."""
         return self.store.request_bytes if isinstance(self.store, Distant) else None
 
     def key(self, file: str) -> str:
@@ -75,9 +75,9 @@ def fetcher(store: ReadStore, key: str) -> Fetch:
 
 
 def locate_chunk(source: Source, name: str, chunk: Chunk) -> StoredTensor:
-    """Find the elements of a chunk of tensor `name`. Reads the container, since the index has
-    neither their offset nor their strides. Raises a DamagedError if the container has another dtype
-    or shape than the index."""
+    """Find the bytes and the strides of a chunk of tensor `name` in its file. Reads the pickle of
+    the `torch.save` archive around them, since the index states neither. Raises a DamagedError if
+    the archive has another dtype or shape than the index."""
     dtype, shape = source.manifest.tensors[name].dtype, chunk.region.shape
     fetch = fetcher(source.store, source.key(chunk.file))
     stored = locate(fetch, chunk.item, where=f"{chunk.file}:{name}")
@@ -131,8 +131,9 @@ class ChunkData:
         reader: FileReader,
         room: memoryview,
     ) -> None:
-        """`location`: file of the chunk, and span of the raw data in that file. `reader`: reader of
-        that file. `room`: buffer of `ROOM_BYTES`."""
+        """`name`: name of the tensor. `location`: file of the chunk, and span of the raw data in
+        that file. `checksums`: of the blocks of the chunk; None if the format has none. `reader`:
+        reader of that file. `room`: buffer of `ROOM_BYTES`."""
         self.name = name
         self._source, (self._file, self._span) = source, location
         self._checksums, self._reader, self._room = checksums, reader, room
@@ -219,8 +220,8 @@ class ChunkData:
 def check(
     source: Source, file: str, name: str, first: int, data: memoryview, expected: Sequence[int]
 ) -> None:
-    """Check consecutive blocks of a tensor, beginning with block `first`. Raises a DamagedError if
-    the checksum of a block differs."""
+    """Check `data`: consecutive blocks of a chunk of tensor `name`, beginning with the chunk's
+    block `first`. Raises a DamagedError if the checksum of a block is not the one in `expected`."""
     found = block_checksums(data, source.manifest.block_bytes)
     if found == [*expected]:
         return

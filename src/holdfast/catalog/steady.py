@@ -1,5 +1,5 @@
-"""Reads checkpoints that another process may replace meanwhile: an error is raised only if the
-checkpoint has not changed."""
+"""Reads checkpoints that another process may replace meanwhile. A read that fails is repeated, up
+to a limit, if the checkpoint has been replaced."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def read_steadily(
     read: Callable[[str, object], T],
     is_good: Callable[[T], bool] = lambda _: True,
 ) -> T:
-    """Return `read(folder, fingerprint)` for checkpoint `name`: see `retry_if_replaced`."""
+    """Return `read(folder, fingerprint)` for the folder that has checkpoint `name` now. Call it
+    again if it fails, or `is_good` rejects its result, because another process has replaced the
+    checkpoint."""
 
     def find() -> tuple[str, object]:
         folder = folder_of(store, name)
@@ -88,7 +90,8 @@ def fingerprint(store: ReadStore, name: str) -> object:
 
 
 def folder_of(store: ReadStore, name: str) -> str:
-    """Return the folder that holds checkpoint `name`: see `folder_among`.
+    """Return the folder that has the files of checkpoint `name`: `name`, or a `.replaced` folder if
+    a save was killed while it replaced the checkpoint.
 
     For a URL, the folder is `name`: object stores have no `.replaced` folders, and listing may be
     slow or forbidden.

@@ -75,7 +75,8 @@ def check_coverage(manifest: Manifest) -> Iterator[Finding]:
 
 
 def items_of(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
-    """Yield the entry's name, the file and the span of every chunk and value."""
+    """For every chunk and value, yield the name of its entry, its file, and its span in the
+    file."""
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             yield name, chunk.file, chunk.item

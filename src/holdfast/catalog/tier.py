@@ -1,7 +1,7 @@
 """Finds the fast tier of a run, by a record in the run's durable folder.
 
-The record `.tier.json` holds the name of the run's folder on every host, and the path of the folder
-around it. The name is random, so that two runs can use one disk.
+The record `.tier.json` holds the name of the folder that the run has on every host, and the path of
+the folder that contains it. The name is random, so that two runs can use one disk.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TierRecord:
 
     def folders_here(self) -> dict[str, str]:
         """Return the run's folders that this machine can see, by host: the folder of this host and,
-        if the path contains `{host}`, the folders of other hosts, which may be mounted next to
+        if `local_folder` contains `{host}`, those folders of other hosts that are mounted next to
         it."""
         before, mark, after = self.local_folder.partition("{host}")
         hosts = [os.uname().nodename]
@@ -88,8 +88,8 @@ def read_tier(store: ReadStore, folder: str = "") -> TierRecord | None:
 
 
 def claim_tier(store: Store, local_folder: str) -> TierRecord:
-    """Return the record of a run. Write a new record if the stored one is missing, is malformed or
-    has another `local_folder`.
+    """Return the record of a run's fast tier. Write a new record if the stored one is missing, is
+    malformed or has another `local_folder`. `store`: durable folder of the run.
 
     Only the run that has locked the durable folder may call this.
     """
@@ -109,8 +109,8 @@ def claim_tier(store: Store, local_folder: str) -> TierRecord:
 
 
 def local_store(store: ReadStore, folder: str = "") -> ReadStore | None:
-    """Return the store of a run's checkpoints on this host, given its durable folder; None if there
-    is none."""
+    """Return the store of the checkpoints in a run's fast tier on this host; None if there is none.
+    `folder`: durable folder of the run."""
     try:
         record = read_tier(store, folder)
         if record is None:
@@ -123,8 +123,8 @@ def local_store(store: ReadStore, folder: str = "") -> ReadStore | None:
 
 
 def host_stores(record: TierRecord) -> dict[str, LocalStore]:
-    """Return the store of a run's checkpoints on each host: see `TierRecord.folders_here`. Folders
-    that cannot be listed are left out."""
+    """Return, by host name, the store of a run's checkpoints on each host whose folder this machine
+    can see. Folders that cannot be listed are left out."""
     stores = {}
     for host, folder in record.folders_here().items():
         with suppress(HoldfastError):
@@ -156,7 +156,8 @@ class TierView:
 
 
 def view_tier(stores: Mapping[str, ReadStore]) -> TierView:
-    """Describe the newest step on these hosts: see `host_stores`."""
+    """Describe the newest checkpoint of a run's fast tier. `stores`: store of the run's folder on
+    each host, by host name."""
     hosts = sorted(stores)
     folders: dict[str, dict[int, str]] = {}
     for host in hosts:

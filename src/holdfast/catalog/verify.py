@@ -315,7 +315,8 @@ class _TorchFileCheck:
 
 
 def _check_torch_file(target: VerifyTarget, file: str) -> _TorchFileCheck:
-    """Check a file in the folder of the target; the target itself if `file` is empty."""
+    """Check the `torch.save` file `file` in the target's folder. If `file` is empty, the target
+    itself is the file."""
     reader = target.reader(file)
     nbytes = target.store.size(reader.key)
     where = f"{target.where}/{file}".rstrip("/")

@@ -55,8 +55,8 @@ class AdapterSource:
 
 
 def adapter_config_of(opened: ConvertSource, path: str | None) -> Mapping[str, Any]:
-    """Return the contents of `adapter_config.json`. `path`: the file or its folder; None: the
-    folder of the weights.
+    """Return the contents of `adapter_config.json`. `path`: path of this file, or of its folder;
+    None: the file is beside the weights.
 
     Raises:
         UsageError: there is no such file, or the adapter is not of LoRA.
@@ -81,7 +81,9 @@ def adapter_config_of(opened: ConvertSource, path: str | None) -> Mapping[str, A
 def open_adapter(
     opened: ConvertSource, model: Tensors, config: Mapping[str, Any], table: TensorMapping | None
 ) -> AdapterSource:
-    """Return the adapter of a checkpoint. `table`: mapping of its base model, needed for native
+    """Return the adapter of a checkpoint, under PEFT's names. `model`: tensors of the adapter, and
+    of its base if the checkpoint has them. `config`: contents of `adapter_config.json`. `table`:
+    mapping between native and Hugging Face tensors of the base, needed if the tensors have native
     names; else None."""
     if opened.dialect in ("meta", "titan"):
         if table is None:
@@ -124,8 +126,8 @@ def open_adapter(
 def base_of(
     adapter: AdapterSource, opened: ConvertSource, hf_assets: str | None
 ) -> ConvertSource | None:
-    """Open the base model of an adapter in the folder `hf_assets`. Return None if the checkpoint
-    has the base weights itself."""
+    """Open the base model of an adapter, in the folder or hub repository `hf_assets`. Return None
+    if the checkpoint has the base weights itself."""
     targets = {
         f"{match['module'].removeprefix(PREFIX)}.weight"
         for name in adapter.tensors.infos
@@ -142,7 +144,8 @@ def base_of(
 
 
 def merged(adapter: AdapterSource, base: ConvertSource | None) -> Tensors:
-    """Return the base weights with the adapter added. `base`: result of `base_of`."""
+    """Return the base weights with the adapter added. `base`: the base model; None: the checkpoint
+    has the base weights itself."""
     if base is None:
         return Merged(adapter.base, adapter.tensors, adapter.config)
     # Base tensors in the checkpoint, such as buffers, are newer than those in the folder.
@@ -151,7 +154,8 @@ def merged(adapter: AdapterSource, base: ConvertSource | None) -> Tensors:
 
 
 def notes_on(adapter: AdapterSource, *, is_merged: bool) -> Iterator[str]:
-    """Yield the notes on a conversion of an adapter."""
+    """Yield notes for the user on the export of an adapter. `is_merged`: whether the export has the
+    base weights with the adapter added, not the adapter alone."""
     config = adapter.config
     scale = f"r is {config.get('r')}, lora_alpha {config.get('lora_alpha')}"
     if is_merged:
@@ -168,7 +172,8 @@ def encoded_config(config: Mapping[str, Any]) -> bytes:
 
 
 def _is_saved(name: str, config: Mapping[str, Any]) -> bool:
-    """Return whether `config` lists the module of a tensor as trained in full."""
+    """Return whether `config`, an `adapter_config.json`, lists the module of tensor `name` as
+    trained in full."""
     modules = config.get("modules_to_save")
     module = name.rpartition(".")[0]
     return isinstance(modules, list) and any(

@@ -166,7 +166,7 @@ def _config(folder: _Folder) -> Iterator[str]:
 
 
 def _dtype(folder: _Folder, config: Config) -> Iterator[str]:
-    """Yield a line if `config.json` has another dtype than the weights."""
+    """Yield one line, a mistake, if `config.json` states another dtype than most weights have."""
     text = config.get("text_config")
     places = [config, text] if isinstance(text, dict) else [config]
     declared = next((p[k] for p in places for k in ("dtype", "torch_dtype") if p.get(k)), None)

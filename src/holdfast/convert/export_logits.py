@@ -44,7 +44,8 @@ class LogitsReport:
 
 
 def compare_logits(folder: str, source: str) -> LogitsReport:
-    """Run both models in float32 on the same tokens. Both must be local folders.
+    """Compare the logits of the models in two local folders. Both run in float32 on the same random
+    tokens.
 
     Raises:
         UsageError: transformers is not installed.

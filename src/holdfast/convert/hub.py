@@ -78,8 +78,8 @@ def again_hint(folder: str, name: str) -> str:
 
 
 def _on_hub(name: str, action: Callable[[], T], hint: str | None) -> T:
-    """Run an action on the hub and return its result. Raises a StorageError with one line if it
-    fails."""
+    """Run an action on the hub and return its result. If it fails, raise a StorageError with one
+    line. `name`: name of the repository. `hint`: hint of the error."""
     from huggingface_hub import errors
 
     # Before version 1, huggingface_hub raises exceptions of `requests`, which are OSErrors. Since
@@ -108,8 +108,8 @@ def with_card(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield the files of an export besides its weights, with a new model card.
 
-    `contents`: these files. `dtype`: dtype of the weights. The new card replaces the card in
-    `contents`, which describes other weights, but keeps its license.
+    `contents`: name and bytes of each of these files. `dtype`: dtype of the weights. The new card
+    replaces the card in `contents`, which describes other weights, but keeps its license.
     """
     replaced, last = b"", list[tuple[str, bytes]]()
     for file, data in contents:

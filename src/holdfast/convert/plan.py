@@ -71,7 +71,7 @@ class ConvertOptions:
     source."""
 
     skip: tuple[str, ...] = ()
-    """Patterns of tensors to leave out."""
+    """Shell patterns for the names of tensors to leave out."""
 
     renames: tuple[str, ...] = ()
     """Rules `theirs=ours` for the names of the model's tensors."""
@@ -220,8 +220,8 @@ def _keeps_names(opened: ConvertSource, config: Config) -> bool:
 def _with_own_names(
     opened: ConvertSource, model: Tensors, config: Config, options: ConvertOptions
 ) -> tuple[Outputs, bool]:
-    """Return outputs under the present names of the tensors, and whether they are the whole
-    source."""
+    """Return the tensors to write, under the names that they have in the source, and whether the
+    target gets the whole source, not only the model."""
     if options.names is not None:
         raise UsageError(
             f"`--names {options.names}` needs a table: {no_table(config)}",
@@ -262,8 +262,8 @@ def _first_names(opened: ConvertSource, model: Tensors) -> list[str]:
 
 
 def _stored(opened: ConvertSource, original: str | None) -> object | None:
-    """Return a key that is equal for all names of one stored tensor; None if no name can be
-    shared."""
+    """Return a key that is equal for all names under which one tensor is stored; None if it cannot
+    have several names. `original`: one of the names, in the manifest."""
     entry = opened.checkpoint.manifest.tensors.get(original or "")
     if entry is None or not entry.chunks or 0 in entry.shape:
         return None
@@ -291,7 +291,7 @@ def _both_dialects(
     opened: ConvertSource, model: Tensors, config: Config, config_from: str
 ) -> _BothDialects:
     """Check the model against its family's table, and return it in both dialects. All differences
-    are listed in one error."""
+    are listed in one error. `config_from`: origin of `config`, for messages."""
     family = family_of(config, where=config_from)
     mapping = mapping_of(family, config)
     others = other_names(family, [*model.infos], hf=opened.dialect == "hf")
@@ -317,7 +317,8 @@ def _both_dialects(
 
 
 def _with_fixed_dtypes(model: Tensors, mapping: TensorMapping) -> Tensors:
-    """Return the Hugging Face tensors. Those whose dtype the table fixes are marked as fixed."""
+    """Return the tensors of a model that has Hugging Face names. A tensor whose dtype the mapping
+    fixes is written in this dtype, whatever the user requests."""
     tensors = only(model, mapping.names("hf"))
     for name in tensors.infos:
         dtype = mapping.dtype("hf", name)
@@ -327,7 +328,8 @@ def _with_fixed_dtypes(model: Tensors, mapping: TensorMapping) -> Tensors:
 
 
 def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
-    """Return one output per tensor, without nesting."""
+    """Return one output per tensor, by name. Its path is only its name, so a target that nests has
+    all of them at its root."""
     return {
         name: Output(tensors, name, dtype_for(tensors, name, options.dtype), (name,))
         for name in tensors.infos
@@ -335,12 +337,13 @@ def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
 
 
 def _kept(towers: Tensors | None, options: ConvertOptions) -> dict[str, Output]:
-    """Return the outputs of the other parts of a multimodal model."""
+    """Return one output per tensor of `towers`, the parts of a multimodal model besides its
+    language model. None: there are no such parts."""
     return {} if towers is None else _outputs(towers, options)
 
 
 def _from_hf(both: _BothDialects, options: ConvertOptions) -> dict[str, Output]:
-    """Return the outputs of a Hugging Face model under native names."""
+    """Return a Hugging Face model's tensors to write, under native names."""
     outputs = _outputs(both.native, options)
     for name, first in both.mapping.aliases["native"].items():
         outputs[name] = replace(outputs[first], path=(name,), same_as=first)
@@ -350,8 +353,9 @@ def _from_hf(both: _BothDialects, options: ConvertOptions) -> dict[str, Output]:
 def _in_dialect(
     outputs: Outputs, dialect: Literal["meta", "titan"], model: Tensors
 ) -> dict[str, Output]:
-    """Return outputs under the names of another native dialect, with the balancing biases that
-    TorchTitan expects."""
+    """Return the outputs under the names of native dialect `dialect`. For `titan`, add the biases
+    by which TorchTitan balances experts, as zeros, where they are missing. `model`: tensors of the
+    model, under native names."""
     keys = {str(key) for output in outputs.values() for key in output.path}
     new_names = renamed([*outputs, *keys], dialect)
     added: dict[str, Output] = {}
@@ -381,8 +385,8 @@ def _adapter_plan(
     assets: str | None,
     options: ConvertOptions,
 ) -> ConvertPlan | None:
-    """Return the plan for a source with adapters; None if the source is converted like any
-    model."""
+    """Return the plan for a source with adapters; None if the source is converted like any model.
+    `base`: configuration of the base model, and its origin for messages."""
     hf, (config, config_from) = opened.checkpoint.hf, base
     is_adapter = hf is not None and hf.adapter is not None
     if options.merge and options.to != "hf":
@@ -428,8 +432,9 @@ def _adapter(
     base: tuple[Config | None, str],
     options: ConvertOptions,
 ) -> tuple[Outputs, str]:
-    """Return the tensors to write for a PEFT adapter, and a note. The tensors have native names if
-    the base model is known."""
+    """Return the tensors to write for a PEFT adapter, and a note for the user. The tensors have
+    native names if the configuration of the base model is known. `base`: this configuration, and
+    its origin for messages."""
     config, config_from = base
     base_option = f"--hf-assets {adapter.get('base_model_name_or_path') or 'FOLDER'}"
     if options.to == "hf":
@@ -459,8 +464,8 @@ def _adapter(
 
 
 def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> dict[str, Output]:
-    """Return outputs of all requested components, nested as in the source, and renamed if
-    requested."""
+    """Return the tensors to write of all requested components, nested as in the source. If the user
+    requests a native dialect, they are renamed."""
     if options.names is not None and opened.dialect is None:
         raise UsageError(
             f"`--names {options.names}`: the tensors of `{opened.checkpoint.where}` have the names "

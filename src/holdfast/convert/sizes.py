@@ -38,7 +38,9 @@ _COMPARED_KEYS = (
 def config_of_model(
     opened: ConvertSource, model: Tensors, assets: str | None, name: str | None, flavor: str | None
 ) -> tuple[Config | None, str]:
-    """Return the complete configuration of the model and its origin, or None if it is unknown."""
+    """Return the complete configuration of the model, or None if it is unknown, and its origin for
+    messages. `assets`: folder that may have a `config.json`. `name`, `flavor`: TorchTitan's names
+    of the family and of the size."""
     found: list[tuple[Config, str]] = []
     for path in filter(None, (opened.where if opened.has_config else None, assets)):
         if (config_there := config_at(path)) is not None:
@@ -66,8 +68,9 @@ def config_at(folder: str) -> dict[str, Any] | None:
 def _config_by_name(
     model: Tensors, name: str, flavor: str | None, found: Sequence[tuple[Config, str]]
 ) -> dict[str, Any] | None:
-    """Check the names of family and flavor. Return the configuration of the flavor; None if no
-    flavor is given."""
+    """Check `name` and `flavor`, TorchTitan's names of the family and of the size. Return the
+    configuration of the flavor; None if no flavor is given. `found`: other configurations of the
+    model, with their origins."""
     hint = f"family and sizes are read from `{CONFIG}` if you leave out this option"
     if name not in TYPES:
         raise UsageError(
@@ -124,7 +127,8 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
 
 
 def _check_alike_without_table(configs: tuple[Config, Config], origins: tuple[str, str]) -> None:
-    """Check the model types, and the sizes that both configurations have."""
+    """Check that two configurations agree on the model type, and on the sizes that both have.
+    `origins`: their origins, for messages."""
     wrong = [
         f"{key} is {shortened(configs[0][key])} and {shortened(configs[1][key])}"
         for key in ("model_type", *_COMPARED_AXES.values(), *_COMPARED_KEYS.split())

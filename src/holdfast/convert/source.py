@@ -85,7 +85,7 @@ class ConvertSource:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the checkpoint has been replaced or removed since it was opened."""
+        """Whether the checkpoint has been replaced or deleted since it was opened."""
         source, file = self.checkpoint.source, self.checkpoint.file
         key = f"{source.folder}/{file}" if file else source.folder
         return fingerprint(source.store, key) != self.fingerprint
@@ -140,7 +140,8 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
 
 
 def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
-    """Open a checkpoint of any format. `renames`: rules for the names of the model's tensors."""
+    """Open a checkpoint of any format, for conversion. `renames`: rules `theirs=ours` for the names
+    of the model's tensors."""
     store, opened_name = open_for_reading(fetched(path))
     name = checkpoint_in(store, opened_name)
     found = () if name == opened_name else (f"the checkpoint in it is `{location(store, name)}`",)

@@ -75,7 +75,7 @@ class ConvertTarget:
 def open_target(
     path: str, *, overwrite: bool, sources: Sequence[str] = (), file: bool = False
 ) -> ConvertTarget:
-    """Prepare the target at `path`: see `target_in`.
+    """Prepare to write a conversion to `path`: see `target_in`.
 
     `sources`: paths that the conversion reads. The target must not be, contain or be inside any of
     them.
@@ -89,7 +89,9 @@ def open_target(
 
 
 def target_in(store: Store, name: str, *, overwrite: bool, file: bool = False) -> ConvertTarget:
-    """Prepare the target `name` in a store. `file`: whether the target is a file, not a folder.
+    """Prepare to write a conversion to the file or folder `name` in a store: clean up, and check
+    that the name is free or may be replaced. `overwrite`: whether an existing checkpoint may be
+    replaced. `file`: whether the target is a file, not a folder.
 
     If the store can change files, attempts of killed conversions are kept, so that this conversion
     can continue them.
@@ -136,9 +138,10 @@ def _check_apart(target: str, source: str) -> None:
 
 @contextmanager
 def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[HiddenFolder]:
-    """Yield the attempt to write files of these sizes into: new, or left by a killed conversion.
+    """Yield the attempt into which files of these sizes are written: a new one, or one that a
+    killed conversion has left.
 
-    The attempt is aborted if the block raises an `Exception`, but not if the process is
+    The attempt is aborted if the `with` block raises an `Exception`, but not if the process is
     interrupted.
     """
     store, catalog = target.store, target.catalog
@@ -193,7 +196,7 @@ def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> HiddenFolder
 
 
 def _attempts(store: Store, name: str) -> list[HiddenFolder]:
-    """Return the unfinished conversions to a target."""
+    """Return the attempts that unfinished conversions and saves to the target `name` have left."""
     asides = [
         hidden_folder_of(folder.rstrip("/")) for folder in store.list() if folder.endswith("/")
     ]
@@ -209,7 +212,8 @@ def write_hf(
 ) -> int:
     """Write a Hugging Face folder. Returns the size of its weights in bytes.
 
-    `contents`: name and bytes of each file besides the weights.
+    `outputs`: tensors to write. `export`: the files to divide them among. `contents`: name and
+    bytes of each file besides the weights.
     """
     order = [outputs[name] for layout in export.files.values() for name in layout.tensors]
     sizes = {file: layout.nbytes for file, layout in export.files.items()}
@@ -229,7 +233,8 @@ def write_hf(
 def _write_tensor(
     writer: FileWriter, offset: int, output: Output, take: Callable[[], Buffer]
 ) -> int:
-    """Write a tensor, block by block. Returns its CRC-32."""
+    """Write a tensor at `offset` of a file, block by block. Returns its CRC-32. `take`: function
+    that returns the next block."""
     crc32 = 0
     for _ in output.regions():
         block = take()
@@ -242,7 +247,8 @@ def _write_tensor(
 def write_torch_file(
     target: ConvertTarget, outputs: Outputs, values: Values, advance: Advance
 ) -> int:
-    """Write a `.pt` file, nested as `torch.save` does. Returns its size in bytes."""
+    """Write a `.pt` file, with dicts that are nested by the paths of the tensors and values.
+    Returns its size in bytes."""
     tensors = {
         name: torchfile.NewTensor(output.path, output.dtype, output.shape, output.same_as)
         for name, output in outputs.items()
@@ -281,8 +287,8 @@ def write_checkpoint(
     *,
     structure: Mapping[Path, Node] | None,
 ) -> int:
-    """Write a checkpoint as a save does, with checksums and `.metadata`. Returns its size in
-    bytes."""
+    """Write a checkpoint as a save does, with checksums and `.metadata`. Returns its size in bytes.
+    `facts`: manifest without entries and files."""
     plan = replace(_plan(outputs, values), structure=structure)
     regions = [(placed, region) for placed in plan.tensors for region in placed.regions_of(0)]
     items = lay_out([(placed.name, placed.tensor.dtype, region) for placed, region in regions])
@@ -296,7 +302,8 @@ def write_checkpoint(
 
 
 def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
-    """Return the plan of a single rank. Each block that is read becomes a chunk."""
+    """Return the global plan for a single rank, which writes everything. Each block that is read
+    becomes a chunk."""
     placed, aliases = [], {}
     for name, output in outputs.items():
         if output.same_as:

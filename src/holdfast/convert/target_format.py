@@ -26,8 +26,8 @@ OTHER = (
 
 
 def target_format(source: str, target: str, to: TargetFormat | None) -> TargetFormat:
-    """Return the format to write: `to` if given, else `torch` for a suffix in `TORCH`, else
-    `dcp`."""
+    """Return the format to write: `to` if given, else `torch` if the name of the target ends in
+    `.pt` or `.pth`, else `dcp`."""
     suffix = PurePath(target).suffix.lower()
     if suffix == ".safetensors":
         raise UsageError(

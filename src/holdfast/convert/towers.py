@@ -30,7 +30,7 @@ class Export:
     """Contents of an export besides the tensors of the language model."""
 
     towers: Tensors | None
-    """Tensors of the other parts; None: there are none."""
+    """Tensors of the parts besides the language model; None: there are none."""
 
     prefix: str
     """Prefix that is removed from the Hugging Face names of the language model."""
@@ -61,7 +61,7 @@ def completed(
     """Return what an export of a multimodal model has besides the tensors of its language model.
 
     `towers`: other parts in the source. `assets`: folder to copy missing tensors of other parts
-    from. `skipped`: names of such tensors that the user left out.
+    from. `skipped`: names of tensors of other parts that the user left out.
     """
     if not family.prefix:
         return Export(None, "", config)
@@ -101,7 +101,8 @@ def absent_parts(config: Config, names: Collection[str]) -> Iterator[str]:
 
 
 def _towers_in(folder: str, family: Family) -> Tensors | None:
-    """Return the tensors of the other parts in a folder, or None if it has none."""
+    """Return the tensors in a folder that belong to other parts than the language model, or None if
+    the folder has none."""
     try:
         opened = open_source(folder)
     except NotFoundError:
@@ -113,7 +114,8 @@ def _towers_in(folder: str, family: Family) -> Tensors | None:
 
 
 def _alone(family: Family, config: Config) -> dict[str, Any]:
-    """Return the configuration of the language model alone."""
+    """Return the configuration for an export of only the language model. `config`: configuration of
+    the multimodal model."""
     assert family.alone is not None, "checked by the caller"
     text = config.get("text_config")
     model_type, architecture = family.alone

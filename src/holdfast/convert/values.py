@@ -17,7 +17,8 @@ _HINT = "`--model-only` leaves out everything but the model"
 
 
 def encoded_values(checkpoint: OpenCheckpoint, *, pickled: bool) -> Values:
-    """Return the bytes of every value: a fragment of a pickle if `pickled`, else a container."""
+    """Return the path and the bytes of every value, by name. The bytes are a pickle if `pickled`,
+    else a container."""
     entries, source = checkpoint.manifest.values, checkpoint.source
     if not checkpoint.values and not pickled:
         return {n: (e.path, read_value(source, n, e)) for n, e in entries.items()}
@@ -66,8 +67,8 @@ def _pickled(name: str, value: Any) -> bytes:
 
 
 def _built(value: object) -> Any:
-    """Build a value of a `.pt` file. `Other` and `DtypeName` stand for objects that are built
-    here."""
+    """Build a value that was read from a `.pt` file. `Other` and `DtypeName` in it describe
+    objects, such as sets, devices and dtypes. They are built here."""
     import torch
 
     match value:

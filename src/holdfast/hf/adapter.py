@@ -30,7 +30,9 @@ def adapter_mapping(
     names: Literal["meta", "titan"],
     where: str,
 ) -> TensorMapping:
-    """Return the mapping between the tensors of an adapter and their native names.
+    """Return the mapping between the tensors `infos` of an adapter, under PEFT's names, and the
+    same tensors under native names. `base`: mapping of the base model. `names`: dialect of the
+    native names. `where`: path of the adapter, for messages.
 
     The native name of a factor is its weight's native name, with `lora_A` or `lora_B` added.
     Weights that were trained in full are mapped as in `base`.
@@ -69,7 +71,8 @@ def adapter_mapping(
 
 
 def native_adapter_mapping(infos: Mapping[str, TensorInfo], base: TensorMapping) -> TensorMapping:
-    """Return the mapping between the tensors of an adapter, under Meta's names, and PEFT's.
+    """Return the mapping between the tensors `infos` of an adapter, under Meta's names, and the
+    same tensors under PEFT's names. `base`: mapping of the base model.
 
     Tensors in `infos` that are not factors are mapped as in `base`.
     """

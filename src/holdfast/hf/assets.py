@@ -35,8 +35,9 @@ def files_beside(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield name and contents of each file of an export besides the weights.
 
-    `assets`: folder whose other files are copied. `dtype`: dtype of the weights, for `config.json`.
-    The index comes last: a folder is not complete without it.
+    `assets`: folder from which all files but weights and `config.json` are copied, or None.
+    `dtype`: dtype of the weights, for `config.json`. The index comes last: a folder is not complete
+    without it.
     """
     if assets is None:
         yield CONFIG, config_bytes(config, dtype)
@@ -55,8 +56,8 @@ def stem_of(config: Mapping[str, Any]) -> str:
 
 
 def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the special tokens in `generation_config.json` that `config` lacks, for a folder
-    without a `config.json` of its own.
+    """Return the special tokens that `config` lacks and the folder's `generation_config.json` has.
+    Return none if the folder has a `config.json` of its own.
 
     Without these tokens, transformers and other loaders use their default tokens, which are wrong
     here.
@@ -71,7 +72,8 @@ def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict
 def write_small(
     store: Store, files: Creating, folder: str, contents: Iterable[tuple[str, bytes]]
 ) -> None:
-    """Write small files below `folder` of `store`. `files` creates them."""
+    """Write small files below `folder` of `store`. `files`: object that creates the files.
+    `contents`: path below `folder` and bytes of each file."""
     for file, data in contents:
         below = file.rpartition("/")[0]
         if below and f"{below}/" not in store.list(folder):
@@ -83,7 +85,7 @@ def write_small(
 
 
 def config_bytes(config: Mapping[str, Any], dtype: str) -> bytes:
-    """Return `config.json` for unquantized weights in `dtype`."""
+    """Return the bytes of a `config.json` for unquantized weights in `dtype`."""
     return (json.dumps(_with_dtype(config, dtype), indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -102,7 +104,7 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _copied(store: ReadStore, folder: str) -> Iterator[tuple[str, bytes]]:
-    """Yield name and contents of each file of a folder that an export copies."""
+    """Yield name and contents of each file that an export copies from its assets folder."""
     files = store.list(folder)
     if _TEMPLATES in files:
         below = store.list(f"{folder}/{_TEMPLATES.rstrip('/')}")

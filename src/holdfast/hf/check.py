@@ -57,9 +57,10 @@ def check_fit(
     hint: str = HINT,
 ) -> list[str]:
     """Check that `tensors` are exactly the tensors of one side of `mapping`. All differences are
-    listed in one error. Returns notes.
+    listed in one error. Returns notes for the user on tensors that are ignored.
 
-    `config_from`: origin of the sizes, for messages.
+    `where`: path of the weights, for messages. `config_from`: origin of the configuration, for
+    messages.
     """
     infos, aliases = tensors.infos, mapping.aliases[side]
     derived = [name for name in infos if DERIVED.fullmatch(name)]
@@ -91,7 +92,8 @@ def check_fit(
 def differences(
     infos: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName, config_from: str
 ) -> list[str]:
-    """Return one line per tensor of a side that is missing, misshapen, quantized, or unexpected."""
+    """Compare tensors with one side of a mapping. Return one line for each tensor that is missing,
+    has another shape, is quantized, or is unexpected."""
     names = mapping.names(side)
     lines = [f"`{name}` is missing" for name in names if name not in infos]
     for name in names:
@@ -119,7 +121,8 @@ def check_exportable(
 
 
 def listed(lines: Sequence[str]) -> str:
-    """Return lines indented for an error. Many lines are merged by layer and expert, then cut."""
+    """Return lines indented for an error. If there are many, those that differ only in the number
+    of a layer or expert are merged, and only the first are shown."""
     shown = lines if len(lines) <= LISTED_MAX else list(_merged(lines))
     return spelling.listed(shown, LISTED_MAX)
 

@@ -74,14 +74,17 @@ def renamed(names: Collection[str], dialect: Literal["meta", "titan"]) -> dict[s
 
 
 def balances(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of each balancing buffer that is missing beside a router."""
+    """Return name and shape of each buffer `moe.expert_bias`, by which TorchTitan balances experts,
+    that is missing beside a router. `shapes`: shape of each tensor of a model, under Meta's
+    names."""
     routers = {n.removesuffix(GATE): s[:1] for n, s in shapes.items() if n.endswith(GATE)}
     balanced = {n[: n.rindex(BALANCE)] for n in shapes if is_balance(n)}
     return {prefix + BALANCE: s for prefix, s in routers.items() if prefix not in balanced}
 
 
 def is_balance(name: str) -> bool:
-    """Return whether this is the name of a balancing buffer, in either native dialect."""
+    """Return whether this is the name of a buffer by which TorchTitan balances experts, in either
+    native dialect."""
     return name.endswith((BALANCE, _RENAMED[BALANCE]))
 
 

@@ -118,7 +118,7 @@ class ExportSnapshot:
 
 def check_live(plan: GlobalPlan, others: Collection[str], model: HFModel) -> None:
     """Check that a live model can be exported. `plan`: global plan of a save of the model.
-    `others`: see `ExportSnapshot`.
+    `others`: first keys of the paths of tensors that do not belong to the model.
 
     Raises:
         MismatchError: the model's tensors are not those of its configuration. All differences are
@@ -228,7 +228,8 @@ def _own_names(snapshot: ExportSnapshot, model: HFModel) -> _OwnNames | None:
 
 def _untied(snapshot: ExportSnapshot, model: HFModel, *, renames: bool) -> str:
     """Return the name of a tensor that the configuration ties to another, but that is a tensor of
-    its own in the live model; empty if there is none."""
+    its own in the live model; empty if there is none. `renames`: whether the live model has native
+    names."""
     if table_of(of_language_model(model.config)) is None:
         return ""
     infos, mapping = snapshot.infos, model.mapping
@@ -261,7 +262,7 @@ class _Job:
                 writer.write(0, [layout.header])
 
     def write(self) -> Exported:
-        """Write this rank's elements."""
+        """Write this rank's elements into the files that rank 0 has created."""
         locations = {
             name: (file, span.offset)
             for file, layout in self.layout.files.items()
@@ -294,8 +295,9 @@ class _Job:
     def _pieces(
         self, item: TensorItem, native: str, block: Region
     ) -> Iterator[tuple[str, Region, Array, bool]]:
-        """Yield the parts of a block of an item: Hugging Face name, box, converted elements, and
-        whether all numbers fit into the new dtype."""
+        """Convert a block of an item. For each box that the block fills in a Hugging Face tensor,
+        yield the tensor's name, the box, the converted elements, and whether all numbers fit into
+        the new dtype. `native`: name of the item's tensor in the mapping."""
         dtype, region = item.dtype, block.moved(item.region.start)
         data = np.frombuffer(self.snapshot.data_of(item, block), raw_type(dtype))
         data = data.reshape(block.shape)
@@ -312,7 +314,8 @@ class _Job:
 def _write_box(
     writer: FileWriter, offset: int, shape: tuple[int, ...], box: Region, elements: Array
 ) -> int:
-    """Write a box of the tensor whose data begins at `offset`. Returns the number of bytes."""
+    """Write the elements of a box of a tensor. `offset`: position of the tensor in its file.
+    `shape`: shape of the tensor. Returns the number of bytes."""
     raw = np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data
     itemsize, written = elements.itemsize, 0
     for start, length in runs(box, shape):
@@ -329,7 +332,8 @@ def _publish(
     attempt: HiddenFolder,
     results: Sequence[Exported],
 ) -> Exported:
-    """Write the files besides the weights, and publish the folder."""
+    """Write the files besides the weights, and publish the folder. Returns the results of all ranks
+    together."""
     store = catalog.store
     expected = sum(span.nbytes for file in layout.files.values() for span in file.tensors.values())
     written = sum(result.nbytes for result in results)

@@ -132,7 +132,8 @@ def flag(config: Config, key: str) -> bool:
 
 
 def numbers(config: Config, key: str) -> frozenset[int] | None:
-    """Return the layers that an untrusted configuration lists; None if the key is missing."""
+    """Return the layers that an untrusted configuration lists under `key`; None if the key is
+    missing."""
     value = config.get(key)
     if value is None:
         return None
@@ -199,7 +200,8 @@ def fused_experts(published: TensorMapping, names: Collection[str]) -> bool:
 
 
 def mapping_for(family: Family, config: Config, names: Collection[str]) -> TensorMapping:
-    """Return the mapping for Hugging Face tensors of these names, with fused experts or without."""
+    """Return the mapping for Hugging Face tensors of these names. They decide whether all experts
+    of a layer are in one tensor, or each has its own."""
     published = mapping_of(family, config)
     if fused_experts(published, names):
         return mapping_of(family, config, fused_experts=True)

@@ -53,13 +53,14 @@ def load_folder(
     partial_load: bool = False,
     check_config: Callable[[Config, str], None] = lambda _, __: None,
 ) -> tuple[Loaded, tuple[str, ...]]:
-    """Load the weights of a Hugging Face folder into the model in `tree`. Returns notes too.
+    """Load the weights of a Hugging Face folder into the model in `tree`. Returns the result, and
+    notes for the user.
 
-    `config`: used if the folder has no `config.json`. `partial_load`: see `load_tree`.
-    `check_config`: called with the folder's `config.json`, if there is one, and the path of the
-    folder; an error that it raises ends the load. Quantized weights are dequantized. The model may
-    have Meta's, TorchTitan's or Hugging Face's names, or any other names if the folder has the same
-    ones.
+    `config`: used if the folder has no `config.json`. `partial_load`: whether tensors that are
+    missing or do not fit stay as they are, and are reported. `check_config`: called with the
+    folder's `config.json`, if there is one, and the path of the folder; an error that it raises
+    ends the load. Quantized weights are dequantized. The model may have Meta's, TorchTitan's or
+    Hugging Face's names, or any other names if the folder has the same ones.
 
     Collective: every rank calls this. Ranks exchange only headers; an error on one rank is raised
     on all.
@@ -143,7 +144,8 @@ def _open(source: Source, folder: HFFolder) -> Dequantized:
 def _table(
     source: Source, folder: HFFolder, config: Config | None, tensors: Tensors
 ) -> tuple[TensorMapping, str]:
-    """Return the mapping of the folder's tensors, and the origin of the configuration."""
+    """Return the mapping between native tensors and the folder's, and the origin of the
+    configuration, for messages."""
     if config is None:
         raise UsageError(
             f"`{source.url}` has no `{CONFIG}`, which has the sizes of the model",
@@ -175,7 +177,8 @@ def _tied(leaves: Mapping[str, Leaf]) -> list[tuple[str, str]]:
 def _native(
     hf_tensors: Tensors, mapping: TensorMapping, *, titan: bool, has_balance: bool
 ) -> Tensors:
-    """Return the tensors under native names: TorchTitan's if `titan`, else Meta's.
+    """Return the tensors of a Hugging Face folder under native names: TorchTitan's if `titan`, else
+    Meta's.
 
     `has_balance`: whether the model has balancing biases beside its routers. They are loaded as
     zeros.
@@ -191,7 +194,8 @@ def _native(
 
 
 def _fill(tensors: Tensors, _: Source, wanted: Sequence[Wanted]) -> int:
-    """Fill every wanted tensor. Returns the number of bytes read."""
+    """Copy the elements that this rank wants from `tensors` into its tensors. Returns the number of
+    bytes read."""
 
     def fill(want: Wanted, piece: Piece, block: Region) -> int:
         elements = tensors.read(want.name, block.moved(piece.region.start))

@@ -36,7 +36,8 @@ def check_no_adapters(names: Iterable[str]) -> None:
 
 
 def keeps_names(names: Collection[str], config: Config | None) -> bool:
-    """Return whether a live model with these names is loaded and exported without a table."""
+    """Return whether a live model whose tensors have these names is loaded and exported under its
+    own names, without a family's table."""
     dialect = dialect_of(names)
     if dialect == "hf":
         return True
@@ -56,14 +57,15 @@ def own_names_mapping(infos: Mapping[str, TensorInfo]) -> TensorMapping:
 
 
 def own_dtypes(infos: Mapping[str, TensorInfo], dtype: str) -> dict[str, DtypeAndShape]:
-    """Return dtype and shape of every tensor of an export in `dtype`."""
+    """Return dtype and shape of every tensor of an export in `dtype`. Correction biases of routers,
+    and tensors that are not floating-point, keep their own dtype."""
     kept = {n for n, i in infos.items() if n.endswith(CORRECTION_BIAS) or not is_floating(i.dtype)}
     return {n: (i.dtype if n in kept else dtype, i.shape) for n, i in infos.items()}
 
 
 def check_own_names(infos: Mapping[str, TensorInfo], config: Config) -> str:
-    """Check that the tensors are those of the configuration, if a table describes them. Returns a
-    note for the log.
+    """Check that the tensors of a live model are those of its configuration, if a family's table
+    describes them. Returns a note for the log.
 
     Raises:
         MismatchError: the table of the configuration describes other tensors.

@@ -47,7 +47,8 @@ class DynamicScaling:
     """Larger base of the rotary frequencies for sequences beyond the original length."""
 
     factor: float
-    """Growth of the base: see `trainer.model.rotary_table`."""
+    """Rate at which the base grows with the length of the sequence: see
+    `trainer.model.rotary_table`."""
 
     original_seq_len: int
     """Number of positions up to which the frequencies are not scaled."""
@@ -114,7 +115,7 @@ def rope_of(config: Config) -> tuple[float, Scaling | None]:
 
 
 def rope_scaling_of(scaling: Scaling) -> dict[str, Any]:
-    """Return `rope_scaling` of `config.json`."""
+    """Return the contents of the key `rope_scaling` in `config.json`."""
     match scaling:
         case LinearScaling():
             return {"rope_type": "linear", "factor": scaling.factor}

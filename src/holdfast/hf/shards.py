@@ -41,8 +41,8 @@ class ExportLayout:
 def shard(
     tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYTES, *, stem: str = "model"
 ) -> ExportLayout:
-    """Assign whole tensors to files, one file after the other, in the given order. The names of all
-    files begin with `stem`."""
+    """Assign whole tensors to files, in the given order. The next file begins when one would have
+    more than `max_shard_bytes` of data. The names of all files begin with `stem`."""
     groups: list[dict[str, DtypeAndShape]] = [{}]
     group_nbytes = 0
     for name, (dtype, shape) in tensors.items():

@@ -43,7 +43,8 @@ def runs(box: Region, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _split(region: Region, dim: int, itemsize: int, nbytes_max: int) -> Iterator[Region]:
-    """Split a region along `dim`. Split rows that are still too large along the next dims."""
+    """Split a region along `dim` into boxes of at most `nbytes_max` bytes. If a single index along
+    `dim` has more bytes, split it along the next dims."""
     row_nbytes = region.num_elements // region.shape[dim] * itemsize
     # A power of two, so that blocks begin where attention heads do.
     rows = 1 << (max(1, nbytes_max // row_nbytes).bit_length() - 1)

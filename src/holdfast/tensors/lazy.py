@@ -81,7 +81,7 @@ class Mapped:
     """Tensors of one side of a mapping, computed from the tensors of the other side."""
 
     def __init__(self, source: Tensors, mapping: TensorMapping, side: SideName) -> None:
-        """`side`: the side whose tensors this object has."""
+        """`side`: the side whose tensors this object has. `source` has those of the other side."""
         self._source, self._mapping, self._side = source, mapping, side
         self.infos: dict[str, TensorInfo] = {name: self._info(name) for name in mapping.names(side)}
 
@@ -99,8 +99,8 @@ class Mapped:
         return target
 
     def _info(self, name: str) -> TensorInfo:
-        """Return dtypes and shape of a tensor. The dtype is the widest dtype of its source
-        tensors."""
+        """Return dtypes and shape of a computed tensor. Its dtype is the widest dtype of the source
+        tensors that it is computed from."""
         shape = self._mapping.shape(self._side, name)
         copies = self._mapping.copies(self._side, name, Region.whole(shape))
         sources = [self._source.infos[source] for source in {copy.source: None for copy in copies}]

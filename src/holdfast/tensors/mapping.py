@@ -23,7 +23,8 @@ Box = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A box of a tensor, with every merged dim split into its axes."""
+    """A box of a tensor. A dim that merges several axes, such as heads and the elements of a head,
+    is split into these axes."""
 
     region: Region
     """Region of the tensor that is read or written: the smallest that includes the box."""
@@ -53,7 +54,7 @@ class View:
 class Copy:
     """Elements of one source tensor, and their position in the target tensor.
 
-    Arrays passed to the methods have the shapes of the two regions and the same dtype.
+    Arrays passed to the methods have the shapes of the two views' regions, and the same dtype.
     """
 
     source: str
@@ -122,7 +123,8 @@ class TensorMapping:
                     members.setdefault(tensor, []).append(member)
 
     def names(self, side: SideName) -> list[str]:
-        """Return the first names of all tensors of a side, in the order of the relations."""
+        """Return one name per tensor of a side, in the order of the relations. If a tensor has
+        several names, this is the first."""
         return list(self._members[side])
 
     def shape(self, side: SideName, name: str) -> tuple[int, ...]:
@@ -135,8 +137,8 @@ class TensorMapping:
         return self._members[side][name][0].relation.dtype
 
     def row_by_row(self, side: SideName, name: str) -> Relation | None:
-        """Return the relation to a tensor of the other side with the same rows, in any order; None
-        if there is no such tensor.
+        """Return the relation between tensor `name` of a side and the tensor of the other side that
+        has the same slices along dim 0, in any order; None if there is no such tensor.
 
         The returned relation has complete tensor names, without fields such as `{l}`.
         """
@@ -199,7 +201,8 @@ def _dim_boxes(dim: Dim, start: int, stop: int, axes: Axes) -> list[Box]:
 
 
 def _boxes(lo: int, hi: int, merged: Sequence[str], axes: Axes) -> list[Box]:
-    """Divide elements `lo` to `hi` of a dim with merged axes into contiguous boxes."""
+    """Divide elements `lo` to `hi` of a dim into boxes along its axes. `merged`: axes that the dim
+    merges, outermost first."""
     if not merged:
         return [{}]
     axis, *rest = merged
@@ -249,7 +252,8 @@ def _axes_with_gaps(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:
 
 
 def _view(side: Side, axes: Axes, box: Box) -> View:
-    """Return the smallest region of a tensor that includes the box, and the box within it."""
+    """Return the view of a box in the tensor of one side. The box is given along the axes of a
+    relation."""
     start, stop = [], []
     view_axes: list[str] = []
     factored: list[int] = []

@@ -41,14 +41,14 @@ def raw_type(dtype: str) -> np.dtype[np.generic]:
 
 
 def box_of(array: Array, region: Region) -> Array:
-    """Return a view of a box of an array, which may have no dims."""
+    """Return a view of the box `region` of an array. The array may have no dims."""
     # Indexing an array without dims would return a scalar, which is not a view.
     return np.asarray(array[region.slices()] if region.start else array)
 
 
 def is_floating(dtype: str) -> bool:
-    """Return whether `dtype` is a floating-point dtype. Only these can be converted to one
-    another."""
+    """Return whether `dtype` is a floating-point dtype. Only floating-point dtypes can be converted
+    to one another."""
     return dtype.startswith(("float", "bfloat"))
 
 
@@ -57,7 +57,7 @@ QUANTIZED_FLOATS = ("float8", "float4")
 
 
 def is_packed(dtype: str) -> bool:
-    """Return whether weights of this dtype are quantized, so that they mean nothing without
+    """Return whether weights of this dtype are quantized, so that they mean nothing without scale
     factors."""
     return not is_floating(dtype) or dtype.startswith(QUANTIZED_FLOATS)
 

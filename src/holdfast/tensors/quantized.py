@@ -180,7 +180,8 @@ class Dequantized:
     def _read_broadcast(
         self, name: str, region: Region, bits: Array, shape: tuple[int, ...]
     ) -> Floats:
-        """Multiply `bits`, a box of a weight, by its factors. `shape`: result of `_broadcast`."""
+        """Multiply `bits`, a box of a weight, by its factors. `shape`: shape by which the factors
+        are broadcast."""
         scale = self._scale_of[name]
         info = self._source.infos[scale]
         # Read all factors: there is usually at most one per row.

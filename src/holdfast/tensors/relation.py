@@ -134,7 +134,8 @@ class Relation:
 
 
 def table(text: str, native: str = "", hf: str = "") -> tuple[Relation, ...]:
-    """Parse a table of relations, one per line. `native` and `hf` are prefixes of all names."""
+    """Parse a table of relations, one per line. `native` and `hf` are prefixes for the names of
+    each side."""
     rows = []
     for line in filter(None, map(str.strip, text.splitlines())):
         cells = [cell.strip() for cell in line.split("|")]

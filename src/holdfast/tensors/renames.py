@@ -38,8 +38,8 @@ def parse(rule: str, option: str) -> tuple[re.Pattern[str], str]:
 
 
 def new_names(names: Collection[str], rules: Sequence[str], option: str) -> dict[str, str]:
-    """Return the new name of every tensor. The first rule that matches the beginning of the old
-    name applies. `{}` matches one part of a name, without dots.
+    """Return the new name of every tensor, by its old name. The first rule that matches the
+    beginning of the old name applies. `{}` matches one part of a name, without dots.
 
     Raises:
         UsageError: a rule matches no tensor, or two tensors get the same name.
@@ -108,8 +108,8 @@ def suggested(names: Collection[str], expected: Collection[str] = ()) -> list[st
 
 
 def _prefix_rule(names: Collection[str], wanted: Collection[str]) -> list[str]:
-    """Return the rule that drops the prefix that unexpected names have before an expected name;
-    empty if there is no common prefix."""
+    """Return the rule that drops a common prefix, if unexpected names without it are names in
+    `wanted`. The list is empty if there is no common prefix."""
     common: set[str] | None = None
     for name in names:
         dots = () if name in wanted else re.finditer(r"\.", name)

@@ -70,7 +70,7 @@ class StoredTensors:
             _read_range(data, byte_range, row_major, target)
 
     def _locate(self, name: str, entry: TensorEntry, chunk: Chunk) -> tuple[Span, tuple[int, ...]]:
-        """Return the span and the strides of a chunk's elements."""
+        """Return the span of a chunk's elements in its file, and their strides."""
         shape = chunk.region.shape
         if chunk.data_offset is not None:
             nbytes = chunk.region.num_elements * dtype_of(entry.dtype).itemsize
