@@ -123,7 +123,7 @@ def _nested_in(folder: _Folder) -> Nested | None:
         try:
             nested = find(folder)
         except HoldfastError:
-            # A finder reads small files by name. Their content may be something else.
+            # A finder opens small files by name. A file of that name may hold something unrelated.
             continue
         if nested is not None:
             return nested

@@ -108,7 +108,7 @@ def open_any(
     program keeps such a checkpoint.
 
     `check_files`: whether to check that the files of a Holdfast or stock DCP checkpoint are
-    complete. `entries`: whether to read the tensors and values in Holdfast's manifest too.
+    complete. `entries`: whether to read the entries in Holdfast's manifest too.
 
     Raises:
         NotFoundError: there is no such file or folder, or it is no checkpoint.

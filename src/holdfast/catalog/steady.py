@@ -107,7 +107,7 @@ def folder_of(store: ReadStore, name: str) -> str:
 
 
 def is_deleted(store: ReadStore, name: str) -> bool:
-    """Return whether no file or folder has the name of checkpoint `name`."""
+    """Return whether a checkpoint is gone: no file or folder is named `name`."""
     parent, _, last = name.rpartition("/")
     try:
         return not {last, f"{last}/"} & {*store.list(parent)}

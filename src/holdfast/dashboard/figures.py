@@ -110,7 +110,8 @@ NO_FIGURES = Figures()
 
 
 def figures_of(history: History) -> Figures:
-    """Compute the figures of a run."""
+    """Compute the numbers that the dashboard shows for a run, such as its newest step and save
+    rate."""
     rows, newest, saves = history.rows, history.newest, history.saves
     timed = [save for save in saves if save.seconds > 0 and save.nbytes][-SAVES:]
     blocked_s, share = blocked(history)

@@ -17,7 +17,8 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class FileName:
-    """A string that names a file. Equal strings that are not file names are memoized separately."""
+    """A string that names a file. In the memo of the pickler, it is not the same entry as an equal
+    string that names no file."""
 
     name: str
 

@@ -224,7 +224,7 @@ def _rope_values(known: Config) -> dict[str, Any]:
         "rope_type": kind,
         **{f"{ROPE[1]}.{key}": one for key, one in scales.items()},
     }
-    # Other classes have a default base of their own, which is unknown here.
+    # Model types outside of `_DEFAULTS` have their own default of `rope_theta`, which is unknown.
     if "rope_theta" in rope or "rope_theta" in given or known.get("model_type") in _DEFAULTS:
         values["rope_theta"] = theta
     return values if part is None else {**values, "partial_rotary_factor": part}

@@ -119,7 +119,8 @@ def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
     """Return the jobs that fill all wanted tensors, in the order of their bytes in the files."""
     jobs: list[ReadJob] = []
     small: list[_Read] = []
-    # For a `Distant` store, each job is one request, since a thread has one in flight at a time.
+    # A thread waits for the answer to each request. So that all threads of a `Distant` store have
+    # requests to send, each job is one request.
     job_bytes = source.request_bytes or JOB_BYTES
     for want in wanted:
         entry = source.manifest.tensors[want.name]

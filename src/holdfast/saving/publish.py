@@ -50,7 +50,8 @@ def index_files(
 ) -> tuple[dict[str, Sequence[Buffer]], int]:
     """Return the content of each index file, keyed by name in the order of writing, and the
     checkpoint's bytes. For the arguments see `publish`."""
-    # Encode before the pause, because this may take minutes, during which training runs.
+    # Encode before garbage collection is paused: encoding may take minutes, and training, which
+    # runs meanwhile, needs it.
     encoded = index.encoded()
     with gc_paused():
         return _index_files(results, index, encoded, facts)

@@ -207,8 +207,8 @@ def _object_in(live: Any, path: Path) -> Any:
 
 
 def _irreplaceable(live: Any, path: Path) -> Any:
-    """If `live` is a dict, list or tuple with an object in it, or a dict with a tensor, return this
-    object or tensor, which a load must not replace by a plain value. Else return None."""
+    """Return what a load must not replace by a plain value: a tensor in the dict `live`, or an
+    object with state in the dict, list or tuple `live`. Return None if there is neither."""
     if isinstance(live, Mapping):
         tensor = next((v for v in live.values() if isinstance(v, torch.Tensor)), None)
         return _object_in(live, path) if tensor is None else tensor

@@ -100,7 +100,7 @@ class DirectWriter:
             self._start = self._stop = offset
         in_place = _fits_in_place(view, offset)
         if in_place:
-            # The waiting parts are whole pages, since this one begins on a page.
+            # The waiting parts are whole pages, since the next part begins at the start of a page.
             self._send(self._stop - self._start)
         while len(view):
             part = view[: WINDOW_BYTES - (self._stop - self._start)]

@@ -228,9 +228,9 @@ def _split(box: Box, axes: Sequence[str]) -> Iterator[Box]:
 
 
 def _without_gaps(source: Side, target: Side, axes: Axes, box: Box, exact: bool) -> Iterator[Box]:
-    """Split a box into parts that are contiguous in each merged dim of both sides.
+    """Split a box. Where a side stores several axes as one dim, each part is one range of this dim.
 
-    A box that would become more than `READS_MAX` parts is yielded as it is, unless `exact`.
+    If there would be more than `READS_MAX` parts, yield the box unsplit, unless `exact`.
     """
     dims = (*source.dims, *target.dims)
     gapped = list(dict.fromkeys(axis for dim in dims for axis in _axes_with_gaps(dim, axes, box)))

@@ -89,7 +89,8 @@ def _followed(config: Config, vocab_size: int, given: dict[str, Any], *, where: 
             f"expected: {' or '.join(MODEL_TYPES[name])}",
             hint="set `model.name` to the model of these weights",
         )
-    # Tied weights and the width of heads may differ from the flavor: `with_sizes` takes them over.
+    # Whether weights are tied, and the width of heads, may differ from the flavor: `with_sizes`
+    # takes both from `given`.
     try:
         derived = config_of(name, with_sizes(shape, given), vocab_size)
         check_alike((derived, f"flavor {config.model.flavor}"), (given, where))
