@@ -436,7 +436,8 @@ def _tree(leaves: Mapping[Path, bytes]) -> dict[str | int, Any]:
 
 
 def _pickled(node: Any) -> bytes:
-    """Pickle nested dicts whose leaves are pickled already. A dict with the keys 0, 1, 2, ... becomes a list."""
+    """Pickle nested dicts whose leaves are pickled already. A dict with the keys 0, 1, 2, ...
+    becomes a list."""
     if isinstance(node, bytes):
         return node
     if [*node] == [*range(len(node))] and node:

@@ -156,7 +156,8 @@ def _folders(config: Config) -> tuple[Path, str]:
 
 
 def create_seed(config: Config, parallel: ParallelContext) -> None:
-    """Save the whole model's initial weights as the checkpoint of step 0. Needs no training data."""
+    """Save the whole model's initial weights as the checkpoint of step 0. No training data is
+    needed."""
     tokenizer = open_tokenizer(config.model.hf_assets_path)
     vocab_size = _vocab_size(config, tokenizer)
     flavor = _published(config, parallel, vocab_size).flavor
