@@ -72,8 +72,8 @@ def as_torchtitan_saves(step: Path, folder: Path) -> None:
 
 def test_the_readme_can_be_followed(tmp_path: Path) -> None:
     """Method: kill the first run, whose interpreter starts afresh, after step 15. Then run every
-    command as written, except on one worker instead of two, and with steps 30, 42 and 52 in place
-    of 100, 120 and 130."""
+    command as written, except on one worker instead of two and two instead of four, and with steps
+    30, 42 and 52 in place of 100, 120 and 130."""
     furnish(tmp_path, steps=30)
     text = (ROOT / "README.md").read_text()
     first = subprocess.Popen(
