@@ -1,4 +1,4 @@
-"""Renames the tensors of a checkpoint from elsewhere to the names that this run's model uses."""
+"""Gives tensors of a checkpoint, which another program may have written, this run's names."""
 
 from __future__ import annotations
 
