@@ -91,9 +91,9 @@ class Copies:
             return None
 
     def digests(self, name: str) -> Digests | None:
-        """Return the digests of the files in a skill's copy; None if there is no copy.
+        """Return the SHA-256 of each file in a skill's copy; None if there is no copy.
 
-        The digests are empty if there is a file or a link in place of the copy.
+        The result is empty if there is a file or a link in place of the copy.
         """
         folder = self.folder(name)
         if not os.path.lexists(folder):

@@ -1,4 +1,4 @@
-"""Data that the sync compares and stores: digests of files, receipts of copies, and a ledger."""
+"""Data that the sync compares and stores: hashes of files, receipts of copies, and a ledger."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def digest(data: bytes) -> str:
 
 
 def digests_in(folder: Path) -> Digests:
-    """Return the digests of all files below a folder. Links are not followed.
+    """Return the SHA-256 of all files below a folder. Links are not followed.
 
     Raises:
         StorageError: a file cannot be read, or is a pipe, socket or device.
@@ -71,7 +71,7 @@ class SyncRecord:
     """Version of Holdfast that installed the copy."""
 
     files: Digests
-    """Digest of every installed file."""
+    """SHA-256 of every installed file, by path."""
 
     def encode(self) -> bytes:
         return _encode({"holdfast": self.version, "files": dict(sorted(self.files.items()))})
@@ -93,7 +93,7 @@ def decode_receipt(data: bytes) -> SyncRecord | None:
 class Ledger:
     """Record of the skills that were installed or removed.
 
-    It tells a copy that the user deleted from one that was never installed.
+    By it, a sync knows whether a missing copy was deleted by the user, or never installed.
     """
 
     offered: frozenset[str] = frozenset()

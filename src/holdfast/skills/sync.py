@@ -143,8 +143,8 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
         synced = replace(before, skills=tuple(updated))
         present = set(synced.names("new", "outdated", "current", "modified", "newer"))
         cleaned, ledger = {*synced.cleaned}, copies.ledger()
-        # Cleaned names count as removed. If the user deletes the files of such a skill, a version
-        # that ships it again must not bring the files back.
+        # Skills in `cleaned` count as removed. If the user deletes the files of such a skill, a
+        # version that ships it again must not bring the files back.
         offered = (ledger.offered | present) - cleaned
         removed = (ledger.removed - present) | cleaned
         copies.write_ledger(Ledger(offered=offered, removed=removed))
