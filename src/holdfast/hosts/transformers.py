@@ -46,7 +46,7 @@ _SENTINEL = "checkpoint-is-incomplete.txt"
 class HoldfastMixin(_Trainer):  # type: ignore[misc]
     """Trainer whose checkpoints appear complete or not at all, with checksums.
 
-    Put it before the trainer: `class SafeTrainer(HoldfastMixin, SFTTrainer): ...`. The files of a
+    List it before the trainer: `class SafeTrainer(HoldfastMixin, SFTTrainer): ...`. The files of a
     checkpoint stay the Trainer's, and `holdfast.seal` is added to them. Arguments keep their
     meaning; these do more:
 
@@ -227,7 +227,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a checkpoint has a seal, and all files in the seal, in the sizes stated."""
+    """Return whether a checkpoint has a seal, and all files that the seal lists, in these sizes."""
     if not (path / SEAL).exists():
         return False
     try:
