@@ -1,4 +1,4 @@
-"""Gives tensors of a checkpoint, which another program may have written, this run's names."""
+"""Renames the tensors of a checkpoint from another program to the names in this run's model."""
 
 from __future__ import annotations
 

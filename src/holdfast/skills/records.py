@@ -13,7 +13,7 @@ from typing import Any
 from holdfast.errors import FormatError, StorageError
 
 RECEIPT = ".holdfast-skill.json"
-"""File name of the receipt in each installed copy."""
+"""Name of the receipt: a file in each installed copy, which lists the installed files."""
 
 _IGNORED = {"__pycache__", ".DS_Store", "Thumbs.db", "desktop.ini", RECEIPT}
 """Names of files and folders that programs create, so they do not count as the user's."""
@@ -78,7 +78,8 @@ class SyncRecord:
 
 
 def decode_receipt(data: bytes) -> SyncRecord | None:
-    """Decode a receipt; None if it is damaged, so that the copy counts as the user's own."""
+    """Decode the receipt of a copy. Return None if it is damaged: the copy then counts as the
+    user's own."""
     try:
         body: Any = json.loads(data)
         version, files = body["holdfast"], dict(body["files"].items())
@@ -108,7 +109,7 @@ class Ledger:
 
 
 def decode_ledger(data: bytes, *, where: str) -> Ledger:
-    """Decode a ledger.
+    """Decode a ledger: the record of installed and removed skills.
 
     Raises:
         FormatError: the ledger is damaged. Treating it as empty would bring back deleted skills.

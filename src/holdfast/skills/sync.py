@@ -154,7 +154,7 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
 
 
 def reset(skill: Skill, copies: Copies, version: str) -> str | None:
-    """Replace a copy by the shipped skill, unless the copy is foreign.
+    """Replace a copy by the shipped skill, unless no sync made the copy (state `foreign`).
 
     If the user had changed the copy, archive it first, and return the path of the archive.
 

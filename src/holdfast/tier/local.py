@@ -105,7 +105,7 @@ class LocalTier:
         run_on_all(ranks, lambda: self._make(attempt) if self.leads else None)
 
     def commit(self, pending: Pending, written: WriteResult | HoldfastError, ranks: Ranks) -> int:
-        """Publish a save on every host. `finish_save` calls this as its `commit_by`. Collective.
+        """Publish a save on every host. `finish_save` gets this as `commit_by`. Collective.
 
         `written`: write result of this rank, or its error. Return the checkpoint's size
         in bytes.
