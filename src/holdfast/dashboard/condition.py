@@ -41,7 +41,7 @@ HANG_S = 60.0
 """Seconds without a read after which a folder counts as hanging; more if its reads are rare."""
 
 _FOLDER = re.compile(r"^`[^`]*` is damaged:")
-"""Beginning of a message about damage. It is left out, since its checkpoint is named already."""
+"""Beginning of a message about damage. It only names the checkpoint, which the table shows."""
 
 STALE_MIN_S = 10.0
 """Minimum age of a stale checkpoint, since commit times have a precision of a second."""

@@ -72,8 +72,8 @@ class _Host:
         self._resumed_from: Path | None = None
         self._background = BackgroundSync()
         self._resumed = False
-        """Whether a checkpoint with an automatic name was loaded, so that saves may replace later
-        ones."""
+        """Whether a checkpoint with an automatic name was loaded, so that saves may replace
+        later checkpoints."""
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """Save as `Accelerator.save_state` does. If that fails, what was at the path before stays.
