@@ -197,7 +197,7 @@ class TimedProtocol(H11Protocol):
     """
 
     since: float = 0.0
-    """Event-loop time of the latest answer; before the first one, of the start of the connection."""
+    """Event-loop time of the latest answer; before the first, of the start of the connection."""
 
     _timer: asyncio.TimerHandle | None = None
 

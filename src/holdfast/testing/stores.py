@@ -17,8 +17,8 @@ def read_opened(store: Store, key: str) -> int:
 
 
 class StoreSuite:
-    """Tests that every `Store` must pass. G1, G2, ... are the guarantees in `docs/guarantees.md`. To
-    run the tests, derive a class for pytest that makes stores.
+    """Tests that every `Store` must pass. G1, G2, ... are the guarantees in `docs/guarantees.md`.
+    To run the tests, derive a class for pytest that makes stores.
 
     class TestMyStore(StoreSuite):
         def new_store(self) -> Store:
