@@ -59,7 +59,7 @@ def options_of_commands() -> dict[str, type[Any]]:
 
 
 def _one_of(kinds: Mapping[str, Any], summaries: Mapping[str, str]) -> Any:
-    """Return the type for tyro of a command line that begins with one of several commands.
+    """Return a type that tells tyro that a command line begins with one of several commands.
 
     `kinds`: dataclass of options, by command. `summaries`: text for the help, by command.
     """

@@ -95,7 +95,7 @@ class ConvertArguments(JsonOptions):
     """Replace an existing TARGET."""
 
     def convert_options(self) -> ConvertOptions:
-        """Return the options of the conversion."""
+        """Check that the options fit each other, and return them as a `ConvertOptions`."""
         to = target_format(self.source, self.target, self.to)
         if self.push_to_hub is not None and to != "hf":
             raise UsageError("`--push-to-hub` uploads a Hugging Face folder, and needs `--to hf`")

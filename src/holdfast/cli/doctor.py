@@ -46,7 +46,7 @@ Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use",
 WITHOUT_MEND = {
     "damaged": "no command repairs it: restore it from a copy, or start from other weights"
 }
-"""Advice for problems that no command fixes, by their `concern`."""
+"""Advice for problems that no command fixes, by kind of problem: see `Trouble.concern`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,8 @@ def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None
         copy = shlex.quote(f"{folder.where}-rescued/{name}")
         return f"{folder.command('convert', f'/{name}')} {copy}"
     if report.format == "sealed":
-        # A sealed folder cannot be used in part. `prune` reads no data, so it may miss the damage.
+        # A sealed folder cannot be used in part, so delete it: by `rm`, since `prune` reads no data
+        # and may miss the damage.
         return None if folder.resume is None else f"rm -r {shlex.quote(report.where)}"
     refused = any(finding.concern in ("index", "file") for finding in report.findings)
     if folder.resume is None:

@@ -65,7 +65,7 @@ def parsed(kind: type[T], command: str, arguments: Sequence[str]) -> T:
 
 
 def with_tyro(kind: type) -> type:
-    """Annotate for tyro the fields of a dataclass that are positional arguments. Return `kind`."""
+    """Tell tyro which fields of a dataclass are positional arguments. Return `kind`."""
     import tyro
 
     assert is_dataclass(kind)
@@ -77,7 +77,7 @@ def with_tyro(kind: type) -> type:
 
 
 def parsed_without_tyro(kind: type[T], arguments: Sequence[str]) -> T | None:
-    """Parse a command line of only positional strings and boolean flags. Return None for others.
+    """Parse a command line of only positional strings and boolean flags; None for any other.
 
     This saves the import of tyro, which takes longer than the rest of `holdfast list`. A test
     compares this parser with tyro for every command.

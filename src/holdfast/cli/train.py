@@ -25,15 +25,15 @@ Example: holdfast train --training.steps 200
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run `holdfast train`: replace this process by one that starts the workers. The exit status
-    of that process is the result.
+    """Run `holdfast train`: replace this process by one that starts the workers, and whose exit
+    status is then that of the command.
     """
     if {"-h", "--help"} & {*arguments}:
         say(HELP)
     elif not any(argument.startswith("--job.config") for argument in arguments):
         arguments = ["--job.config_file", _config_file(os.environ), *arguments]
     sys.stdout.flush()
-    # Start a new interpreter, without threads and imported modules: the launcher forks its workers.
+    # The launcher forks its workers, so run it in a new interpreter, which has no threads yet.
     launcher = [sys.executable, "-m", "holdfast.trainer.launch", *arguments]
     os.execv(sys.executable, launcher)
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 WIDTH, HEIGHT = 440, 180
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 24
-"""Margins for the labels."""
+"""Margins around the lines or bars of a chart, in which the labels are."""
 
 POINTS_MAX = 400
 """Maximum number of points to draw of a line. If a line has more, neighbours are averaged."""
@@ -58,7 +58,7 @@ def line(points: Sequence[Point], *, spell: Spell) -> str:
 
 
 def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell = _whole) -> str:
-    """Draw one bar per point, from zero, side by side. Their `x` is used only for the labels."""
+    """Draw one bar per point, from zero, side by side. The `x` of points is only for the labels."""
     shown = _finite(points)
     if not shown:
         return ""

@@ -35,13 +35,13 @@ STATES: tuple[State, ...] = get_args(State)
 """All states, the worst first."""
 
 WRITING_S = 120.0
-"""Maximum seconds since the last change of an unfinished save that counts as being written."""
+"""Seconds since its last change for which an unfinished save counts as being written."""
 
 HANG_S = 60.0
-"""Minimum seconds without a read after which a folder counts as hanging."""
+"""Seconds without a read after which a folder counts as hanging; more if its reads are rare."""
 
 _FOLDER = re.compile(r"^`[^`]*` is damaged:")
-"""Beginning of a message about damage: the path of the checkpoint, which is shown already."""
+"""Beginning of a message about damage. It only names the checkpoint, which the table shows."""
 
 STALE_MIN_S = 10.0
 """Minimum age of a stale checkpoint, since commit times have a precision of a second."""

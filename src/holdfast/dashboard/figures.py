@@ -1,6 +1,6 @@
-"""Figures of a run, such as its newest checkpoint, for the table of runs and for Prometheus.
+"""Facts about a run, such as its newest checkpoint, for the table of runs and for Prometheus.
 
-Figures do not depend on the current time. They are computed once after each change of the run, so
+They do not depend on the current time. They are computed once after each change of the run, so
 that no request has to process the whole history.
 """
 
@@ -20,7 +20,7 @@ SAVES = 10
 """Number of latest saves from which the median interval and rate are computed."""
 
 LOSSES = 400
-"""Maximum number of latest losses in the figures of a run."""
+"""Maximum number of latest losses in `Figures.losses`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures of a run as of one read of its folder."""
+    """Facts about a run that one read of its folder has shown."""
 
     newest: CheckpointRow | None = None
     """Checkpoint that a resume would load."""
@@ -106,7 +106,7 @@ class Figures:
 
 
 NO_FIGURES = Figures()
-"""Figures of a run about which nothing is known."""
+"""The `Figures` of a run about which nothing is known."""
 
 
 def figures_of(history: History) -> Figures:

@@ -51,7 +51,7 @@ class ReadResult:
     """Unix time of the read."""
 
     figures: Figures = NO_FIGURES
-    """Figures of `history`; if it is None, of the last history, or else of the metrics alone."""
+    """Facts from `history`; if that is None, from the last history, or else the metrics alone."""
 
     is_missing: bool = False
     """Whether `history` is None because the folder does not exist or has no checkpoints."""
@@ -114,7 +114,7 @@ class WatchedFolder:
             return replace(failed, problem=f"{type(error).__name__}: {error}")
 
     def _figures_of_metrics(self) -> Figures:
-        """Return the figures of a run that has not saved yet, from its metrics alone.
+        """Return the `Figures` of a run that has not saved yet, from its metrics alone.
 
         If the metrics cannot be read, return `NO_FIGURES`.
         """

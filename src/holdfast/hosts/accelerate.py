@@ -72,7 +72,8 @@ class _Host:
         self._resumed_from: Path | None = None
         self._background = BackgroundSync()
         self._resumed = False
-        """Whether checkpoints after the one that was loaded may be replaced."""
+        """Whether a checkpoint with an automatic name was loaded, so that saves may replace
+        later checkpoints."""
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """Save as `Accelerator.save_state` does. If that fails, what was at the path before stays.
@@ -100,7 +101,7 @@ class _Host:
             shared=not settings.save_on_each_node,
             moves_aside=is_named,
         ) as folder:
-            # Accelerate would choose a folder itself, and delete old ones before it saves.
+            # Else Accelerate would choose a folder itself, and delete old ones before it saves.
             settings.automatic_checkpoint_naming = False
             try:
                 self._save(str(folder), *args, **kwargs)
@@ -124,7 +125,7 @@ class _Host:
         settings = self._accelerator.project_configuration
         here = Path(path).resolve().parent == self._named_folder().resolve()
         if settings.automatic_checkpoint_naming and here:
-            # Otherwise the next save would have number 0 again, which has a checkpoint.
+            # Otherwise the next save would be `checkpoint_0` again, which may exist already.
             settings.iteration = (number_of_folder(Path(path).name) or 0) + 1
             self._resumed = True
             self._resumed_from = Path(path).resolve()

@@ -104,7 +104,8 @@ class BackgroundSync:
 
     def _submit(self, path: str, run: Callable[[], None]) -> None:
         if self._pool is None or os.getpid() != self._process:
-            # Made on use: frameworks pickle their plugins, and a forked child needs its own thread.
+            # Made on use, since frameworks pickle their plugins, and a pool cannot be pickled. A
+            # forked child needs a thread of its own.
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="holdfast-sync")
             self._process, self._jobs, self._errors = os.getpid(), [], []
             # The finalizer does not refer to this object or its pool, so both can be collected,

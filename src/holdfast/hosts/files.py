@@ -62,7 +62,7 @@ def published(path: Path, background: BackgroundSync) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
         if kept is not None:
             kept.delete()
-        # If a write fails, `torch.save` raises a RuntimeError whose context is the cause.
+        # If a write fails, `torch.save` raises a RuntimeError with the cause in `__context__`.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise StorageError(f"cannot save `{path}`: {cause.strerror or cause}") from error

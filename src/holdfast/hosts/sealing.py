@@ -147,7 +147,7 @@ def _make_way(path: str) -> dict[str, Path]:
     """Rename the folder `path` if it may not be replaced, such as one that was left incomplete.
 
     A sealed folder to which files were added stays, since it may be the only one to resume from
-    until the new one is published. Return name -> path of these files; in any other case, {}.
+    until the new one is published. Return name -> path of the added files; {} if there are none.
     """
     catalog, name = open_folder_for_saving(path)
     store = catalog.store

@@ -69,7 +69,8 @@ def _titan() -> Any:
 @cache
 def _manager_class() -> Any:
     base = _titan()
-    # Made at run time, when the base is known. pickle finds both classes by these names.
+    # Both classes are made at run time, when TorchTitan's class is known. pickle finds them by
+    # these names.
     names = {"__module__": __name__, "__qualname__": "CheckpointManager.Config"}
     config = make_dataclass(
         "Config", [], bases=(base.Config,), namespace=names, kw_only=True, slots=True
@@ -182,7 +183,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return purges
 
     def _pin_exempt(self) -> None:
-        """Pin the steps that `purge_exempt` selects, a setting of TorchTitan after 0.3."""
+        """Pin the steps that `purge_exempt` selects: a setting that TorchTitan has after 0.3."""
         exempt = getattr(self, "purge_exempt", None)
         if exempt is not None and self._catalog is not None:
             for step in filter(exempt, self._catalog.steps()):
@@ -392,7 +393,8 @@ def _buckets_seen() -> Iterator[None]:
 def _read(state_dict: dict[str, Any], checkpoint_id: str, states: dict[str, Any]) -> None:
     with _own_errors():
         dcp.load(state_dict, storage_reader=Reader(checkpoint_id), checkpoint_id=checkpoint_id)
-    # DCP does not load into TorchTitan's wrapper, since the model's tensors are at the top level.
+    # The model's tensors are at the top level of the state, so DCP does not call `load_state_dict`
+    # of TorchTitan's wrapper of the model.
     if MODEL in states:
         states[MODEL].load_state_dict(state_dict)
 

@@ -46,7 +46,7 @@ _SENTINEL = "checkpoint-is-incomplete.txt"
 class HoldfastMixin(_Trainer):  # type: ignore[misc]
     """Trainer whose checkpoints appear complete or not at all, with checksums.
 
-    Put it before the trainer: `class SafeTrainer(HoldfastMixin, SFTTrainer): ...`. The files of a
+    List it before the trainer: `class SafeTrainer(HoldfastMixin, SFTTrainer): ...`. The files of a
     checkpoint stay the Trainer's, and `holdfast.seal` is added to them. Arguments keep their
     meaning; these do more:
 
@@ -90,11 +90,12 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         name = f"checkpoint-{self.state.global_step}"
         path = os.path.join(run_folder, name)  # noqa: PTH118 - text, as the Trainer keeps it
         publishes = bool(self.args.should_save)
-        # On SIGTERM every rank writes the sentinel, so wait for all ranks before deleting it.
+        # On SIGTERM every rank writes the file `_SENTINEL`, so wait for all before deleting it.
         self._ranks().all_reduce_max([0])
         if publishes:
             _remove_sentinel(Path(path))
-        # The Trainer writes to `checkpoint-N` in its output folder: a link to that folder itself.
+        # The Trainer writes to `checkpoint-N` in its output folder, which is the hidden folder for
+        # now. There this name is a link to the hidden folder itself.
         with sealed_by_all(
             path,
             ranks=self._ranks(),
@@ -227,7 +228,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a checkpoint has a seal, and all files in the seal, in the sizes stated."""
+    """Return whether a checkpoint has a seal, and all files that the seal lists, in these sizes."""
     if not (path / SEAL).exists():
         return False
     try:

@@ -96,7 +96,8 @@ def check(
                     f"{shown(optimizer)} has none",
                     hint='async_mode = "async"',
                 )
-        # Owner of each name that is taken. If a component is not passed, `states` may use its name.
+        # Names that `states` must not use, each with its owner. The names of components that are
+        # not passed are free.
         taken = {MODEL: "`model`", RNG: "every step", DATALOADER_KEYS[1]: "`dataloader`"}
         taken |= {OPTIMIZER: "`optimizers`"} if given else {}
         taken |= {SCHEDULER: "`lr_schedulers`"} if schedulers else {}
@@ -211,7 +212,7 @@ def agree(
 
     call = capture(check_call)
     # The first number says whether this call is invalid. The arguments and their negatives follow:
-    # the maximum of the negatives is the negative of the minimum.
+    # their maxima over all ranks show the largest and the smallest value of each argument.
     num = 1 + len(flags)
     numbers = [1.0, *[-math.inf] * 2 * num]
     if not isinstance(call, HoldfastError):
@@ -260,8 +261,9 @@ def as_list(given: T | Sequence[T]) -> list[T]:
 def _several(
     what: str, given: object, expected: str, is_one: Callable[[object], bool]
 ) -> list[Any]:
-    """Return the argument `what` as a list: see `as_list`. Raise a UsageError if `is_one` returns
-    False for an item. `expected`: words for the right type in the error message."""
+    """Return `given`, the value of the argument named `what`, as a list: see `as_list`. Raise a
+    UsageError if `is_one` returns False for an item. `expected`: words for the right type in the
+    error message."""
     items: list[Any] = as_list(given)
     for item in items:
         if not is_one(item):

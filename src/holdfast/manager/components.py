@@ -17,7 +17,7 @@ from holdfast.state.tree import Stateful
 
 
 def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any]:
-    """Return the components whose state is that of a single rank: the data loader, if there is one,
+    """Return the components whose state may differ between ranks: the data loader, if there is one,
     and the random number generators. `rank`: number of this rank.
 
     The generators come last, since loading the data loader may create an iterator or a worker,

@@ -19,7 +19,7 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """Catalog, settings and ranks of a run."""
+    """The checkpoints (`catalog`), settings and ranks of a run."""
 
     catalog: Catalog
     config: CheckpointConfig
@@ -47,7 +47,7 @@ class RunContext:
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Limit on the bytes per second that each rank writes to the run's folder; None: none."""
+        """Bytes per second that each rank may write to the run folder; None for no limit."""
         return self.config.write_bandwidth_limit * 1e6 / self.ranks.size or None
 
     def info(self, line: str) -> None:

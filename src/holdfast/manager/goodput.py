@@ -35,7 +35,7 @@ class Timings:
 class Goodput:
     """Counts steps, and the seconds in which the run did not train, by cause.
 
-    The thread that finishes a background save appends to `saves`.
+    `saves`: times of the saves that became durable. The thread of a background save appends to it.
     """
 
     def __init__(self) -> None:

@@ -136,10 +136,10 @@ class HFFormat:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """Catalog of the exports of `hf_export_interval`."""
+        """`Catalog` of the folder that holds the exports of `hf_export_interval`."""
         above = self._run.catalog
         catalog = Catalog(folder_store(f"{above.store.url}/{FOLDER}"))
-        # Looked up at each call: `above.check_lock` is set only when the run locks its folder.
+        # `above.check_lock` is set only when the run locks its folder, so read it at each call.
         catalog.check_lock = lambda: above.check_lock()
         return catalog
 

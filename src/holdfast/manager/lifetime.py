@@ -29,7 +29,7 @@ class Lifetime:
         """Contexts that end, and functions that are called, when the manager is closed."""
 
         self._pid = os.getpid()
-        # If the program ends without `close`, releases everything before modules are torn down.
+        # If the program ends without `close`, release everything before Python unloads modules.
         weakref.finalize(self, _release, self.held, self._pid)
         self._closed = False
 
@@ -65,7 +65,8 @@ class Lifetime:
         catalog.check_lock = self.held.enter_context(store.lock(LOCK, note_of_process()))
         put_in_order(store)
         if f"{FOLDER}/" in store.list() and not is_url(store.url):
-            # Rename `.replaced-...` exports back, since other programs do not look for such names.
+            # A killed replacement leaves an export as `.replaced-...`, where other programs do not
+            # look for it. Give it its name back.
             put_in_order(hf.catalog.store)
 
     def callback(self, release: Callable[[], object]) -> None:

@@ -180,7 +180,7 @@ class CheckpointManager:
 
     def _open(self, hf: HFFormat) -> None:
         """Lock the folder of the run, check that all hosts share it, and start the fast tier if one
-        is configured. A run that does not save only checks. Collective."""
+        is configured. A run that does not save does only the check. Collective."""
         run = self._run
 
         def take() -> None:

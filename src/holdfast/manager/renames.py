@@ -1,4 +1,4 @@
-"""Renames the tensors of a checkpoint from elsewhere to the names that this run's model uses."""
+"""Renames the tensors of a checkpoint from another program to the names in this run's model."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Retainer:
         self._remover.wait()
 
     def _removable(self, current: int) -> list[int]:
-        with suppress(HoldfastError):  # After an error, `good_steps` opens it like the others.
+        with suppress(HoldfastError):  # If this fails, `good_steps` opens the checkpoint again.
             self._complete.published(step_name(current))
         keep = self._retention.latest_k
         ours = {s: f for s, f in self._catalog.folders().items() if s not in self._left_behind}

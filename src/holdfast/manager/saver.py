@@ -41,7 +41,7 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 Target = Literal["durable", "local", "drained"]
 """Place that a save goes to. `durable`: the folder of the run. `local`: the fast tier. `drained`:
-the fast tier, from which it is copied to the folder of the run."""
+the fast tier, from which the checkpoint is then copied to the folder of the run."""
 
 AHEAD_SPARE_BYTES = 16 << 20
 """Bytes reserved for snapshots ahead of the first save, in addition to the size of a data file."""
@@ -159,7 +159,8 @@ class Saver:
                 return self.save(step, kind, flatten, dtype=dtype, metrics=metrics, export=export)
             return False
         except BaseException:
-            # After an interrupt in a notebook, the process may save again: abort this save.
+            # After an interrupt in a notebook, the process goes on and may save again, so the
+            # attempt of this save must not stay.
             if not self.background.is_started():
                 self._staging = None
                 if pending is not None:
@@ -192,7 +193,8 @@ class Saver:
         if export == "alone":
             return begin(self._hf.catalog, name, state, planner=self._hf.planner)
         if local is None:
-            # A model alone shares no files, since other programs may change them after the run.
+            # A model-only checkpoint shares no files: another program may change its files after
+            # the run, and would change those of other checkpoints too.
             deduplicator = self.deduplicator if facts.kind == "full" else None
             begin = partial(begin, deduplicator=deduplicator)
             return begin(self._catalog, name, state, planner=self._planner)

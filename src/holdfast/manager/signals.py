@@ -87,11 +87,12 @@ class StopSignals:
         """Restore the earlier handlers. Does nothing when called again, or in a forked child."""
         if not self._listening:
             return
-        # The earlier descriptor may be closed by now, and its number belong to another file.
+        # The wakeup descriptor that was set before ours may be closed by now, and its number may
+        # belong to another file.
         is_same = self._wakeup_file and self._wakeup_file == _file_of(self._wakeup_before)
         self._restore(self._wakeup_before if is_same else -1)
-        # Closing the pipe would not end the thread, since a child may have a copy of this end. If
-        # the pipe is full, the thread wakes up without this byte.
+        # Closing the pipe would not end the thread, since a forked child may keep this end open.
+        # If the pipe is full, the thread wakes up without this byte.
         with suppress(BlockingIOError):
             os.write(self._in, _END)
         self._thread.join()
@@ -119,7 +120,7 @@ class StopSignals:
         if self._listening:
             self._record(number)
         else:
-            # A later manager has restored this handler after `release`: call the one before it.
+            # After `release`, another manager has set this handler again: call the earlier handler.
             _call(self._before[number], number, frame)
 
     def _record(self, number: int) -> None:

@@ -53,7 +53,7 @@ class StepSaver:
         self.stop_signals: StopSignals = StopSignals(())
         """Signals after which the run saves and ends."""
         self.knows_folder: bool = False
-        """Whether the run has called `load`, or was warned of newer checkpoints in its folder."""
+        """Whether the run has called `load`, or has looked for newer checkpoints in its folder."""
 
     def save(self, step: int, *, last_step: bool, force: bool, metrics: Metrics | None) -> bool:
         """Save the state after `step` if it is due: see `CheckpointManager.save`."""

@@ -83,7 +83,8 @@ class Copies:
         return folder
 
     def receipt(self, name: str) -> SyncRecord | None:
-        """Return the receipt in a skill's copy; None if it is missing or damaged."""
+        """Return the receipt in a skill's copy, which lists the files that a sync has installed.
+        Return None if the receipt is missing or damaged."""
         folder = self.folder(name)
         try:
             return None if folder.is_symlink() else decode_receipt((folder / RECEIPT).read_bytes())
@@ -91,9 +92,9 @@ class Copies:
             return None
 
     def digests(self, name: str) -> Digests | None:
-        """Return the digests of the files in a skill's copy; None if there is no copy.
+        """Return the SHA-256 of each file in a skill's copy; None if there is no copy.
 
-        The digests are empty if there is a file or a link in place of the copy.
+        The result is empty if there is a file or a link in place of the copy.
         """
         folder = self.folder(name)
         if not os.path.lexists(folder):
@@ -123,7 +124,7 @@ class Copies:
             return ""
 
     def write_ledger(self, ledger: Ledger) -> None:
-        """Write the ledger if it has changed."""
+        """Write the ledger, the record of installed and removed skills, if it has changed."""
         if ledger != self.ledger():
             self._replace(self.state / "ledger.json", ledger.encode())
 
@@ -133,7 +134,8 @@ class Copies:
             self._replace(self.state / "synced", version.encode())
 
     def write_receipt(self, skill: Skill, version: str) -> None:
-        """Write the receipt of a copy that equals the shipped skill, but has no correct receipt."""
+        """Write the receipt, which lists the installed files, into a copy that has no correct one.
+        The copy must equal the shipped skill."""
         receipt = SyncRecord(version, skill.digests)
         self._replace(self.folder(skill.name) / RECEIPT, receipt.encode())
 

@@ -143,8 +143,8 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
         synced = replace(before, skills=tuple(updated))
         present = set(synced.names("new", "outdated", "current", "modified", "newer"))
         cleaned, ledger = {*synced.cleaned}, copies.ledger()
-        # Cleaned names count as removed. If the user deletes the files of such a skill, a version
-        # that ships it again must not bring the files back.
+        # Skills in `cleaned` count as removed. If the user deletes the files of such a skill, a
+        # version that ships it again must not bring the files back.
         offered = (ledger.offered | present) - cleaned
         removed = (ledger.removed - present) | cleaned
         copies.write_ledger(Ledger(offered=offered, removed=removed))
@@ -154,7 +154,7 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
 
 
 def reset(skill: Skill, copies: Copies, version: str) -> str | None:
-    """Replace a copy by the shipped skill, unless the copy is foreign.
+    """Replace a copy by the shipped skill, unless no sync made the copy (state `foreign`).
 
     If the user had changed the copy, archive it first, and return the path of the archive.
 

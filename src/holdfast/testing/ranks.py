@@ -92,7 +92,8 @@ class _Board:
             )
             if len(items) < self.size:
                 raise RankError(f"rank {rank} lost another rank")
-            # All ranks have entered this exchange, so no rank needs the items of earlier ones.
+            # A rank enters an exchange only after it has left the one before. All have entered this
+            # one, so no rank needs the items of earlier exchanges.
             self._items.pop(number - 2, None)
             return copy.deepcopy([items[other] for other in range(self.size)])
 

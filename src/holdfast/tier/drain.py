@@ -38,7 +38,7 @@ class Drained:
 
 
 OnDrained = Callable[[Drained], object]
-"""Function that every rank calls in the thread once a copy is durable."""
+"""Function that every rank calls, in the thread that copies, once a copy is durable."""
 
 
 class Drain:
@@ -57,8 +57,8 @@ class Drain:
         bytes_per_s: float | None,
         on_drained: OnDrained,
     ) -> None:
-        """`catalog`: of the folder of the run. `ranks`: for the collectives of the thread, and used
-        for nothing else. `bytes_per_s`: limit on the bytes that this rank copies per second."""
+        """`catalog`: the checkpoints in the folder of the run. `ranks`: only for the collectives of
+        the thread. `bytes_per_s`: limit on the bytes that this rank copies per second."""
         self._tier, self._catalog, self._ranks = tier, catalog, ranks
         self._bytes_per_s, self._on_drained = bytes_per_s, on_drained
         self._thread = Background()

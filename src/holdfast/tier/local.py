@@ -30,8 +30,8 @@ from holdfast.tier.transfer import Transfer, transfer
 logger: logging.Logger = logging.getLogger("holdfast")
 
 KEPT = 2
-"""Number of newest checkpoints that each host keeps. If a save was interrupted, other hosts may not
-have the newest one."""
+"""Number of newest checkpoints that each host keeps. After an interrupted save, other hosts may
+lack the newest one, so that all hosts need the one before it."""
 
 
 class LocalTier:
@@ -70,7 +70,7 @@ class LocalTier:
         put_in_order(store)
 
     def attempt(self, name: str) -> HiddenFolder:
-        """Return the hidden folder for a new attempt of `name`. All hosts use that of rank 0."""
+        """Return a random name for a new attempt of `name`. All hosts use the one of rank 0."""
         return HiddenFolder("attempt", name, os.urandom(4).hex())
 
     def begin(self, pending: Pending, ranks: Ranks) -> Pending:
@@ -105,7 +105,7 @@ class LocalTier:
         run_on_all(ranks, lambda: self._make(attempt) if self.leads else None)
 
     def commit(self, pending: Pending, written: WriteResult | HoldfastError, ranks: Ranks) -> int:
-        """Publish a save on every host. `finish_save` calls this as its `commit_by`. Collective.
+        """Publish a save on every host. `finish_save` gets this as `commit_by`. Collective.
 
         `written`: write result of this rank, or its error. Return the checkpoint's size
         in bytes.

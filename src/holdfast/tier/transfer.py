@@ -14,7 +14,7 @@ from holdfast.errors import DamagedError, HoldfastError
 from holdfast.storage.store import ReadStore, Store
 
 PIECE_BYTES = 4 << 20
-"""Bytes of one read, of one message between ranks, and of one write."""
+"""Maximum bytes of each read, each message between ranks, and each write."""
 
 SENDING = 2
 """Number of pieces that may still be in transfer while the next piece is read."""
@@ -46,7 +46,7 @@ class Transfer:
     """Rank that writes the new file."""
 
     def pieces(self) -> Iterator[Range]:
-        """Yield the parts to send, divided into messages."""
+        """Yield the parts to send, divided into ranges of at most `PIECE_BYTES`."""
         for start, stop in self.ranges:
             for first in range(start, stop, PIECE_BYTES):
                 yield first, min(first + PIECE_BYTES, stop)

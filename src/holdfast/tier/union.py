@@ -29,9 +29,8 @@ from holdfast.tier.local import LocalTier
 from holdfast.tier.transfer import Range, Transfer, transfer
 
 GAP_BYTES_MAX = 1 << 20
-"""Maximum bytes between two ranges of a file that are fetched as one range, with the bytes between
-them. A load reads small neighbouring ranges in this way too (`loading/read.py`), so it needs these
-bytes."""
+"""Two ranges of a file with at most this many bytes between them are fetched as one range, which
+includes these bytes. A load needs them too, since it reads ranges that are near as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
             sizes |= part.files
             for file in part.files:
                 owners[file] = (*owners.get(file, ()), rank)
-        # A host lacks files of other hosts. The checkpoint is complete if some host has each file.
+        # Each host lacks files. The checkpoint is complete if every such file is on another host.
         if all(part.missing <= owners.keys() for _, part in group):
             found.append(LocalCheckpoint(step, created, sizes, owners))
     return found
