@@ -262,7 +262,7 @@ class Catalog:
     def set_aside_for_deletion(self, name: str) -> str:
         """Rename a checkpoint so that readers no longer find it. Returns the new name of its
         folder, which the next cleanup deletes. Raises an ExistsError if another process uses the
-        checkpoint, or if `name` is not exactly one checkpoint."""
+        checkpoint, or if `why_not_removable` gives a reason."""
         self.check_lock()
         removing = HiddenFolder("removing", name, os.urandom(4).hex())
         with self.store.hold(name) as held:

@@ -100,7 +100,8 @@ _NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|[0-9]+", re.ASCII)
 
 
 def summary_of(findings: Sequence[Finding]) -> str:
-    """Return one line about all findings: the first line of `by_cause`, and the number of others."""
+    """Return one line about all findings: the first line of `by_cause`, and the number of its other
+    lines."""
     first, *others = by_cause(findings)
     return first + (f", and {len(others)} more" if others else "")
 
