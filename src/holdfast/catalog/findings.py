@@ -38,7 +38,7 @@ class Finding:
 
     what: str
     """Description of the problem, which continues a sentence after the name of the entry or of the
-    file: `is missing`."""
+    file, such as `is missing`."""
 
     entry: str = ""
     """Tensor or value; empty if the finding is about the file."""
@@ -49,7 +49,7 @@ class Finding:
     def __str__(self) -> str:
         entry = f" `{self.entry}`" if self.entry else ""
         entry += f" block {self.block}" if self.block is not None else ""
-        # "`FILE` is missing" needs no colon. "`FILE`: `RECORD` has ..." and a named entry do.
+        # "`FILE` is missing" has no colon, "`FILE` `ENTRY`: ..." and "`FILE`: `RECORD` ..." have.
         colon = ":" if entry or self.what.startswith("`") else ""
         return f"`{self.file}`{entry}{colon} {self.what}"
 

@@ -71,8 +71,8 @@ class CheckpointRow:
     """Duration of each stage of the save, over all ranks."""
 
     links: Mapping[str, str] = field(default_factory=dict)
-    """For each data file that other checkpoints share by hard links, by name: a text that is equal
-    for all names of one file, in whatever checkpoint."""
+    """For each data file that other checkpoints share by hard links, by name: a text that
+    identifies the file, and is equal in all these checkpoints."""
 
 
 def row_of(store: ReadStore, key: str) -> CheckpointRow:

@@ -262,8 +262,8 @@ def _generation(folder: _Folder) -> Iterator[str]:
     if file in folder.files:
         config = folder.json(file)
     elif CONFIG in folder.files:
-        # Check no other token: `config.json` may have defaults of its class for them, which are
-        # often beyond the vocabulary.
+        # Check only this token: for others, `config.json` may have defaults of the configuration
+        # class, which are often beyond the vocabulary.
         file, config = CONFIG, of_language_model(folder.config)
         keys = ("eos_token_id",)
     else:

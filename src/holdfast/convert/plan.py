@@ -211,8 +211,8 @@ def _keeps_names(opened: ConvertSource, config: Config) -> bool:
         return False
     if opened.checkpoint.hf is not None or opened.dialect not in ("meta", "titan"):
         return True
-    # The names look native, but a model without a table may have such names too. Assume that it is
-    # one only if the checkpoint states a configuration, and that has no table either.
+    # The names look native, but a model without a table may have such names too. Assume such a
+    # model only if the checkpoint has a configuration of its own, and that has no table either.
     stored = opened.checkpoint.manifest.model
     return bool(stored) and table_of(stored) is None
 

@@ -52,8 +52,8 @@ def files_beside(
 
 
 def stem_of(config: Mapping[str, Any]) -> str:
-    """Return the word with which the names of weight files begin: the loader of the model looks for
-    such names."""
+    """Return how the names of weight files must begin, so that the loader of the model finds
+    them."""
     return "diffusion_pytorch_model" if is_of_diffusers(config) else "model"
 
 

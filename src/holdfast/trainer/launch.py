@@ -174,8 +174,8 @@ class Workers:
         self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
-        # The launcher has not yet waited for these pids, so the system cannot have given them to
-        # other processes.
+        # The launcher has not yet waited for these processes, so the system cannot have given their
+        # pids to others.
         for pid in self._ranks_by_pid:
             os.kill(pid, number)
 
