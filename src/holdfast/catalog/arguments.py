@@ -46,7 +46,7 @@ def _checked(path: object, state: object, function: str) -> str:
             hint=f"the path comes first: {function}(path, state)",
         )
     text = checked_path(path, "path")
-    # A module passes this check. `StateTree` decides later whether it can be a state.
+    # A module passes this check. `StateTree` decides later whether a module can be a state.
     if not isinstance(state, Mapping) and not hasattr(state, "state_dict"):
         raise UsageError(
             "`state` must be a dict of tensors, values and objects by name, or a module, found: "

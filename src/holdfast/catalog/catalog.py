@@ -63,7 +63,7 @@ _STARTS = (b"{", b"\x80")
 """First byte of a manifest, and first byte of a stock index."""
 
 _TRIES = 100
-"""Most times that `begin` creates an attempt folder after a cleanup has deleted the one before."""
+"""Most attempts that `begin` creates for one save, if cleanups delete one after the other."""
 
 
 class Catalog:
@@ -72,12 +72,12 @@ class Catalog:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._begun: dict[str, tuple[ExitStack, bool]] = {}
-        """For each unfinished attempt, by the name of its folder: the context of its holds, and
-        whether it replaces a checkpoint."""
+        """For each unfinished attempt, by the name of its folder: the context that ends its holds
+        on folders when it is closed, and whether the attempt replaces a checkpoint."""
 
         self.check_lock: Check = lambda: None
-        """Function that is called before every change. Raises an error if the run has lost its
-        lock."""
+        """Function that is called before every change of the folder. It raises an error if the run
+        has lost its lock on the folder."""
 
     def steps(self) -> list[int]:
         """Return the step numbers of the published checkpoints, oldest first. Checkpoints that are
@@ -165,7 +165,7 @@ class Catalog:
 
     def _hold_replaced(self, attempt: HiddenFolder, replaced: str, stack: ExitStack) -> None:
         """Hold the checkpoint that an attempt will replace. Deletes the attempt on failure.
-        `replaced`: folder of the checkpoint. `stack`: closed to release the hold."""
+        `replaced`: folder of the checkpoint. `stack`: gets the hold, and ends it when closed."""
         try:
             if stack.enter_context(self.store.hold(replaced)) is False:
                 raise self._kept(attempt.name, "another process is replacing or deleting it")
@@ -260,9 +260,9 @@ class Catalog:
             logger.warning("%s; the next save tries again", problem)
 
     def set_aside_for_deletion(self, name: str) -> str:
-        """Rename a checkpoint so that readers no longer find it. Returns the folder that has its
-        files now, which a cleanup deletes. Raises an ExistsError if another process uses the
-        checkpoint, or if `name` is not exactly one checkpoint."""
+        """Rename a checkpoint so that readers no longer find it. Returns the new name of its
+        folder, which the next cleanup deletes. Raises an ExistsError if another process uses the
+        checkpoint, or if `why_not_removable` gives a reason."""
         self.check_lock()
         removing = HiddenFolder("removing", name, os.urandom(4).hex())
         with self.store.hold(name) as held:
@@ -284,8 +284,8 @@ def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
     """Read the manifest of checkpoint `name`, and check that all files of the checkpoint are
     complete.
 
-    `entries`: whether to read the tensors and values too. The index of stock DCP is always read in
-    full.
+    `entries`: whether to read the entries, the descriptions of tensors and values. The index of
+    stock DCP is always read in full.
 
     Raises:
         NotFoundError: there is no such checkpoint.

@@ -28,7 +28,7 @@ _WHY: dict[HiddenRole, str] = {
     "replaced": "a newer save has replaced it",
     "removing": "an unfinished deletion",
 }
-"""Reason to delete a folder, by the role of the folder."""
+"""Reason to delete a hidden folder, by the word with which its name begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Action:
     """Reason, for messages."""
 
     role: HiddenRole | None = None
-    """Role of the folder; None for a file."""
+    """First word in the name of a hidden folder, such as `attempt`; None for a file."""
 
 
 def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Action]:
@@ -86,7 +86,7 @@ def execute(store: Store, actions: Sequence[Action]) -> list[str]:
         try:
             _execute(store, action)
         except NotFoundError:
-            continue  # Another process has done it.
+            continue  # Another process has carried out this action.
         except HoldfastError as error:
             failed.append(f"could not {action.verb} `{action.folder}`: {error.what}")
     return failed

@@ -217,7 +217,7 @@ def _check_group(reader: RecordReader, sections: Sequence[_Section]) -> list[Fin
 
 
 def _compare(file: str, section: _Section, checksums: Sequence[int]) -> list[Finding]:
-    # A truncated file has no bytes for its missing blocks.
+    # If the file ends early, count each missing block as empty.
     pairs = zip_longest(checksums, section.checksums, fillvalue=checksum(b""))
     return [
         Finding(
@@ -238,9 +238,9 @@ def _compare(file: str, section: _Section, checksums: Sequence[int]) -> list[Fin
 def check_containers(
     manifest: Manifest, skipped: Collection[str], reader_of: Callable[[str], RecordReader]
 ) -> Iterator[Check]:
-    """Yield checks of every item of a stock checkpoint: whether its dtype and shape are those of
-    the index, and whether each record of its archive has its CRC-32. Items in `skipped` files are
-    not checked. `reader_of`: function that returns the reader of a file."""
+    """Yield checks of every item of a stock checkpoint: whether it has the dtype and shape that
+    the index states, and whether each record of its archive matches its CRC-32. Items in `skipped`
+    files are not checked. `reader_of`: function that returns the reader of a file."""
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
             if chunk.file not in skipped:
@@ -275,7 +275,7 @@ def _check_value(reader: RecordReader, name: str, item: Span) -> list[Finding]:
         for record in records:
             findings += check_record(reader, records, record, item.offset, name)
         # A container without checksums is read too, to notice bytes that the disk cannot return.
-        # Its records have CRC-32 0, so their findings mean nothing.
+        # Its records state 0 as CRC-32, so findings about their CRC-32s mean nothing.
         return findings if has_checksums(records) else []
     except HoldfastError as error:
         return [Finding("file", reader.file, error.what, name)]
@@ -304,8 +304,8 @@ def check_record(
 
 
 def entries_by_record(manifest: Manifest, records: Mapping[str, Record]) -> dict[str, str]:
-    """Return, for each record of a `.pt` file that holds tensors, the names of these tensors,
-    joined by commas."""
+    """Return the names of the tensors in each record of a `.pt` file, joined by commas, by the
+    name of the record. Records without tensors are left out."""
     by_offset = sorted((record.data.offset, name) for name, record in records.items())
     offsets = [offset for offset, _ in by_offset]
     names: dict[str, list[str]] = {}

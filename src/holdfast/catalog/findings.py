@@ -14,7 +14,7 @@ Format = Literal["holdfast", "dcp", "safetensors", "torch", "bin", "zero", "seal
 
 Concern = Literal["index", "file", "data", "frame"]
 """Scope of a finding. `index`, `file`: the checkpoint does not load. `data`: the entry does not
-load. `frame`: bytes around an entry are wrong. Only stock torch needs them."""
+load. `frame`: bytes around an entry are wrong, which only stock torch reads."""
 
 FORMATS: Mapping[Format, str] = {
     "holdfast": "checkpoint of Holdfast",
@@ -37,7 +37,8 @@ class Finding:
     """Name of the file in the checkpoint's folder."""
 
     what: str
-    """Description of the problem: a predicate whose subject is the entry or the file."""
+    """Description of the problem, which continues a sentence after the name of the entry or of the
+    file, such as `is missing`."""
 
     entry: str = ""
     """Tensor or value; empty if the finding is about the file."""
@@ -48,7 +49,7 @@ class Finding:
     def __str__(self) -> str:
         entry = f" `{self.entry}`" if self.entry else ""
         entry += f" block {self.block}" if self.block is not None else ""
-        # A predicate about the file needs no colon; a sentence with its own subject does.
+        # "`FILE` is missing" has no colon, "`FILE` `ENTRY`: ..." and "`FILE`: `RECORD` ..." have.
         colon = ":" if entry or self.what.startswith("`") else ""
         return f"`{self.file}`{entry}{colon} {self.what}"
 
@@ -90,7 +91,7 @@ class VerifyReport:
 
 
 MODEL_IS_WHOLE = "model is whole"
-"""Beginning of `usable` if the model has no damage."""
+"""Beginning of `VerifyReport.usable` if other parts are damaged, but the model is not."""
 
 NAMED_MAX = 3
 """Most entries or files that a message names."""
@@ -99,7 +100,8 @@ _NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|[0-9]+", re.ASCII)
 
 
 def summary_of(findings: Sequence[Finding]) -> str:
-    """Return one line about the findings: the first cause, and the number of other causes."""
+    """Return one line about all findings: the first line of `by_cause`, and the number of its other
+    lines."""
     first, *others = by_cause(findings)
     return first + (f", and {len(others)} more" if others else "")
 
@@ -144,7 +146,7 @@ def _line(group: Sequence[Finding]) -> str:
 
 
 def named(names: Sequence[str]) -> str:
-    """Return text for a message: the first of `names`, and the number of the others."""
+    """Return text for a message: up to `NAMED_MAX` of the names, and the number of the others."""
     first = ", ".join(f"`{name}`" for name in names[:NAMED_MAX])
     more = len(names) - NAMED_MAX
     return first + (f" and {more} more" if more > 0 else "")
@@ -173,8 +175,8 @@ def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
 
 
 def kind_of(manifest: Manifest) -> Kind:
-    """Return the kind of a checkpoint. It follows from the entries if the manifest does not state
-    it."""
+    """Return the kind of a checkpoint, `full` or `model`. If the manifest does not state it, the
+    entries decide."""
     if manifest.kind is not None:
         return manifest.kind
     return kind_with(entry.path[0] for entry in manifest.tensors.values())

@@ -159,7 +159,7 @@ def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
     Raises:
         NotFoundError: the folder has no weights.
         FormatError: a file is malformed, or is a link out of the folder.
-        DamagedError: a file in the index, or a shard of a set, is missing.
+        DamagedError: a file that the index lists is missing, or one of several numbered shards.
     """
     where = location(store, name)
     present = [file for file in store.list(name) if not file.endswith("/")]

@@ -71,8 +71,8 @@ class CheckpointRow:
     """Duration of each stage of the save, over all ranks."""
 
     links: Mapping[str, str] = field(default_factory=dict)
-    """Identity of each data file that other checkpoints share by hard links, by name of the
-    file."""
+    """For each data file that other checkpoints share by hard links, by name: a text that
+    identifies the file, and is equal in all these checkpoints."""
 
 
 def row_of(store: ReadStore, key: str) -> CheckpointRow:
@@ -93,8 +93,8 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
         except HoldfastError:
             if isinstance(store, ListedStore):
                 raise  # `survey` reads again, without the cached names of a `ListedStore`.
-            # Another process may be replacing the checkpoint, so read steadily. Not done at first,
-            # since the fingerprint takes as long as the first read.
+            # Another process may be replacing the checkpoint. `read_steadily` then reads it again.
+            # Not used at first, since its fingerprint takes as long as the read itself.
             manifest, is_hf = read_steadily(store, key, read)
     except HoldfastError as error:
         return CheckpointRow(name, step, "damaged", problem=error.what, why_not=error.what)
@@ -119,8 +119,9 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
 
 
 def shared_files(store: ReadStore, folder: str, files: Iterable[str]) -> dict[str, Links]:
-    """Return, for those of `files` that other checkpoints share by hard links, the identity of the
-    file and the number of its links. Files that cannot be examined are left out."""
+    """Return, for those of `files` that other checkpoints share by hard links, the `Links` of
+    the file: a text that identifies it, and the number of its names. Files that cannot be examined
+    are left out."""
     found = {}
     if isinstance(store, ListedStore):
         store = store.store

@@ -14,7 +14,7 @@ _NOTE_BYTES_MAX = 4096
 
 
 def marks_in(store: ReadStore, folder: str = "") -> list[Mark]:
-    """Return the marks in folder `folder`, whose checkpoints they are about."""
+    """Return the marks in folder `folder`. Each is about one of the checkpoints in this folder."""
     return [mark for mark in map(mark_of, store.list(folder)) if mark is not None]
 
 
@@ -36,7 +36,7 @@ def damaged_steps(store: ReadStore, folder: str = "") -> dict[int, str]:
 def _note(store: ReadStore, folder: str, mark: Mark) -> str:
     """Return the note in a mark, or the reason why the note cannot be read."""
     try:
-        # A folder from a stranger could make its reader show a private file.
+        # In a folder from a stranger, a mark may be a link to a private file of the user.
         if store.leads_out(folder, str(mark)):
             return "a link to elsewhere"
         key = f"{folder}/{mark}" if folder else str(mark)

@@ -1,4 +1,4 @@
-"""Finds the checkpoint in a folder that another program made around it."""
+"""Finds the checkpoint inside a folder of another program, such as a log folder of Lightning."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Nested:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A folder in which checkpoints are looked for."""
+    """A folder to search for checkpoints."""
 
     store: ReadStore
     name: str
@@ -68,8 +68,8 @@ class _Folder:
         return data.decode(errors="replace").strip()
 
     def pointed_to(self, kind: str, pointer: str, newest: str) -> Nested:
-        """Return the checkpoint `newest`, which the file `pointer` names, or the reason that it is
-        missing in this folder. `kind`: kind of this folder, for messages."""
+        """Return the checkpoint `newest`, which the file `pointer` names. If this folder lacks it,
+        the result has no checkpoint, and says so in `why_not`. `kind`: kind of this folder."""
         if f"{newest}/" in self.names:
             return Nested(kind, (newest,))
         return Nested(kind, (), f"`{pointer}` names `{newest[:200]}`, which is not in it")

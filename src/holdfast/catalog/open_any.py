@@ -24,7 +24,7 @@ from holdfast.format.torchfile import TorchFile
 from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
-"""Kinds of files, for messages."""
+"""Format of a single file, in the words of messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class OpenCheckpoint:
     tensors."""
 
     file: str = ""
-    """Name of the file in `source.folder`, if the checkpoint is a single file."""
+    """Name of the file in `source.folder`, if the checkpoint is a single file; else empty."""
 
     hf: HFFolder | None = None
     """Contents of the folder, if the checkpoint is a Hugging Face folder; else None."""
@@ -198,8 +198,8 @@ def format_of(store: ReadStore, name: str) -> Format | None:
 
 
 def check_folder(store: ReadStore, name: str) -> None:
-    """Raise an error if `name` is a file, where the folder of a checkpoint is expected. The hint
-    names commands that accept such a file. Does nothing if `name` does not exist."""
+    """Raise an error if `name` is a file: the caller needs a folder. The hint names commands that
+    accept the file. Does nothing if `name` does not exist."""
     parent, _, last = name.rpartition("/")
     try:
         if last not in store.list(parent):

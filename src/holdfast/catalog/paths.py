@@ -60,8 +60,8 @@ def full_path(path: str | os.PathLike[str]) -> str:
 
 
 def _check_replaceable(path: str) -> None:
-    """Raise a UsageError for a folder that no rename can replace, or whose replacement would break
-    this process."""
+    """Raise a UsageError if `path` is a mount point, which no rename can replace, or the current
+    folder of this process."""
     if not os.path.isdir(path):  # noqa: PTH112 - text, as all paths here
         return
     if os.path.ismount(path):

@@ -152,6 +152,6 @@ def _kind(start: bytes) -> str | None:
             return kind
     if not start:
         return "an empty file"
-    # The head of the file may end inside a character.
+    # `start` may end inside a character, which decodes to U+FFFD.
     text = start.decode(errors="replace").rstrip("\ufffd")
     return None if {"\0", "\ufffd"} & {*text} else "a text file"

@@ -57,7 +57,7 @@ def why_not_replaceable(store: ReadStore, name: str) -> str | None:
 
 def why_not_removable(store: ReadStore, name: str) -> str | None:
     """Return the reason why retention, or a run that saves a step again, may not delete `name`;
-    None if `name` is one checkpoint, good or damaged.
+    None if `name` is one checkpoint or one export, good or damaged.
 
     A folder that contains another checkpoint or a run may not be deleted. Other files of the user
     in the folder are deleted with it.

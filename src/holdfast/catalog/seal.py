@@ -67,7 +67,7 @@ class Unsealed:
             sync_files(self.folder)
 
     def publish(self) -> None:
-        """Give the sealed folder its name.
+        """Rename the sealed folder to the name of its checkpoint.
 
         Raises:
             ExistsError: another checkpoint has taken the name meanwhile.

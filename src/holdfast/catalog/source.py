@@ -154,8 +154,8 @@ class ChunkData:
         if self._checksums is None:
             self._fill(start, target)
             return
-        # A block at an end is needed only in part, but must be checked as a whole: read it into the
-        # buffer. Read all other blocks straight into the target.
+        # The first and the last block may be needed only in part, but are checked as a whole: read
+        # them into the buffer. Read all other blocks straight into the target.
         block = self._source.manifest.block_bytes
         first = min(-(-start // block) * block, stop)
         last = stop if stop == self._span.nbytes else max(first, stop // block * block)

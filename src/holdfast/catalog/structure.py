@@ -34,13 +34,13 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
             findings.append(Finding("file", file, f"cannot be read: {error.what}"))
             continue
         if store.leads_out(folder, file):
-            # A checkpoint from a stranger could otherwise load private files of its reader into a
+            # A link in a checkpoint from a stranger could load a private file of the user into a
             # model.
             findings.append(Finding("file", file, "is a link to a place outside of its folder"))
         if size != nbytes:
             findings.append(Finding("file", file, f"has {size} bytes, {nbytes} were written"))
-    # For Holdfast's own manifest, the decoder has already checked this. Do not repeat it for what
-    # may be millions of chunks.
+    # The decoder of Holdfast's own manifest has checked that no item reaches beyond its file. Do
+    # not check it again: there may be millions of items.
     for name, file, item in () if manifest.tables else items_of(manifest):
         if file not in manifest.files:
             findings.append(Finding("file", file, "is missing", name))

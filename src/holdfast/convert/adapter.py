@@ -59,7 +59,7 @@ def adapter_config_of(opened: ConvertSource, path: str | None) -> Mapping[str, A
     None: the file is beside the weights.
 
     Raises:
-        UsageError: there is no such file, or the adapter is not of LoRA.
+        UsageError: there is no such file, or the adapter is of another kind than LoRA.
     """
     hf = opened.checkpoint.hf
     config = hf.adapter if hf is not None else None
@@ -101,7 +101,7 @@ def open_adapter(
     for name in model.infos:
         short = name.removeprefix(PREFIX)
         if lora := _LORA.fullmatch(short):
-            # In a PEFT folder, the name of a vector of magnitudes has no `.weight` at its end.
+            # PEFT folders name a vector of DoRA's magnitudes without `.weight` at the end.
             end = "" if lora["kind"] == "lora_magnitude_vector" else lora["end"] or ""
             adapter[name] = f"{PREFIX}{lora['module']}.{lora['kind']}{end}"
         elif saved := _SAVED.fullmatch(short):
@@ -148,7 +148,7 @@ def merged(adapter: AdapterSource, base: ConvertSource | None) -> Tensors:
     has the base weights itself."""
     if base is None:
         return Merged(adapter.base, adapter.tensors, adapter.config)
-    # Base tensors in the checkpoint, such as buffers, are newer than those in the folder.
+    # Base tensors in the checkpoint, such as buffers, are newer than those of the base model.
     newer = Joined(adapter.tensors, adapter.base)
     return Merged(base.model, newer, adapter.config)
 

@@ -219,8 +219,8 @@ def _fused(folder: _Folder) -> Iterator[str]:
 
 
 def _format_of(folder: _Folder, file: str) -> object:
-    """Return the key `format` in the metadata of a safetensors file. Its header has been checked
-    already."""
+    """Return the key `format` in the metadata of a safetensors file. The caller has checked the
+    file's header."""
     key = f"{folder.name}/{file}"
     nbytes = int.from_bytes(folder.store.read(key, 0, 8), "little")
     metadata = json.loads(folder.store.read(key, 8, 8 + nbytes)).get("__metadata__") or {}
@@ -262,7 +262,8 @@ def _generation(folder: _Folder) -> Iterator[str]:
     if file in folder.files:
         config = folder.json(file)
     elif CONFIG in folder.files:
-        # Other tokens in `config.json` may be defaults of its class, often beyond the vocabulary.
+        # Check only this token: for others, `config.json` may have defaults of the configuration
+        # class, which are often beyond the vocabulary.
         file, config = CONFIG, of_language_model(folder.config)
         keys = ("eos_token_id",)
     else:

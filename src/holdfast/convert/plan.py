@@ -211,8 +211,8 @@ def _keeps_names(opened: ConvertSource, config: Config) -> bool:
         return False
     if opened.checkpoint.hf is not None or opened.dialect not in ("meta", "titan"):
         return True
-    # The names look native. Some models without a table have such names of their own: believe this
-    # only if the configuration in the checkpoint has no table either.
+    # The names look native, but a model without a table may have such names too. Assume such a
+    # model only if the checkpoint has a configuration of its own, and that has no table either.
     stored = opened.checkpoint.manifest.model
     return bool(stored) and table_of(stored) is None
 
@@ -262,7 +262,7 @@ def _first_names(opened: ConvertSource, model: Tensors) -> list[str]:
 
 
 def _stored(opened: ConvertSource, original: str | None) -> object | None:
-    """Return a key that is equal for all names under which one tensor is stored; None if it cannot
+    """Return a key that is equal for all names of one stored tensor; None if the tensor cannot
     have several names. `original`: one of the names, in the manifest."""
     entry = opened.checkpoint.manifest.tensors.get(original or "")
     if entry is None or not entry.chunks or 0 in entry.shape:
@@ -282,7 +282,7 @@ class _BothDialects:
 
     hf: Tensors
     towers: Tensors | None
-    """Tensors of a multimodal model's other parts, under their own names; None: there are none."""
+    """Tensors of a multimodal model besides its language model's; None: there are none."""
 
     notes: Sequence[str]
 
@@ -328,8 +328,8 @@ def _with_fixed_dtypes(model: Tensors, mapping: TensorMapping) -> Tensors:
 
 
 def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
-    """Return one output per tensor, by name. Its path is only its name, so a target that nests has
-    all of them at its root."""
+    """Return one output per tensor, by name. Its path is only its name: if the target has nested
+    dicts, all these tensors are in the outermost dict."""
     return {
         name: Output(tensors, name, dtype_for(tensors, name, options.dtype), (name,))
         for name in tensors.infos
@@ -464,8 +464,8 @@ def _adapter(
 
 
 def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> dict[str, Output]:
-    """Return the tensors to write of all requested components, nested as in the source. If the user
-    requests a native dialect, they are renamed."""
+    """Return the tensors of all requested components as outputs, nested as in the source. They are
+    renamed if the user requests a native dialect."""
     if options.names is not None and opened.dialect is None:
         raise UsageError(
             f"`--names {options.names}`: the tensors of `{opened.checkpoint.where}` have the names "

@@ -146,8 +146,8 @@ def _different(origins: tuple[str, str], wrong: Sequence[str]) -> MismatchError:
 
 
 def _used_axes(family: Family, config: Config) -> Iterator[str]:
-    """Yield the axes of the tensors that the model has. Its configuration may have further sizes,
-    for kinds of layers that the model lacks."""
+    """Yield the name of each axis that tensors of the model have, such as `d`. The configuration
+    may have sizes of other axes too, for kinds of layers that the model lacks."""
     rows, axes = rows_and_axes(family, config)
     for row in rows:
         if all(len(axes[axis]) for axis in row.native.name_axes if axis in axes):

@@ -149,7 +149,8 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
     checkpoint = open_any(store, name, check_files=True)
     names, others = _names_in_model(checkpoint)
     stored_names = [*names.values()]
-    # Names of PEFT begin like those of a wrapper: do not suggest to drop this prefix.
+    # Names of PEFT begin with `base_model.`, as if a wrapper had added it: do not suggest to drop
+    # it.
     is_adapter = any(".lora_A." in name for name in stored_names) or (
         checkpoint.hf is not None and checkpoint.hf.adapter is not None
     )

@@ -44,7 +44,7 @@ class Output:
     """Dtype in the target."""
 
     path: Path
-    """Keys from the root of the state to the tensor, for targets that nest."""
+    """Keys from the root of the state to the tensor, for targets with nested dicts."""
 
     same_as: str = ""
     """Name of another output with the same tensor, if this output is only a further name; else

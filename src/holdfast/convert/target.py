@@ -265,7 +265,7 @@ def write_torch_file(
                 name: _write_tensor(writer, span.offset, outputs[name], take)
                 for name, span in layout.tensors.items()
             }
-            # Write the frames last: they contain the checksums of the elements.
+            # Write the bytes around the tensors last: they contain the checksums of the tensors.
             for offset, frame in layout.frames(crc32s):
                 writer.write(offset, [frame])
         store.sync(str(attempt))

@@ -22,8 +22,8 @@ def value_notes(
     """Compare the values that the checkpoint's model was trained with and the values in `config`,
     the configuration of the target. Returns a note on each difference.
 
-    `to_hf`: whether the target is an export. An export also gets notes on positions that the run
-    did not train, and on a missing class.
+    `to_hf`: whether the target is an export. An export also gets notes if its configuration
+    allows longer inputs than the run trained on, or names no class.
 
     Raises:
         MismatchError: the target is an export, and would compute something else than the trained

@@ -67,8 +67,8 @@ def _pickled(name: str, value: Any) -> bytes:
 
 
 def _built(value: object) -> Any:
-    """Build a value that was read from a `.pt` file. `Other` and `DtypeName` in it describe
-    objects, such as sets, devices and dtypes. They are built here."""
+    """Build a value that was read from a `.pt` file. For each `Other` or `DtypeName` in it, build
+    the object that this describes, such as a set, a device or a dtype."""
     import torch
 
     match value:

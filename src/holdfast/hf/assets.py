@@ -17,7 +17,8 @@ _WEIGHTS = (
     "*.safetensors *.index.json *.bin *.pt *.pth *.ckpt *.gguf *.onnx *.h5 *.msgpack *.npz "
     "*.distcp *.lock *.incomplete"
 )
-"""Patterns of files that an export does not copy: weights in any format, files of downloads."""
+"""Patterns of files that an export does not copy: weights in any format, leftovers of
+downloads."""
 
 _TEMPLATES = "additional_chat_templates/"
 
@@ -51,13 +52,14 @@ def files_beside(
 
 
 def stem_of(config: Mapping[str, Any]) -> str:
-    """Return the stem of the names of weight files that the loader of this model looks for."""
+    """Return how the names of weight files must begin, so that the loader of the model finds
+    them."""
     return "diffusion_pytorch_model" if is_of_diffusers(config) else "model"
 
 
 def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the special tokens that `config` lacks and the folder's `generation_config.json` has.
-    Return none if the folder has a `config.json` of its own.
+    Return an empty dict if the folder has a `config.json` of its own.
 
     Without these tokens, transformers and other loaders use their default tokens, which are wrong
     here.

@@ -74,9 +74,9 @@ def renamed(names: Collection[str], dialect: Literal["meta", "titan"]) -> dict[s
 
 
 def balances(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of each buffer `moe.expert_bias`, by which TorchTitan balances experts,
-    that is missing beside a router. `shapes`: shape of each tensor of a model, under Meta's
-    names."""
+    """Return name and shape of each buffer `moe.expert_bias` that a model lacks. TorchTitan has
+    one beside each router, and balances experts with it. `shapes`: shape of each tensor of the
+    model, under Meta's names."""
     routers = {n.removesuffix(GATE): s[:1] for n, s in shapes.items() if n.endswith(GATE)}
     balanced = {n[: n.rindex(BALANCE)] for n in shapes if is_balance(n)}
     return {prefix + BALANCE: s for prefix, s in routers.items() if prefix not in balanced}

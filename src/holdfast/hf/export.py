@@ -1,4 +1,4 @@
-"""Export of a live model as a Hugging Face folder, in one pass over all ranks.
+"""Export of a live model as a Hugging Face folder, by all ranks together.
 
 Shapes determine every header and every tensor's offset. So rank 0 creates the files, every rank
 writes the elements that the plan of the save assigns to it, once and in their final position, and
@@ -58,8 +58,8 @@ class HFModel:
     """Path of a folder whose other files an export copies: tokenizer, templates."""
 
     exact: bool = False
-    """Whether to refuse weights whose configuration has another rotary base, epsilon or routing;
-    false: log each difference as a warning."""
+    """Whether a load refuses weights whose own `config.json` has another rotary base, epsilon or
+    routing than `config`; false: it logs each difference as a warning."""
 
     seq_len: int | None = None
     """Length of the training sequences, in tokens; None: unknown. An export logs whether its
@@ -102,7 +102,7 @@ class ExportSnapshot:
     """Index of the save, on rank 0."""
 
     others: Collection[str]
-    """First keys of the paths of tensors that do not belong to the model."""
+    """First keys of the paths of tensors outside of the model, such as `optimizer`."""
 
     @property
     def plan(self) -> GlobalPlan:
@@ -118,7 +118,7 @@ class ExportSnapshot:
 
 def check_live(plan: GlobalPlan, others: Collection[str], model: HFModel) -> None:
     """Check that a live model can be exported. `plan`: global plan of a save of the model.
-    `others`: first keys of the paths of tensors that do not belong to the model.
+    `others`: first keys of the paths of tensors outside of the model, such as `optimizer`.
 
     Raises:
         MismatchError: the model's tensors are not those of its configuration. All differences are

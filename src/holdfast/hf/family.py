@@ -62,9 +62,9 @@ HF_OUTPUT = "lm_head.weight"
 def decoder_axes(config: Config) -> dict[str, Sequence[int]]:
     """Return the indices of each axis that all decoders have:
 
-    `l` layers; `v` vocabulary; `d` residual stream; `f` feed-forward; `h` query heads; `k` key and
-    value heads; `x` one head; `r` half of a head; `s` the two halves; `e` experts; `m` width inside
-    an expert.
+    `l` layers; `v` vocabulary; `d` width of the residual stream; `f` width inside the feed-forward;
+    `h` query heads; `k` key and value heads; `x` elements of a head; `r` elements of half a head;
+    `s` the two halves of a head; `e` experts; `m` width inside an expert.
     """
     heads = count(config, "num_attention_heads", least=1)
     head_dim = count(config, "head_dim", default=0) or count(config, "hidden_size") // heads

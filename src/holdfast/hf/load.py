@@ -76,7 +76,7 @@ def load_folder(
     if folder.config is not None:
         check_config(folder.config, source.url)
     config = folder.config or config
-    # Ranks may have different leaves, as in a pipeline, but must all take the same path below.
+    # Ranks may have different leaves, as in a pipeline, but must all make the same choices below.
     own_names, titan, has_balance = _agreed(
         ranks,
         keeps_names(leaves, config),
@@ -194,8 +194,8 @@ def _native(
 
 
 def _fill(tensors: Tensors, _: Source, wanted: Sequence[Wanted]) -> int:
-    """Copy the elements that this rank wants from `tensors` into its tensors. Returns the number of
-    bytes read."""
+    """Read the elements that this rank wants from `tensors`, and copy them into the rank's own
+    tensors. Returns the number of bytes read."""
 
     def fill(want: Wanted, piece: Piece, block: Region) -> int:
         elements = tensors.read(want.name, block.moved(piece.region.start))

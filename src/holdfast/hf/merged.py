@@ -73,9 +73,9 @@ class Merged:
             )
 
     def _add(self, module: str, name: str, config: Mapping[str, Any]) -> list[str]:
-        """Note that the factors of a module are to be added to its weight. Returns the reasons why
-        they cannot be merged. `name`: beginning of the factors' names in the adapter. `config`:
-        contents of `adapter_config.json`."""
+        """Plan to add the factors of a module to its weight when it is read. Returns the reason why
+        they cannot be merged; empty if they can. `name`: beginning of the factors' names in the
+        adapter. `config`: contents of `adapter_config.json`."""
         weight, infos = f"{module}.weight", self._adapter.infos
         transposed = config.get("fan_in_fan_out") is True
         if name + _B not in infos:

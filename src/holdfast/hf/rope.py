@@ -65,7 +65,7 @@ class YarnScaling:
     """Number of positions before the scaling."""
 
     attention_factor: float
-    """Factor of cosines and sines."""
+    """Factor by which all cosines and sines are multiplied."""
 
     beta_fast: float = 32.0
     """Frequencies with more turns than this over the original positions are kept."""
@@ -183,7 +183,7 @@ _PARSERS: Mapping[str, Callable[[Config], Scaling]] = {
     "llama3": _llama3,
     "yarn": _yarn,
 }
-"""Function that parses each kind of scaling."""
+"""Function that parses each kind of scaling, by its `rope_type`."""
 
 
 def _mscale(factor: float, scale: float) -> float:

@@ -48,7 +48,7 @@ _FIXED: Mapping[str, Any] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-"""Values that native models have. They cannot compute any others."""
+"""The only values of these keys that native models can compute."""
 
 _COMPARED = (
     "num_attention_heads num_key_value_heads head_dim layer_types no_rope_layers "

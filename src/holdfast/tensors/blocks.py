@@ -46,7 +46,7 @@ def _split(region: Region, dim: int, itemsize: int, nbytes_max: int) -> Iterator
     """Split a region along `dim` into boxes of at most `nbytes_max` bytes. If a single index along
     `dim` has more bytes, split it along the next dims."""
     row_nbytes = region.num_elements // region.shape[dim] * itemsize
-    # A power of two, so that blocks begin where attention heads do.
+    # A power of two, as most widths of heads are: a block then begins where a head does.
     rows = 1 << (max(1, nbytes_max // row_nbytes).bit_length() - 1)
     for first in range(region.start[dim], region.stop[dim], rows):
         last = min(first + rows, region.stop[dim])

@@ -78,10 +78,11 @@ class Renamed:
 
 
 class Mapped:
-    """Tensors of one side of a mapping, computed from the tensors of the other side."""
+    """Native tensors that a mapping computes from Hugging Face tensors, or the reverse."""
 
     def __init__(self, source: Tensors, mapping: TensorMapping, side: SideName) -> None:
-        """`side`: the side whose tensors this object has. `source` has those of the other side."""
+        """`side`: whether this object has native or Hugging Face tensors. `source` has the other
+        ones."""
         self._source, self._mapping, self._side = source, mapping, side
         self.infos: dict[str, TensorInfo] = {name: self._info(name) for name in mapping.names(side)}
 

@@ -92,16 +92,17 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """Membership of one tensor in one relation."""
+    """A relation that describes a tensor, and which of the tensors in the relation it is."""
 
     relation: Relation
     axes: Axes
     indices: Mapping[str, int]
-    """Position of the tensor along the axes in the name of its side."""
+    """Index of the tensor along each axis in its name, such as the number of its layer."""
 
 
 class TensorMapping:
-    """Relations whose sizes are known: names, shapes and copies, in both directions."""
+    """Relations of a model with known sizes: the names and shapes of its tensors on both sides, and
+    the copies that compute tensors of one side from those of the other."""
 
     def __init__(
         self,
@@ -109,8 +110,8 @@ class TensorMapping:
         axes: Axes,
         aliases: Mapping[SideName, Mapping[str, str]] | None = None,
     ) -> None:
-        """`axes`: indices of every axis, except those that a relation spells by words. `aliases`:
-        first name of each tied tensor, by its second name."""
+        """`axes`: indices of every axis, except axes such as `{g:w1,w3}`, which a relation spells
+        out. `aliases`: first name of each tied tensor, by its second name."""
         self.axes: Axes = axes
         self.aliases: Mapping[SideName, Mapping[str, str]] = aliases or {"native": {}, "hf": {}}
         self._members: dict[SideName, dict[str, list[_Member]]] = {"native": {}, "hf": {}}
@@ -162,8 +163,8 @@ class TensorMapping:
     ) -> Iterator[Copy]:
         """Yield the copies that fill the box `wanted` of a tensor, each element once.
 
-        Target regions are relative to the first element of `wanted`. `exact`: whether to leave all
-        gaps out of the source regions, however many copies this takes.
+        Target regions are relative to the first element of `wanted`. `exact`: whether no
+        region may include other elements than those to copy, however many copies this takes.
         """
         other: SideName = "hf" if side == "native" else "native"
         for member in self._members[side][name]:
@@ -241,8 +242,8 @@ def _without_gaps(source: Side, target: Side, axes: Axes, box: Box, exact: bool)
 
 
 def _axes_with_gaps(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:
-    """Yield each axis along which the box has gaps: the box has several indices along it, but
-    covers only a part of an axis that is merged further inside."""
+    """Yield each axis of `dim` along which the box has gaps in the tensor: it has several indices
+    along this axis, but only some of the indices along an axis further inside."""
     partial = False
     for axis in reversed(dim.axes):
         start, stop = box[axis]

@@ -47,7 +47,7 @@ _PAIR_OF_BYTE = np.array(
     ],
     np.float32,
 )
-"""The two values in each byte, the one in the low half first."""
+"""The two MXFP4 numbers in a byte, by the value of the byte. The low half comes first."""
 
 LISTED_MAX = 10
 """Most tensors in one error."""
@@ -195,7 +195,7 @@ class Dequantized:
         return values
 
     def _read_mxfp4(self, name: str, region: Region) -> Array:
-        """Read a box of a weight `[e, k, r]`, whose blocks hold its transpose `[e, r, k]`."""
+        """Read a box of a weight `[e, k, r]`, which is stored transposed: `[e, r, k]`."""
         (e0, k0, r0), (e1, k1, r1) = region.start, region.stop
         g0, g1 = k0 // GROUP, -(-k1 // GROUP)
         box = Region((e0, r0, g0, 0), (e1, r1, g1, GROUP // 2))

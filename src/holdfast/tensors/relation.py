@@ -129,7 +129,7 @@ class Relation:
 
     @property
     def words(self) -> dict[str, tuple[str, ...]]:
-        """Words of each axis whose indices are words. The axis has as many indices as words."""
+        """Words of each axis such as `{g:w1,w3}`, one word for each of its indices."""
         return {**dict(self.native.words), **dict(self.hf.words)}
 
 

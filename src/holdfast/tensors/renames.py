@@ -108,8 +108,8 @@ def suggested(names: Collection[str], expected: Collection[str] = ()) -> list[st
 
 
 def _prefix_rule(names: Collection[str], wanted: Collection[str]) -> list[str]:
-    """Return the rule that drops a common prefix, if unexpected names without it are names in
-    `wanted`. The list is empty if there is no common prefix."""
+    """Return a rule that drops a prefix. Without this prefix, names that are not in `wanted`
+    become names in `wanted`. Return an empty list if there is no such prefix."""
     common: set[str] | None = None
     for name in names:
         dots = () if name in wanted else re.finditer(r"\.", name)

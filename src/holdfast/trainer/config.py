@@ -252,7 +252,7 @@ class ParallelismConfig:
             return degrees
         nearest_degrees = min(
             _factorizations(world_size, len(requested)),
-            # Distance by ratio: 2 and 8 are equally far from 4. Any degree suits -1.
+            # Compare degrees by their ratio: 2 and 8 are equally far from 4. Any degree suits -1.
             key=lambda candidate: sum(
                 abs(math.log2(degree / wanted))
                 for degree, wanted in zip(candidate, requested.values(), strict=True)

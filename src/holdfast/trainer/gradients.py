@@ -43,7 +43,8 @@ class Gradients:
             )
 
     def accumulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return this rank's share of the step's mean loss. Add its gradients to each `grad`.
+        """Return this rank's share of the step's mean loss. Add its gradients to the `grad` of
+        each weight.
 
         `inputs` and `labels` are whole sequences; a context-parallel rank uses its slice of them.
         `training.local_batch_size` sequences go through the model at a time. The sum of all ranks'

@@ -73,7 +73,8 @@ class Workers:
         self._kill_after_s = int(config.checkpoint.stop_deadline_s) + GRACE_S
         self._ranks_by_pid: dict[int, int] = {}
         self._status: int | None = None
-        # A pipe with one byte. The first worker with an error reads it, which allows it to report.
+        # A pipe with one byte. The first worker that fails reads the byte. Only the worker that has
+        # read it may print its error.
         self._report_token, write_end = os.pipe()
         os.write(write_end, b"1")
         os.close(write_end)
@@ -173,7 +174,8 @@ class Workers:
         self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
-        # These pids have not been waited for, so the system has not given them to other processes.
+        # The launcher has not yet waited for these processes, so the system cannot have given their
+        # pids to others.
         for pid in self._ranks_by_pid:
             os.kill(pid, number)
 

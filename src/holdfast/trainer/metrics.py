@@ -91,7 +91,7 @@ class Metrics:
 
 
 def with_timings(row: MetricsRow, timings: Timings) -> MetricsRow:
-    """Return `row` with the saves and loads in `timings` added."""
+    """Return `row` with the timings of saves and loads, and the number of failed saves, added."""
     return replace(
         row,
         saves=(*row.saves, *timings.saves),

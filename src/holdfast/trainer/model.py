@@ -150,7 +150,8 @@ class TransformerBlock(nn.Module):
             self.moe: MixtureOfExperts = MixtureOfExperts(flavor.dim, flavor.experts)
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
-        # A wrapper module would change the names of the weights and wrap FSDP's hooks.
+        # Not torch's wrapper module for this, which would change the names of the weights and wrap
+        # FSDP's hooks.
         if self.checkpointed is not None and self.training:
             return self.checkpointed(self.compute, x_BTD, rope_TP2)
         return self.compute(x_BTD, rope_TP2)

@@ -30,7 +30,8 @@ def followed_model(config: Config, vocab_size: int) -> FollowedModel:
 
     The run follows the `config.json` beside the Hugging Face weights that it starts from. If there
     is none, it follows the `config.json` in `model.hf_assets_path`, unless that file describes
-    another model: the folder may be used only for its tokenizer. Then only the flavor counts.
+    another model: the folder may be used only for its tokenizer. Without a `config.json` to follow,
+    the values are those of the flavor.
 
     Raises:
         MismatchError: the native model cannot have the values of the `config.json`, or the weights

@@ -171,7 +171,7 @@ def create_seed(config: Config, parallel: ParallelContext) -> None:
 def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:
     """Take the steps after step `first` to the last, with metrics and checkpoints. Collective."""
     config, parallel, step = run.config, run.parallel, first
-    # Time of the previous row, tokens since then, and the wait for all saves before that row.
+    # Time of the previous row of metrics, tokens since then, and `manager.blocked_s` at that time.
     started, tokens, blocked_s = time.perf_counter(), 0, 0.0
     try:
         while step < config.training.steps:

@@ -51,7 +51,8 @@ def _draw(
     local: Tensor, indices: Sequence[Tensor], shape: Sequence[int], key: str, std: float
 ) -> None:
     """Fill `local`, which holds the rows and columns `indices` of a matrix of `shape`, with random
-    numbers of normal distribution. `std`: standard deviation. `key`: text that gives the seeds."""
+    numbers of normal distribution. `std`: standard deviation. `key`: text from which the seeds
+    are made."""
     (rows, columns), (num_rows, num_columns) = indices, shape
     band_rows = max(1, BAND_ELEMENTS // num_columns)
     for band in sorted(set((rows // band_rows).tolist())):
