@@ -69,7 +69,8 @@ class Writer(StorageWriter):
         self._path = _absolute(path, "path")
         self._overwrite = checked_flag(overwrite, "overwrite")
         self._current_folder: str | None = None
-        """Current folder of the process that sent this writer here; None if it was made here."""
+        """Current folder of the process that sent this writer to this process; None if the writer
+        was made in this process."""
 
         self._rank = 0
         self._is_coordinator = False
@@ -281,7 +282,7 @@ def _absolute(path: object, what: str, *, folder: str | None = None) -> str:
     `folder`: folder that a relative path starts from; None for the current folder.
     """
     text = checked_path(path, what)
-    # When a save begins, every rank checks that Holdfast can write to the URL.
+    # Return a URL unchanged. Whether Holdfast can write to it, every rank checks at each save.
     if is_url(text):
         return text
     return os.path.abspath(os.path.join(folder or "", text))  # noqa: PTH100, PTH118 - links stay
@@ -314,7 +315,7 @@ def _write_file(
     catalog: Catalog, attempt: HiddenFolder, layout: FileLayout, windows_of: Any, spans: Spans
 ) -> Any:
     store = catalog.store
-    # An object store has no empty folders, and each host sees the same bucket.
+    # Do not look in an object store: it has no empty folders, and is the same on every host.
     if not isinstance(store, Distant) and f"{attempt}/" not in store.list():
         raise _deleted(catalog, attempt)
     try:
