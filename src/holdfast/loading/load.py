@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a load has read, and in what the loaded state differs from the saved one."""
+    """What a load has read, and how the loaded state differs from the saved one."""
 
     where: str
     nbytes: int
@@ -283,7 +283,7 @@ class _Reading:
 
     def check(self, read: Callable[[Sequence[Wanted]], int]) -> int:
         """Read by `read` the entries that must be checked before the state changes, and check them.
-        Return the number of bytes read, which `read` returns.
+        Return the number of bytes read. `read` returns it too.
 
         Raises:
             MismatchError: entries do not fit. The message lists all of them.

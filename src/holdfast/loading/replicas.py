@@ -328,8 +328,8 @@ def _rooms(
 
 
 def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], list[Wanted]]:
-    """Return the bundles that this rank wants, in the order that all ranks use, and the tensors
-    that no other rank wants, so that this rank reads them for itself.
+    """Return the bundles that this rank wants, in the order that all ranks use, and the pieces
+    that it reads for itself.
 
     Collective: each rank sends rank 0 a message and gets one back. Ranks that want columns of the
     same rows send each other messages.
@@ -358,9 +358,9 @@ def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], l
 
 def _exchange_cuts(requests: Sequence[_Request], members: Sequence[int], ranks: Ranks) -> None:
     """For each request, tell the other ranks in `members` which columns this rank wants, and add
-    the columns that they want to `cuts`.
+    the columns that they want to the `cuts` of the request.
 
-    Collective over `members`, which all have these requests.
+    Collective over `members`, which all have requests with these digests.
     """
     if not requests:
         return
