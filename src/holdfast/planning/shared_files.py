@@ -22,8 +22,8 @@ from holdfast.planning.index import Index
 from holdfast.planning.write_plan import GlobalPlan, Ints
 
 LIVE_SHARE_MIN = 0.5
-"""A file is linked only if the new checkpoint uses at least this share of its bytes. So stale bytes
-at most double the size of a checkpoint."""
+"""A file is linked only if the new checkpoint uses at least this share of the file's bytes. So
+stale bytes at most double the size of a checkpoint."""
 
 LINKED_FILES_MAX = 8
 """Most files that one rank links. If there are more, the tensors in the files with the fewest bytes
