@@ -35,8 +35,8 @@ def write_together(
     """Write this rank's part of the file of its host, and sync the file on the rank that leads the
     host. Returns what `commit` needs: the result, or the error of the sync.
 
-    `layout`: layout of a file with only this part. `before`: called
-    on each rank before any rank writes.
+    `layout`: layout of a file with only this part. `before`: called on each rank before any rank
+    writes.
 
     Collective: every rank calls this. No file is synced before all ranks have written. Any earlier
     error of one rank is raised on all.
