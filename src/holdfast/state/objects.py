@@ -103,7 +103,7 @@ class StateTree:
         for name, key in self._keys.items():
             if key != self._flat:
                 # With `flat`, `state` is that of a run, which would not notice a value that a load
-                # puts into it. So a load refuses to.
+                # puts into it. So a load refuses such a value.
                 put = _refusal(key, self._state[key]) if self._flat else setter(self._state, key)
                 plain.member(self._state[key], (name,), put)
         if strict:

@@ -271,8 +271,8 @@ def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
 def is_zero(optimizer: object) -> bool:
     """Return whether an optimizer is torch's `ZeroRedundancyOptimizer`.
 
-    The `state_dict` of that class works only on one rank, which gathers the state of all ranks for
-    it. Holdfast lets each rank save its own state instead.
+    The `state_dict` of that class works on one rank only, to which all others have sent their state
+    before. Holdfast lets each rank save its own state instead.
     """
     return any(
         cls.__name__ == "ZeroRedundancyOptimizer" and cls.__module__.startswith("torch.")

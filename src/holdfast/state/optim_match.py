@@ -179,7 +179,7 @@ class OptimizerMatch:
     def _make(self, branch: Branch, parameter: torch.Tensor, *, on_device: bool = False) -> Make:
         """Return the maker of a new slot. A slot of its parameter's shape is placed like the
         parameter, unless it was saved as whole. Other slots are whole on every rank, on the
-        parameter's device. A single number is on the parameter's device only with
+        parameter's device. But a single number is on the parameter's device only with
         `on_device`, else on the kind of device that it was saved on."""
         match = self._match
 
