@@ -217,9 +217,9 @@ class _Attempt:
     def mark(self) -> str:
         """Text from which every rank computes the name of the attempt.
 
-        In a folder, a planner with cached plans may pass an older plan to `write_data`, so all
-        plans of this process have the same mark. In an object store, each attempt needs an ID of
-        its own, since the files of a checkpoint stay below its ID.
+        Outside object stores, a planner with cached plans may pass an older plan to `write_data`,
+        so all plans of this process have the same mark. In an object store, each attempt needs an
+        ID of its own, since the files of a checkpoint stay below its ID.
         """
         is_distant = isinstance(self.catalog.store, Distant)
         return self.folder.id if is_distant else _coordinator_mark()
@@ -240,8 +240,8 @@ class _Attempt:
         is_distant = isinstance(store, Distant)
         for other in [*_OPEN]:
             if other.catalog.store.url == store.url:
-                # A rank that failed has deleted the folder. DCP has not told the writer that
-                # holds it.
+                # If the folder is gone, a rank that failed has deleted it, and DCP has not told
+                # the writer that holds it.
                 is_gone = not is_distant and f"{other.folder}/" not in names
                 if is_gone or other.has_ended:
                     other.close()
