@@ -20,7 +20,8 @@ from holdfast.dcp.writer import Writer
 logger: logging.Logger = logging.getLogger("holdfast")
 
 _OURS = "_holdfast"
-"""Attribute of a stock object. Its value is Holdfast's object that works instead, or None."""
+"""Name of an attribute of stock objects. Its value is the object of Holdfast that does their work,
+or None."""
 
 _WRITER_METHODS = ("reset", "prepare_local_plan", "prepare_global_plan", "write_data", "finish")
 _READER_METHODS = ("reset", "prepare_local_plan", "prepare_global_plan", "read_data")
@@ -33,8 +34,8 @@ def install() -> None:
     Stock DCP still saves and loads in these cases:
 
     * for subclasses of the two classes;
-    * for writers with `_extensions` or another `serialization_format`, and for saves without
-      collectives. A warning says so;
+    * for writers with `_extensions` or with a `serialization_format` other than `TORCH_SAVE`, and
+      for saves without collectives. A warning says so;
     * in other processes. `async_save` with a process uses Holdfast if you pass a
       `FileSystemWriter`, but not if you pass only a `checkpoint_id`.
 

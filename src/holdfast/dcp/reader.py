@@ -36,8 +36,8 @@ from holdfast.storage.opening import is_url
 from holdfast.storage.store import ReadStore
 
 BATCH_BYTES = 1 << 30
-"""Bytes of tensors that are read at a time, before the planner takes them over. This limits the
-memory of planners that give temporary tensors."""
+"""About how many bytes of tensors are read before they are passed to the planner. This limits the
+memory that is needed if the planner gives temporary tensors to read into."""
 
 
 class Reader(StorageReader):
@@ -98,7 +98,8 @@ class Reader(StorageReader):
         """Do nothing: `read_metadata` has opened the checkpoint."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Add the fingerprint of the checkpoint that this rank has opened to the plan."""
+        """Add to the plan the fingerprint of the checkpoint that this rank has opened, which
+        `prepare_global_plan` compares."""
         assert self._opened is not None, "DCP calls `read_metadata` before"
         return replace(plan, storage_data=self._opened[1].fingerprint)
 

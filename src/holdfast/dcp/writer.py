@@ -69,7 +69,8 @@ class Writer(StorageWriter):
         self._path = _absolute(path, "path")
         self._overwrite = checked_flag(overwrite, "overwrite")
         self._current_folder: str | None = None
-        """Current folder of the process that sent this writer here; None if it was made here."""
+        """Current folder of the process that sent this writer to this process; None if the writer
+        was made in this process."""
 
         self._rank = 0
         self._is_coordinator = False
@@ -216,9 +217,9 @@ class _Attempt:
     def mark(self) -> str:
         """Text from which every rank computes the name of the attempt.
 
-        In a folder, a planner with cached plans may pass an older plan to `write_data`, so all
-        plans of this process have the same mark. In an object store, each attempt needs an ID of
-        its own, since the files of a checkpoint stay below its ID.
+        Outside object stores, a planner with cached plans may pass an older plan to `write_data`,
+        so all plans of this process have the same mark. In an object store, each attempt needs an
+        ID of its own, since the files of a checkpoint stay below its ID.
         """
         is_distant = isinstance(self.catalog.store, Distant)
         return self.folder.id if is_distant else _coordinator_mark()
@@ -239,8 +240,8 @@ class _Attempt:
         is_distant = isinstance(store, Distant)
         for other in [*_OPEN]:
             if other.catalog.store.url == store.url:
-                # A rank that failed has deleted the folder. DCP has not told the writer that
-                # holds it.
+                # If the folder is gone, a rank that failed has deleted it, and DCP has not told
+                # the writer that holds it.
                 is_gone = not is_distant and f"{other.folder}/" not in names
                 if is_gone or other.has_ended:
                     other.close()
@@ -281,7 +282,7 @@ def _absolute(path: object, what: str, *, folder: str | None = None) -> str:
     `folder`: folder that a relative path starts from; None for the current folder.
     """
     text = checked_path(path, what)
-    # When a save begins, every rank checks that Holdfast can write to the URL.
+    # Return a URL unchanged. Whether Holdfast can write to it, every rank checks at each save.
     if is_url(text):
         return text
     return os.path.abspath(os.path.join(folder or "", text))  # noqa: PTH100, PTH118 - links stay
@@ -314,7 +315,7 @@ def _write_file(
     catalog: Catalog, attempt: HiddenFolder, layout: FileLayout, windows_of: Any, spans: Spans
 ) -> Any:
     store = catalog.store
-    # An object store has no empty folders, and each host sees the same bucket.
+    # Do not look in an object store: it has no empty folders, and is the same on every host.
     if not isinstance(store, Distant) and f"{attempt}/" not in store.list():
         raise _deleted(catalog, attempt)
     try:

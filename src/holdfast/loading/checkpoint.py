@@ -85,7 +85,7 @@ class Checkpoint:
         return f"<checkpoint `{self._source.url}`: {self._summary()}>"
 
     def _repr_html_(self) -> str:
-        """Table of the first tensors, for notebooks."""
+        """Return an HTML table of the first tensors, which a notebook shows."""
         rows = "".join(
             f"<tr><td>{escape(name)}</td><td>{entry.dtype}</td><td>{list(entry.shape)}</td></tr>"
             for name, entry in islice(self.tensors.items(), _ROWS_MAX)

@@ -14,8 +14,8 @@ from holdfast.errors import MismatchError
 def needs_check(stored: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether a load from dtype `stored` to `wanted` must check every number by `fits`, before any
     state is changed. It must if `wanted` is the dtype of scales (float8_e8m0fnu), or if one of the
-    two is an integer dtype and `wanted` cannot represent all numbers of `stored`. Such tensors are
-    few and small.
+    two is an integer dtype and `wanted` cannot represent all numbers of `stored`. Few tensors of a
+    state have such dtypes, so the check costs little.
 
     >>> needs_check(torch.int64, torch.int32), needs_check(torch.int64, torch.float32)
     (True, True)
@@ -45,8 +45,8 @@ def fits(numbers: torch.Tensor, wanted: torch.dtype) -> bool:
     back = converted.to(numbers.dtype)
     same = (back == numbers) | ((back != back) & (numbers != numbers))
     if _is_scale(wanted):
-        # 0 is converted to the smallest scale. Converted back to a small dtype, this rounds to 0,
-        # so the comparison above finds no difference.
+        # 0 is converted to the smallest scale. If this is converted back to a dtype that cannot
+        # represent it, it rounds to 0, so the comparison above finds no difference.
         same &= (converted != torch.finfo(wanted).tiny) | (numbers != 0)
     if _is_integer(wanted) and _is_integer(numbers.dtype):
         # A number too large for a signed dtype becomes negative. Converted back, it is the same
@@ -109,7 +109,7 @@ def _comparable(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _is_negative(numbers: torch.Tensor) -> torch.Tensor:
-    # Torch has no comparison for wide unsigned integers.
+    # Unsigned numbers are never negative. Torch cannot compare the wide ones, so do not ask it.
     if numbers.dtype == torch.bool or torch.iinfo(numbers.dtype).min == 0:
         return torch.zeros_like(numbers, dtype=torch.bool)
     return numbers < 0

@@ -1,4 +1,4 @@
-"""Divide data that several ranks want into items, which one rank reads and sends to the others."""
+"""Divide data that several ranks want into parts that one rank reads, and sends to the others."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from holdfast.state.layout import box_of
 from holdfast.state.shard import Piece
 
 BUNDLE_BYTES = 4 << 20
-"""Most bytes of items in one message, a multiple of a block."""
+"""Most bytes of the items that are sent as one message, a multiple of the block size."""
 
 _ALIGNMENT = 16
-"""Alignment of the items in a message: itemsize of the widest dtype."""
+"""Alignment in bytes of each item in a message: the itemsize of the widest dtype."""
 
 Place = tuple[str, int]
 """A file, and an offset in it."""
 
 Read = Callable[[Source, torch.Tensor], "Wanted | int"]
 """`read(source, room)`: reads an item into the memory `room`, checks it, and returns the number of
-bytes read. Or it reads nothing and returns a `Wanted` for this memory. The caller then reads boxes
-that are close to each other together."""
+bytes read. Or it reads nothing, and returns a `Wanted` for this memory: then the caller reads the
+item, together with boxes that lie close to it in the file."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +55,8 @@ class Item:
 
 
 def room_bytes(nbytes: int) -> int:
-    """Return the number of bytes that an item of `nbytes` occupies in a message."""
+    """Return the number of bytes that an item of `nbytes` occupies in a message: `nbytes`, rounded
+    up to the alignment."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -180,8 +181,8 @@ def rows_items(
     rank: int,
 ) -> Iterator[Item]:
     """Divide whole rows of one chunk into items of at most `BUNDLE_BYTES`. `rows`: position of the
-    rows in the whole tensor. `item`: the columns of them that this rank wants. `rank`: number of
-    this rank. `cuts`: see `Rows`."""
+    rows in the whole tensor. `item`: the columns of these rows that this rank wants. `rank`: number
+    of this rank. `cuts`: see `Rows`."""
     (piece,) = want.pieces
     name, chunk = want.name, item.chunk
     target = box_of(want.local, piece.local_of(item.region))
@@ -206,13 +207,14 @@ def rows_items(
 
 
 def _box_reader(name: str, dtype: torch.dtype, region: Region) -> Read:
-    """Return the `Read` of a box of a tensor, which leaves the reading to its caller."""
+    """Return a `Read` for the box `region` of a tensor: it returns a `Wanted`, for its caller to
+    read."""
     piece = Piece(region, Region.whole(region.shape))
     return lambda _, room: Wanted(name, [piece], room.view(dtype).view(region.shape))
 
 
 def _run_reader(name: str, dtype: torch.dtype, chunk: Chunk, run: tuple[int, int]) -> Read:
-    """Return the `Read` of the bytes `run` (start and stop) of a chunk's data."""
+    """Return a `Read` that reads the bytes `run` (start and stop) of a chunk's data."""
     start, stop = run
 
     def read(source: Source, room: torch.Tensor) -> int:
@@ -229,8 +231,8 @@ def _run_reader(name: str, dtype: torch.dtype, chunk: Chunk, run: tuple[int, int
 
 
 def value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) -> list[Item]:
-    """Return the `Item` of a value's container, in a list. Its `take` adds the container to
-    `containers`."""
+    """Return a list with one `Item`: the container of a value. The item's `take` adds the bytes of
+    the container to `containers`."""
     place = (entry.file, entry.item.offset)
 
     def read(source: Source, room: torch.Tensor) -> int:

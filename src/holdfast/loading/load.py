@@ -1,4 +1,4 @@
-"""Load: match the state with the manifest, plan, read, apply."""
+"""Load: match the state with the manifest, plan, read, and put what was read into the state."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Result of a load."""
+    """What a load has read, and how the loaded state differs from the saved one."""
 
     where: str
     nbytes: int
@@ -101,16 +101,16 @@ class Loaded:
     """Number of entries that this rank has loaded."""
 
     lacking: tuple[str, ...] = ()
-    """Names of this rank's tensors that are not in the checkpoint, which is allowed for a base
-    model. These tensors are unchanged."""
+    """Names of this rank's tensors that the checkpoint lacks, which is allowed for some parameters
+    of a model that is trained in part. These tensors are unchanged."""
 
 
 Fill = Callable[[Source, Sequence[Wanted]], int]
 """`fill(source, wanted)`: reads the wanted tensors into memory. Returns the bytes read."""
 
 Fetch = Callable[[Source, Sequence[Wanted], Iterable[ValueEntry]], object]
-"""`fetch(source, wanted, values)`: makes the data that this rank will read available. Collective.
-"""
+"""`fetch(source, wanted, values)`: is called before the reads, and makes available what this rank
+will read: the data of `wanted` and of `values`. Collective."""
 
 Replicas = Literal["auto", "read", "broadcast"]
 """How several ranks get the same data, or different columns of the same rows. `read`: each rank
@@ -131,7 +131,7 @@ def load_tree(
     replicas: Replicas = "read",
     fetch: Fetch | None = None,
 ) -> Loaded:
-    """Load an open checkpoint into a tree of state.
+    """Load an open checkpoint into the state `tree`.
 
     `partial`: state whose entries are missing or do not fit stays as it is, and is listed in
         `Loaded.differences`.
@@ -173,7 +173,7 @@ def load_tree(
 def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
     """Return two lists over all ranks: one line per difference between the checkpoint and the
     state, and the notes of each `match`. An entry is unexpected only if no rank wants it, since
-    each pipeline stage has other layers.
+    each pipeline stage wants only its own layers.
 
     Collective.
     """
@@ -237,7 +237,8 @@ def _apply(match: Match, values: MadeValues, ranks: Ranks) -> None:
 
 
 _Staged = tuple[torch.Tensor, torch.Tensor]
-"""A tensor that is read into separate memory to be checked, and the memory to copy it to."""
+"""A new tensor, into which an entry is read to be checked, and the tensor of the state to which
+it is copied then."""
 
 
 class _Reading:
@@ -281,8 +282,8 @@ class _Reading:
         return bool(self._staged or self._match.checks)
 
     def check(self, read: Callable[[Sequence[Wanted]], int]) -> int:
-        """Check the entries that must be checked before the state changes. Read them by `read`,
-        which returns the bytes read, and return this number.
+        """Read by `read` the entries that must be checked before the state changes, and check them.
+        Return the number of bytes read. `read` returns it too.
 
         Raises:
             MismatchError: entries do not fit. The message lists all of them.
@@ -364,8 +365,8 @@ def _tied_here_only(
 
 
 def _same_bytes(one: _Staged, other: _Staged) -> bool:
-    """Whether two staged tensors, each with its own strides, leave the same bytes in the memory
-    that both are copied to."""
+    """Whether two staged tensors would write the same bytes. Both are copied to the same memory of
+    the state, each with its own strides."""
     left = []
     for staged, local in (one, other):
         dims = zip(local.shape, local.stride(), strict=True)

@@ -44,19 +44,20 @@ DISTANT_THREADS_MIN = 4
 """Fewest threads per rank that read from a `Distant` store."""
 
 DEVICE_THREADS_MAX = 16
-"""Most threads per rank that read for an accelerator. Its link is faster than four threads."""
+"""Most threads per rank that read for an accelerator. Its link carries more than four threads can
+read."""
 
 RING_BUFFERS = 3
 """Number of buffers of a thread that reads for an accelerator. While the thread reads into one, the
 others are copied to the device."""
 
 JOB_BYTES = 32 << 20
-"""Approximate size of one job of a thread, a multiple of a block. Two adjacent jobs on one chunk
-may both read the block at their boundary."""
+"""Approximate number of bytes that one job reads, a multiple of the block size. Two jobs that read
+adjacent parts of a chunk may both read the block at their boundary."""
 
 SMALL_BYTES = 128 << 10
-"""Largest chunk that is read together with chunks close to it. Such chunks are copied once more,
-which costs less than one more read call."""
+"""Largest chunk that is read together with chunks close to it. They are read into a buffer and
+copied from there, which costs less than a read call for each."""
 
 GAP_BYTES_MAX = 16 << 10
 """Largest gap between small chunks that are read together. It is larger than the headers that
@@ -158,7 +159,7 @@ class _Read:
 
     target: torch.Tensor
     nbytes: int
-    """Bytes of the whole chunk's data."""
+    """Bytes of data in the whole chunk, of which `region` may be a part."""
 
     @property
     def box(self) -> Region:
@@ -180,7 +181,8 @@ def _run(
 ) -> int:
     """Run all jobs in threads, this one included. Returns the bytes read."""
     queue = deque(jobs)
-    # A target may still be in use, such as by the kernel that initializes it.
+    # A target may still be in use, such as by the kernel that initializes it. The reading threads
+    # wait for such work.
     queued = accelerator.QueuedWork(devices)
     num_read: list[int] = []
     errors: list[BaseException] = []
@@ -232,7 +234,8 @@ class _Worker:
                 num_read += job.run(self)
 
     def reader(self, file: str) -> FileReader:
-        """Return a reader of the file. Closes the file that was open before."""
+        """Open `file` if it is not open yet, and return its reader. Closes the file that was open
+        before."""
         if file != self._file:
             self._open.close()
             self._reader = self._open.enter_context(self.source.store.open(self.source.key(file)))
@@ -282,7 +285,7 @@ def _slices(read: _Read, direct_bytes: int = JOB_BYTES) -> Iterator[_Slice]:
         elif whole.stop - whole.start <= WINDOW_BYTES:
             yield _Slice(whole, whole.start, whole.stop)
         else:
-            # Only a contiguous range is longer than a window.
+            # Only a contiguous range is longer than `WINDOW_BYTES`.
             start = whole.start
             for rows in divide(whole.box, WINDOW_BYTES // itemsize):
                 stop = start + rows.num_elements * itemsize
@@ -362,13 +365,13 @@ def _batches(small: list[_Read]) -> Iterator[list[_Read]]:
 
 
 def _read_container(read: _Read, worker: _Worker) -> int:
-    """Read from a chunk whose data offset and strides are not in the index, since another program
-    wrote it. They are read from the archive around the data."""
+    """Read from a chunk that another program wrote, so that the index has neither the offset of its
+    data nor its strides. Both are read from the archive around the data."""
     shape = read.chunk.region.shape
     stored = locate_chunk(worker.source, read.name, read.chunk)
     transposed = stored.strides != contiguous_strides(shape)
     if transposed and read.nbytes > read.dtype.itemsize:
-        # The chunk holds, for example, a transposed parameter. This is rare, so read all of it.
+        # For example, a transposed parameter was saved. This is rare, so read the whole chunk.
         count = stored.data.nbytes // read.dtype.itemsize
         whole = torch.empty(count, dtype=read.dtype, device="cpu")
         data = worker.data(replace(read, nbytes=whole.nbytes), stored.data.offset, None)

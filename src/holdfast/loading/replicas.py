@@ -48,12 +48,14 @@ def read_shared(
     ranks: Ranks,
     num_local: int,
 ) -> tuple[int, Mapping[Place, bytes]]:
-    """Fill every wanted tensor, and fetch the containers of values. If several ranks want the same
-    data, or different columns of the same rows, one of them reads and checks it, and sends each
-    rank the data that it wants. Returns the bytes read by this rank, and the shared containers.
+    """Fill every wanted tensor, and fetch the containers of those values that several ranks want.
+    If several ranks want the same data, or different columns of the same rows, one of them reads
+    and checks it, and sends each rank the data that it wants. Returns the bytes read by this rank,
+    and the containers, keyed by their places in the files.
 
-    `num_local`: number of ranks on this host. This needs memory for ten bundles and for the buffers
-    of the reading threads.
+    `num_local`: number of ranks on this host.
+
+    A rank needs memory for ten bundles and for the buffers of its reading threads.
 
     Collective: every rank calls this. An error of one rank is raised on all.
 
@@ -68,7 +70,7 @@ def read_shared(
     def read() -> int:
         bundles, alone = _agree(requests, ranks)
         passing = _Passing(source, ranks)
-        # Not for a device: all bundles are read into host memory.
+        # Even if the tensors are on a device, bundles are read into host memory.
         threads = threads_for(num_local, source)
         with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-read") as pool:
             passing.run(bundles, pool)
@@ -163,7 +165,8 @@ def _columns(
     repeats[digest] += 1
     cuts = {rank: item.region.within(rows)}
     items = partial(rows_items, want, dtype, item, rows, cuts, rank)
-    # If a rank has several requests for the rows, the count pairs each with one of every rank.
+    # A rank may have several requests for the same rows. With the count, the first ones of all
+    # ranks have equal digests, and so do the second ones, and so on.
     return _Request(_digest(digest, repeats[digest]), items, want, cuts)
 
 
@@ -179,7 +182,7 @@ def _digest(*parts: object) -> bytes:
 
 
 class _Passing:
-    """Reads, receives and sends the bundles of this rank."""
+    """Reads, receives and sends the bundles that this rank wants."""
 
     def __init__(self, source: Source, ranks: Ranks) -> None:
         self._source, self._ranks = source, ranks
@@ -278,7 +281,7 @@ class _Bundle:
 
     @property
     def nbytes(self) -> int:
-        """Size of the data that is read, plus the last byte."""
+        """Size of the data that is read, plus the last byte, which says if the data is good."""
         return sum(room_bytes(item.nbytes) for item in self.items) + 1
 
     def nbytes_for(self, rank: int) -> int:
@@ -325,8 +328,8 @@ def _rooms(
 
 
 def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], list[Wanted]]:
-    """Return the bundles of this rank, in the order that all ranks use, and the tensors that it
-    reads for itself.
+    """Return the bundles that this rank wants, in the order that all ranks use, and the pieces
+    that it reads for itself.
 
     Collective: each rank sends rank 0 a message and gets one back. Ranks that want columns of the
     same rows send each other messages.
@@ -355,9 +358,9 @@ def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], l
 
 def _exchange_cuts(requests: Sequence[_Request], members: Sequence[int], ranks: Ranks) -> None:
     """For each request, tell the other ranks in `members` which columns this rank wants, and add
-    the columns that they want to `cuts`.
+    the columns that they want to the `cuts` of the request.
 
-    Collective over `members`, which all have these requests.
+    Collective over `members`, which all have requests with these digests.
     """
     if not requests:
         return
@@ -381,8 +384,8 @@ def _bundles(
     items: Sequence[Item], members: Sequence[int], number: int, kind: int
 ) -> Iterator[_Bundle]:
     """Divide items into bundles. `members`: the ranks that want the items. `number`: number of this
-    group of ranks. `kind`: 0 if all of them want the whole items, 1 if they want columns. It only
-    decides the order.
+    group of ranks. `kind`: 0 if all of them want the whole items, 1 if they want columns. `kind`
+    only decides the order of the bundles.
 
     Each member reads an equal share of the bytes, which is contiguous in file order. The order of
     all bundles begins with the first bundle of each member, then the second of each, and so on.
@@ -393,7 +396,8 @@ def _bundles(
     for bundled in grouped(in_order, lambda item: room_bytes(item.nbytes), BUNDLE_BYTES):
         share = before * len(members) // max(1, total)
         before += sum(item.nbytes for item in bundled)
-        # Add the group's number: otherwise low ranks would read the first share of every group.
+        # A group with few bytes has only a first share. Add the group's number, so that the lowest
+        # rank of each group does not always read it.
         first = (share + number) % len(members)
         in_turn = (*members[first:], *members[:first])
         yield _Bundle((num_taken[share], number, kind, share), in_turn, bundled)

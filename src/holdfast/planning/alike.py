@@ -1,9 +1,9 @@
-"""Check that dicts, lists and other containers are equal on all ranks that have them.
+"""Check that dicts, lists and the like have equal keys and lengths on all ranks that have them.
 
 Models and optimizers may have different entries on each rank. A save merges these entries. Any
-other container must have the same keys, length and kinds of entries on all ranks that have it,
-because a merged container would be a state that no rank had. Entries below keys such as `rank_3`
-are not compared.
+other dict or list must have the same keys, length and kinds of entries on all ranks that have it,
+because merging different ones would make a state that no rank had. Entries below keys such as
+`rank_3` are not compared.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _differences(all_plans: AllPlans) -> Iterator[str]:
         if {*kinds.values()} - _LEAVES | {*kinds} - {(key,)}
     }
     for key in containers:
-        # The entry of a top-level key and the entries below it are in different local plans.
+        # A rank has two local plans for a top-level key: one for what is at the key itself, and one
+        # for the entries below it.
         plans_of: dict[int, tuple[int, ...]] = {}
         for number, (ranks, branches) in enumerate(plans):
             for rank in ranks if key in branches else ():
@@ -146,7 +147,8 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
         kept.append(key)
         yield from _kinds_of(child_path, child, unions)
     if kept and kind == "dict" and all(type(key) is str for key in kept):
-        # Compare only the dict's entries: it may have a node only because of skipped keys.
+        # Compare only the entries of this dict, not its keys: it may have a node on one rank only,
+        # because of the keys left out above.
         return
     if kept or not children:
         keys = ", ".join(sorted(map(repr, kept))) if kind in MAPPINGS else f"{len(kept)} members"

@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 def divide(region: Region, num_elements_max: int) -> Iterator[Region]:
     """Divide a region into boxes of at most `num_elements_max` elements, in row-major order. Each
-    box is a range of indices along the first dim longer than 1, or a part of one index if one has
-    too many elements."""
+    box is a range of indices along the region's first dim longer than 1. If a single index has too
+    many elements, its elements are divided in the same way, along the next dim."""
     if region.num_elements <= num_elements_max:
         yield region
         return

@@ -17,8 +17,8 @@ from holdfast.planning.file_layout import FileLayout
 ALIGN_BYTES = 64 << 10
 """Alignment of every part of a file that one rank writes: the largest page size of any system. If
 one process writes to a page by direct I/O and another one through the page cache, the cached page
-can overwrite the direct write. It is also a multiple of the alignment of raw elements, so that a
-rank's layout is valid at every aligned offset."""
+can overwrite the direct write. It is also a multiple of the alignment that elements need in a file,
+so a rank's layout, which starts at offset 0, is valid at every aligned offset too."""
 
 _ALIGN_BLOCKS = ALIGN_BYTES // checksum.NBYTES
 

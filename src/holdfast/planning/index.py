@@ -49,8 +49,8 @@ class Index:
         name of each rank's file. `places`: place of each rank's items in the file of its host; None
         if ranks have files of their own.
 
-        If ranks have several files, `plan` and these arguments count files in place of ranks: see
-        `shared_index`.
+        If ranks have several files, `plan` and these arguments have the number of a file wherever
+        they otherwise have a rank: see `shared_index`.
         """
         self.plan = plan
         self._layouts = layouts
@@ -82,11 +82,12 @@ class Index:
         return nbytes
 
     def variant(self, key: Hashable, make: Callable[[], Index]) -> Index:
-        """Return the `Index` of the same state in other files, which `key` identifies. Call `make`
-        to make it, unless a recent call has made it."""
+        """Return the `Index` of the same state if it is stored in other files. `key`: identifies
+        these files. `make`: makes the result, unless a recent call has made it."""
         variant = self._variants.pop(key, None) or make()
         self._variants[key] = variant
-        # Keep two, since a save shares files with the checkpoint before the previous one.
+        # Keep two: a save shares files with the checkpoint before the previous one, so consecutive
+        # saves use two sets of files in turn.
         for old in list(self._variants)[:-2]:
             del self._variants[old]
         return variant
@@ -184,7 +185,7 @@ def _places(
     # Add a first column for the file numbers here, so that the rows are copied only once.
     rows = np.pad(np.concatenate([*distinct.values()]), ((0, 0), (1, 0)))
     places: Ints = np.empty((len(writers), 5), np.int64)
-    # Row of the next item of each rank.
+    # For each rank, the row of its next item.
     next_rows = first_rows
     for first in range(0, len(writers), _BATCH_ROWS):
         # Arrays of a batch stay in the CPU cache.

@@ -18,9 +18,9 @@ between them."""
 
 
 COLUMN_BYTES_MAX = 8 * BLOCK_BYTES
-"""Shortest run of contiguous bytes that each rank reads for itself: alone, it costs at most two
-additional blocks. A box with shorter runs counts as a box of columns: one rank can read its rows
-for all."""
+"""Length from which each rank reads a run of contiguous bytes for itself: this costs at most two
+blocks more than the run has. A box with shorter runs counts as a box of columns: one rank can read
+the rows around it, for all ranks that want columns of these rows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from holdfast.planning.index import Index
 from holdfast.planning.write_plan import GlobalPlan, Ints
 
 LIVE_SHARE_MIN = 0.5
-"""Smallest share of a linked file that the checkpoint must use. So stale bytes at most double the
-size of a checkpoint."""
+"""A file is linked only if the new checkpoint uses at least this share of the file's bytes. So
+stale bytes at most double the size of a checkpoint."""
 
 LINKED_FILES_MAX = 8
 """Most files that one rank links. If there are more, the tensors in the files with the fewest bytes
@@ -58,7 +58,7 @@ class RankFiles:
 
     files: Mapping[str, StoredFile]
     items: Mapping[ItemKey, tuple[str, TensorItem]]
-    """File and place of each item."""
+    """For each item, the name of its file, and its place there."""
 
 
 def number_of(file: str) -> int:
@@ -123,7 +123,7 @@ def free_numbers(linked: Iterable[str]) -> tuple[int, int]:
 def shared_index(
     index: Index, files: Sequence[Sequence[int]], values_in: Sequence[int], places: Sequence[Ints]
 ) -> Index:
-    """Return the `Index` of the state of `index` if it is stored in the given files.
+    """Return an `Index` like `index`, for the same state stored in the given files.
 
     `files`: numbers of each rank's files, ascending. `values_in`: number of the file that has each
     rank's values. `places`: for each rank, an array with one row per item, in the order of the

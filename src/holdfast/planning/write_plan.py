@@ -65,7 +65,7 @@ class LocalPlan:
     path."""
 
     unions: dict[Path, str] = field(default_factory=dict)
-    """Kind of each object whose entries may differ between ranks, keyed by path."""
+    """Kind, such as `model`, of each object whose entries may differ between ranks, by path."""
 
     def names(self) -> set[str]:
         return {*self.tensors, *self.values, *self.aliases}
@@ -128,12 +128,12 @@ class GlobalPlan:
 def plan(all_plans: AllPlans) -> GlobalPlan:
     """Decide which rank writes what, so that each element and each value is written once.
 
-    `all_plans`: plans of all ranks, or the `known_plans` of one rank. For the names of that rank,
-    both give the same result.
+    `all_plans`: local plans of all ranks, or those that `known_plans` returns on one rank. For the
+    names of that rank, both give the same result.
 
     Raises:
         MismatchError: elements are missing or held twice, or ranks disagree. The message lists
-            every tensor.
+            all tensors and values that are wrong.
     """
     plans = [shared for component in sorted(all_plans) for shared in all_plans[component]]
     aliases = {n: alias for s in plans for n, alias in s.local_plan.aliases.items()}
@@ -184,7 +184,8 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
 
 
 def merge_local_plans(local_plans: Sequence[LocalPlans]) -> dict[str, list[SharedPlan]]:
-    """Merge the local plans of all ranks. Plans count as equal if they are one object."""
+    """Combine the local plans of all ranks: equal plans become one `SharedPlan`. Plans count as
+    equal only if they are one object."""
     all_plans: dict[str, list[SharedPlan]] = {}
     ranks_of: dict[tuple[str, int], list[int]] = {}
     for rank, components in enumerate(local_plans):

@@ -57,7 +57,7 @@ class Background:
     def is_started(self) -> bool:
         """Whether the thread runs or has run. False if an interrupt came before it began."""
         thread, waited_s = self._thread, 0.0
-        # After an interrupt during `Thread.start`, the thread still begins, within milliseconds.
+        # If an interrupt came during `Thread.start`, the thread may begin some milliseconds later.
         while thread is not None and thread.ident is None and waited_s < _START_S_MAX:
             time.sleep(0.01)
             waited_s += 0.01

@@ -45,7 +45,8 @@ from holdfast.timing import Spans
 logger: logging.Logger = logging.getLogger("holdfast")
 
 _REMEMBERED = 3
-"""Number of checkpoints whose files are remembered: two, and one that a save may replace."""
+"""Number of checkpoints whose files are remembered: the two that a save compares with, and one
+more, since the save may replace one of them."""
 
 
 class Deduplicator:
@@ -110,8 +111,9 @@ class Deduplicator:
         return self._earlier(name)[0] is not None
 
     def _earlier(self, name: str) -> tuple[RankFiles | None, RankFiles | None]:
-        """Return the files of two checkpoints: the one to link files of, and the newest. Leave out
-        the checkpoint that the save of `name` replaces."""
+        """Return the files of two checkpoints: of the one whose files the save of `name` may link,
+        and of the newest; None for one that is missing. The checkpoint that this save replaces is
+        neither of them."""
         others = [one for one in self._saved if one.checkpoint != name]
         return (others[-2] if len(others) > 1 else None), (others[-1] if others else None)
 
@@ -313,7 +315,7 @@ class Deduplicator:
             self._linking.evict(key)
 
     def _is_damaged(self, checkpoint: str, key: str, file: StoredFile) -> bool:
-        """Whether the data of a file has changed since it was written. Logs the first finding.
+        """Whether the data of a file has changed since it was written. Logs the first damage found.
 
         `key`: the linked file. `checkpoint`: checkpoint that the file comes from.
         """

@@ -81,12 +81,14 @@ _PRIME = (1 << 61) - 1
 def shared_names(
     entries: Iterable[Iterable[str]], groups: Mapping[str, Sequence[int]]
 ) -> dict[str, list[SharedNames]]:
-    """Find the names of each entry that other ranks hold too, keyed by the entry's first name.
+    """Find the names of each entry that other ranks hold too, grouped by the ranks that hold them.
+    The result is keyed by the first name of the entry.
 
     `entries`: all names of each tensor and value.
     `groups`: ranks that hold each name, without the names that only this rank holds.
     """
-    # Hash each object once: thousands of names share one, which may list thousands of ranks.
+    # Hash each group once, by identity: thousands of names share one object, which may list
+    # thousands of ranks.
     distinct = {id(group): group for group in groups.values()}
     digests = {key: xxh3_64_intdigest(repr(group).encode()) for key, group in distinct.items()}
     shared: dict[str, list[SharedNames]] = {}

@@ -17,7 +17,8 @@ from holdfast.storage.store import Buffer, Creating, FileWriter, Joining, Store
 from holdfast.timing import Spans
 
 WritePart = Callable[[Creating], WriteResult]
-"""Function that writes the file of one rank by `write`. Its argument stands for the store."""
+"""Function that writes the file of one rank by `write`. Its argument takes the place of the store,
+and puts what is written into the file of the host."""
 
 
 def write_together(
@@ -34,7 +35,8 @@ def write_together(
     """Write this rank's part of the file of its host, and sync the file on the rank that leads the
     host. Returns what `commit` needs: the result, or the error of the sync.
 
-    `layout`: layout of a file with only this part. `before`: work of this rank before it writes.
+    `layout`: layout of a file with only this part. `before`: called on each rank before any rank
+    writes.
 
     Collective: every rank calls this. No file is synced before all ranks have written. Any earlier
     error of one rank is raised on all.

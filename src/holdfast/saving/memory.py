@@ -17,7 +17,8 @@ from holdfast.spelling import spelled_bytes
 from holdfast.storage.direct import huge_memory
 
 TOUCH_THREADS_MAX = 8
-"""Most threads that write to new pages, so that the system makes them. More are no faster."""
+"""Most threads that write to new pages, so that the system allocates them. More threads are no
+faster."""
 
 _PAGE_BYTES = 4096
 
@@ -63,7 +64,7 @@ class HostMemory:
     ) -> None:
         """`devices`: accelerators that hold tensors of the snapshot. If there are any, the memory
         is page-locked. `threads`: number of threads that write to the new pages, so that the system
-        makes them before the lock. Making them takes longer than the lock itself.
+        allocates them before the lock. The allocation takes longer than the lock itself.
 
         Raises:
             UsageError: the pages cannot be locked.
@@ -101,12 +102,12 @@ def threads_to_touch(num_local: int) -> int:
 
 
 def _touch(memory: torch.Tensor, threads: int) -> None:
-    """Write to every page, so that the system makes all of them now."""
+    """Write to every page, so that the system allocates all pages now."""
     pages = memory[::_PAGE_BYTES]
     share = -(-len(pages) // threads)
     parts = [pages[start : start + share] for start in range(0, len(pages), share)]
     with ThreadPoolExecutor(threads, "holdfast-memory") as pool:
-        # Each thread has a contiguous part. A tensor's method releases the GIL.
+        # Each thread has a contiguous part. The threads run in parallel: `zero_` releases the GIL.
         list(pool.map(torch.Tensor.zero_, parts))
 
 
@@ -120,7 +121,8 @@ def _free_on_host() -> Iterator[int]:
 def _free_in_cgroups() -> Iterator[int]:
     """Yield the bytes that each cgroup of this process has left. The page cache counts as free,
     since the system can take it back."""
-    # The file of version 2 has one line, `0::/path`. Version 1 has a line per controller.
+    # With cgroups of version 2, the file has one line, `0::/path`; with version 1, a line per
+    # controller.
     with suppress(OSError, ValueError):
         for line in CGROUP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -142,7 +144,8 @@ def _free_in_cgroups() -> Iterator[int]:
 def _free_in(folder: Path, names: tuple[str, str, str]) -> Iterator[int]:
     limit, used, cache = names
     with suppress(OSError, ValueError, KeyError):
-        # Without a limit, the file of version 2 says `max`, and `int` raises ValueError.
+        # If there is no limit, the file of version 2 says `max`: `int` raises ValueError, and
+        # nothing is yielded.
         total = int((folder / limit).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         yield total - int((folder / used).read_text()) + int(stat[cache])

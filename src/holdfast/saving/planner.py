@@ -72,7 +72,8 @@ class KnownTensor(NamedTuple):
 
 
 class Planner:
-    """Plan that all ranks agree on. It is reused by later saves while no rank's layout changes."""
+    """Makes the plan that all ranks agree on, and reuses it in later saves while no rank's layout
+    changes."""
 
     def __init__(self, ranks: Ranks, hosts: Sequence[str] | None = None) -> None:
         """`hosts`: host of each rank, if the ranks of a host write one file together; else None."""
@@ -277,7 +278,7 @@ class Planner:
 
 
 class _Previous(NamedTuple):
-    """Description of the state in the last call of `hold`, without the state."""
+    """Description of the state in the last call of `hold`, without its tensors and values."""
 
     known: Mapping[str, KnownTensor]
     names: Sequence[Mapping[str, Path]]

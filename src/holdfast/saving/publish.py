@@ -30,7 +30,7 @@ def publish(
 
     `results`: write results, one per rank.
     `facts`: manifest without entries and files. If its kind is None, the top-level names of
-        the state decide the kind.
+        the state decide whether it is a full checkpoint.
 
     Raises:
         StorageError: rank 0 does not see another rank's file, or an index cannot be written.

@@ -23,7 +23,7 @@ class Remover:
 
     def set_aside(self, step: int) -> bool:
         """Take the name of the checkpoint of a step away, so that readers no longer find it.
-        `start` deletes its files. Returns whether that succeeded."""
+        `start` deletes its files. Returns whether the name was taken away."""
         try:
             self._catalog.set_aside_for_deletion(step_name(step))
         except HoldfastError as error:

@@ -119,7 +119,8 @@ def save_in(
             raise
         return finish_save(pending, ranks)
     finally:
-        # In a notebook the process survives an interrupt, and the traceback keeps the catalog.
+        # In a notebook, the process survives an interrupt, and the traceback keeps the catalog
+        # alive. So release the attempt that the catalog holds.
         catalog.release_all()
 
 
@@ -139,7 +140,7 @@ class Pending:
     attempt: HiddenFolder
     file_layout: FileLayout
     tensor_of: TensorOf
-    """Source of the tensors: the training state, or a snapshot of it."""
+    """Function that returns the elements of an item, from the training state or its snapshot."""
 
     index: Index | None
     """Index of the plan, on rank 0."""
@@ -208,8 +209,8 @@ def begin_save(
 ) -> Pending:
     """Plan the save of a state as the checkpoint `name` of `catalog`, and make the attempt folder.
 
-    `facts`: manifest without entries and files. This adds layout and versions. Rank 0's facts are
-        stored.
+    `facts`: manifest without entries and files. This function adds the number of ranks and the
+        versions of the software. The facts of rank 0 are stored.
     `dtype`: dtype in which floating-point tensors are stored; None for their own.
     `overwrite`: replace the checkpoint that has the name now.
     `deduplicator`: links files of an earlier checkpoint whose tensors have not changed.
@@ -307,7 +308,7 @@ def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
 
 
 def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
-    """Return a view of the training tensor of this rank: the elements of the item's region."""
+    """Return the elements of the item's region, as a view of this rank's training tensor."""
     pieces, region = held.known[item.name].layout.pieces, item.region
     piece, tensor = pieces[0], held.tensors[item.name]
     if tensor.requires_grad:
@@ -363,7 +364,8 @@ def _copy(
 ) -> None:
     snapshot.copy(items, pending.tensor_of)
     if is_last:
-        # After this, training may change the tensors, and digests would not match the copy.
+        # Take the digests now: training may change the tensors next, and then the digests would not
+        # match the copy.
         pending.replicas.take()
 
 
@@ -478,8 +480,8 @@ def _write(pending: Pending, target: Creating, pace: Pace) -> WriteResult:
 
 @contextmanager
 def _in_parallel(pending: Pending) -> Iterator[None]:
-    """Compute the digests in a thread while a file is written, since writing mostly waits for the
-    disk. Raises the error of the thread on exit."""
+    """Context for the write of a file: meanwhile a thread computes the digests, since the write
+    mostly waits for the disk. Raises the error of the thread on exit."""
     queued = accelerator.QueuedWork(pending.devices)
     outcome: list[HoldfastError | None] = []
 

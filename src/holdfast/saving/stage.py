@@ -125,8 +125,8 @@ class Snapshot:
             self._reserving = None
 
     def copy(self, items: Sequence[TensorItem], tensor_of: TensorOf) -> None:
-        """Copy the region of each item, which `tensor_of` returns, and wait for the copies. Call
-        `reserve` first."""
+        """Copy into the snapshot the region of each item, which `tensor_of` returns, and wait for
+        the copies. Call `reserve` first."""
         boxes = ((self.tensor_of(item), tensor_of(item)) for item in items if item.data.nbytes)
         devices: set[torch.device] = set()
         for target, box in boxes:

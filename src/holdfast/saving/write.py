@@ -167,7 +167,7 @@ def _put_windows(stream: _Stream, windows: Iterable[memoryview], item: TensorIte
 
 
 class Pace:
-    """Limit on the bytes written per second; None: no limit."""
+    """Limit on the bytes written per second. If it is None, there is no limit."""
 
     def __init__(self, bytes_per_s: float | None = None) -> None:
         self._bytes_per_s = bytes_per_s

@@ -169,7 +169,8 @@ class Match:
         self.checks.append((tuple(names), check))
 
     def then(self, take: Callable[[Values], None]) -> None:
-        """Let `take` call a function, which changes the state. The order of these calls is kept."""
+        """Plan a change of the state: the method `take` will call the function `take` that is given
+        here. It calls such functions in the order in which they were given."""
         self._takes.append(take)
 
     def take(self, values: Values) -> None:
@@ -200,7 +201,8 @@ class MadeValues:
 
 
 def check_number(name: str, expected: type) -> Check:
-    """Return a check that a stored tensor of one element has a value of type `expected`."""
+    """Return a check that a stored tensor of one element, once read, holds a number that type
+    `expected` can represent."""
 
     def check(values: Values) -> str | None:
         number = values(name).item()
@@ -215,7 +217,7 @@ def check_number(name: str, expected: type) -> Check:
 
 
 def is_one_number(stored: StoredState, name: str | None, live: Any) -> bool:
-    """Return whether the checkpoint has a tensor of one element for the number `live`."""
+    """Return whether `live` is a number, and the checkpoint has a tensor of one element for it."""
     entry = stored.tensor(name)
     return (
         entry is not None

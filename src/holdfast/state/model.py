@@ -38,7 +38,8 @@ def canonical(name: str) -> str:
 
 
 class Names:
-    """Maps a module's own names to the checkpoint's, which are those of the unwrapped model."""
+    """Maps the names in a module's `state_dict` to those in the checkpoint, which are the names in
+    the unwrapped model."""
 
     def __init__(self, root: nn.Module) -> None:
         self._owners = {
@@ -247,7 +248,8 @@ class ModuleMatch:
 
     def finish(self, wanted: set[str]) -> None:
         """Plan a call of the module's own `load_state_dict`, if it needs one. `wanted`: names that
-        `match` has returned. This adds the names of further entries that are read."""
+        `match` has returned for all parts of the model. This adds the names of further entries
+        that are read."""
         if is_custom(self._module):
             self._match_more(wanted)
         if self._replaced or is_custom(self._module):

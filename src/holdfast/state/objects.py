@@ -102,8 +102,8 @@ class StateTree:
             self._flat_component.match(match, ())
         for name, key in self._keys.items():
             if key != self._flat:
-                # With `flat`, this is the state of a run. A run never reads values that a load puts
-                # into `state`.
+                # With `flat`, `state` is that of a run, which would not notice a value that a load
+                # puts into it. So a load refuses such a value.
                 put = _refusal(key, self._state[key]) if self._flat else setter(self._state, key)
                 plain.member(self._state[key], (name,), put)
         if strict:

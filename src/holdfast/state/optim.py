@@ -2,8 +2,8 @@
 can load it, with parameters in any order.
 
 Names are those of torch's flattened optimizer state dict, as in TorchTitan:
-`state.<parameter>.<slot>` and `param_groups.<parameter>.<option>`. This module calls the own
-`state_dict` and `load_state_dict` of the optimizer.
+`state.<parameter>.<slot>` and `param_groups.<parameter>.<option>`. This module calls the
+optimizer's own `state_dict` and `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class OptimizerState:
 
     @property
     def optimizers(self) -> Iterator[Optimizer]:
-        """All subclasses of torch's `Optimizer`."""
+        """All optimizers whose class is derived from torch's `Optimizer`."""
         return (opt for opt in (*self.named, *self._own) if isinstance(opt, Optimizer))
 
     def name_of(self, parameter: torch.Tensor) -> str:
@@ -191,7 +191,8 @@ class OptimizerState:
                 if is_placed_like(value, parameter):
                     flattener.add((*path, entry), value, above + entry)
                 elif type(value) is torch.Tensor and value.shape == parameter.shape:
-                    # Mark it as whole: it has its parameter's shape, so a load would shard it too.
+                    # Mark it as whole: a load would otherwise shard it like the parameter, since
+                    # both have the same shape.
                     flattener.add((*path, entry), value, above + entry)
                     flattener.state.structure[*path, entry] = {"tensor": {"place": "whole"}}
                 else:
@@ -270,8 +271,8 @@ def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
 def is_zero(optimizer: object) -> bool:
     """Return whether an optimizer is torch's `ZeroRedundancyOptimizer`.
 
-    Its own `state_dict` works on one rank, for the state of all ranks. Holdfast lets each rank save
-    its own state instead.
+    The `state_dict` of that class works on one rank only, to which all others have sent their state
+    before. Holdfast lets each rank save its own state instead.
     """
     return any(
         cls.__name__ == "ZeroRedundancyOptimizer" and cls.__module__.startswith("torch.")
@@ -313,7 +314,8 @@ def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
 
 
 def is_placed_like(value: Any, parameter: torch.Tensor) -> bool:
-    """Return whether a load can derive a slot's placement from its parameter and its shape."""
+    """Return whether a load can derive the placement of a slot, `value`, from the slot's shape and
+    the parameter."""
     if type(value) is torch.Tensor:
         # A slot of a different shape than its parameter is whole on each rank.
         return not isinstance(parameter, DTensor) or value.shape != parameter.shape

@@ -179,8 +179,8 @@ class OptimizerMatch:
     def _make(self, branch: Branch, parameter: torch.Tensor, *, on_device: bool = False) -> Make:
         """Return the maker of a new slot. A slot of its parameter's shape is placed like the
         parameter, unless it was saved as whole. Other slots are whole on every rank, on the
-        parameter's device. A single number is there only with `on_device`, else on the kind of
-        device that it was saved on."""
+        parameter's device. But a single number is on the parameter's device only with
+        `on_device`, else on the kind of device that it was saved on."""
         match = self._match
 
         def like(entry: TensorEntry, name: str | None) -> torch.Tensor | torch.device | None:
@@ -248,7 +248,8 @@ class OptimizerMatch:
                 ] = None
 
     def _match_options(self, names: list[str], stored: StoredOptimizer) -> Make:
-        """Return the maker of a group's options, in which all its parameters must agree."""
+        """Return the maker of a group's options. The stored options of all its parameters must be
+        equal."""
         makers: dict[str, Make] = {}
         firsts: dict[str, Branch] = {}
         values = self._match.stored.manifest.values
@@ -307,8 +308,8 @@ class OptimizerMatch:
     @contextmanager
     def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:
         """Context in which the optimizer's `load_state_dict` does not convert values, if it is
-        torch's own. Torch's casts every slot to its parameter's dtype, even counters and 8-bit
-        moments, and does not keep texts.
+        torch's own. Torch's method casts every slot to its parameter's dtype, even counters and
+        8-bit moments, and changes texts.
 
         The exact values are put back between torch's cast and the optimizer's `__setstate__`, so
         that changes by `__setstate__` and by hooks are kept.
@@ -347,7 +348,7 @@ class OptimizerMatch:
 
 def _exact(given: Any, cast: Any) -> Any:
     """Return the loaded value `given` with its own dtypes. `cast`: the same value after torch's
-    cast. Tensors that torch did not change are taken from it."""
+    cast. Tensors whose dtype and shape the cast has kept are taken from `cast`."""
     if isinstance(given, torch.Tensor) and isinstance(cast, torch.Tensor):
         if (given.dtype, given.shape) == (cast.dtype, cast.shape):
             return cast

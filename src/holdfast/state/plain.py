@@ -35,7 +35,7 @@ class PlainMatch:
     """Matches the caller's dicts and lists with their entries in the checkpoint.
 
     A dict whose keys differ from the stored ones is a mismatch. Tensors and objects are filled in
-    place. Saved values replace all others, whatever their types.
+    place. Saved values replace everything else, whatever its type.
     """
 
     def __init__(self, match: Match, component_of: ComponentOf) -> None:

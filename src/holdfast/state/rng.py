@@ -18,7 +18,7 @@ class RngState:
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every generator. Numpy's is included if numpy was imported."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        # The key is a kind of device, such as "cuda".
+        # The generators of an accelerator have its kind as their key, such as "cuda".
         state |= accelerator.rng_states()
         numpy = sys.modules.get("numpy")
         if numpy is not None:

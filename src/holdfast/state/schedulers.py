@@ -63,7 +63,8 @@ class SchedulerState:
 
 
 def _count(node: Node) -> int | None:
-    """Return the number of states stored below numbers; None if there is one state for all."""
+    """Return how many states are stored, each below its number; None if there is one state for all
+    schedulers."""
     children = children_of(node) if kind_of_node(node) == "dict" else None
     if not children or len(children) == 1:
         return None

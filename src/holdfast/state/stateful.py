@@ -67,7 +67,8 @@ class ObjectState:
 
 
 class RankState:
-    """The state of an object that belongs to one rank, stored below the key of that rank."""
+    """State of an object that differs between ranks: each rank stores its own, below a key of the
+    rank."""
 
     def __init__(self, state: ObjectState, rank: int, *, may_lack: bool = False) -> None:
         """`may_lack`: if a checkpoint has no state for this rank, the object stays unchanged."""
@@ -111,8 +112,8 @@ def _request(match: Match, owner: Stateful, branch: Branch, node: Node) -> Make:
     The state that `owner` has before the load shows where its inner objects and sharded tensors
     are.
     """
-    # Call it only if needed, because it may have effects, such as to start the workers of a data
-    # loader.
+    # Call `state_dict` only if needed, because the call may have effects, such as to start the
+    # workers of a data loader.
     fresh = cache(owner.state_dict)
     depth = len(branch.path)
 

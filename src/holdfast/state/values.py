@@ -103,8 +103,8 @@ class Containers:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether type and text determine a value, and the text is short enough for a key. The
-    limits admit Python's random state: a tuple with 625 numbers in a tuple."""
+    """Return whether a value is determined by its type and `repr`, and the `repr` is short enough
+    for a key. The limits admit Python's random state: a tuple with 625 numbers in a tuple."""
     if type(value) is not tuple:
         return type(value) in _SCALARS
     return len(value) <= _MEMBERS_MAX and all(
