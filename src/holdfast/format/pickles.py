@@ -35,14 +35,14 @@ MARKS_MAX = 10_000
 opens a few for each level of nesting."""
 
 KEY_MEMBERS_MAX = 64
-"""Maximum length of a tuple that is a dict key. A pickle needs a byte or two for each use of the
-tuple, and each use hashes all members."""
+"""Maximum length of a tuple that is a dict key. Each use of a tuple as a key takes only a byte or
+two in the pickle, but hashes all members of the tuple."""
 
 _KEY_INT_BITS = 60
 
 LARGE_KEYS_MAX = 1000
-"""Maximum number of keys that are ints of more than `_KEY_INT_BITS`. A file can choose such ints
-with equal hashes, which makes a dict as slow as a list."""
+"""Maximum number of dict keys that are ints of more than `_KEY_INT_BITS` bits. A crafted file can
+choose such ints with equal hashes, which makes a dict as slow as a list."""
 
 
 OTHERS_MAX = 10_000
@@ -74,8 +74,8 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
 
 
 class Plain:
-    """Stands for an instance of a class that is not imported. Has the instance's arguments and
-    state."""
+    """Stands for an instance of a class that is not imported. Has the arguments with which the
+    pickle makes the instance, and the instance's state."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         self.args = args
@@ -104,7 +104,7 @@ class Other(Plain):
 
 
 class AnyGlobal(dict[tuple[str, str], Any]):
-    """Allowed globals, and a subclass of `Other` for every other global."""
+    """The allowed globals. Looking up any other global adds a subclass of `Other` for it."""
 
     def __missing__(self, key: tuple[str, str]) -> type[Other]:
         title = ".".join(key).replace("__builtin__.", "").removeprefix("builtins.")[:200]

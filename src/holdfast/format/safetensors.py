@@ -37,7 +37,7 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 HEADER_BYTES_MAX = 100_000_000
-"""Largest header, as in the reference implementation."""
+"""Maximum size of a header, as in the reference implementation."""
 
 INDEX_BYTES_MAX = 100_000_000
 
@@ -164,7 +164,7 @@ _NUMBER_DIGITS_MAX = 9
 
 
 def missing_shards(files: Iterable[str]) -> list[str]:
-    """Return the names of the shards that are missing beside `files`, at most `LISTED_MAX`.
+    """Return the names of missing shards, at most `LISTED_MAX`, given the files that exist.
 
     >>> missing_shards(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"])
     ['model-00002-of-00003.safetensors']
