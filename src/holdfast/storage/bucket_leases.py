@@ -271,7 +271,7 @@ class BucketLeases:
         lease.release()
 
     def renew_all(self) -> None:
-        """Renew every lease."""
+        """Renew all leases that this store holds. Ignore errors."""
         with self._mutex:
             leases = list(self._held.values())
         for lease in leases:
@@ -326,7 +326,7 @@ def note_in(data: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """Content of a lease."""
+    """Content of a lease's object: its holder, and how often the lease was put."""
 
     note: str = "unknown"
     token: str = ""

@@ -12,7 +12,7 @@ class HeldFile:
 
     def __init__(self, descriptor: int) -> None:
         """Hold the open file with this descriptor. Call this in the block of `no_fork_between` that
-        opens the file."""
+        opens the file, so that no fork happens before the file is registered."""
         self.descriptor: int = descriptor
         """Descriptor of the open file; -1 once the file is given up."""
 
