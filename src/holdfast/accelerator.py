@@ -144,7 +144,7 @@ class PageLock:
                 f"the driver of `{device}` did not page-lock {spelled_bytes(memory.nbytes)} of "
                 f"host memory: CUDA error {status}",
             )
-        # The arguments keep the memory allocated: its address must not be reused before the unlock.
+        # `finalize` keeps `memory` allocated: its address must not be reused before the unlock.
         self._unlock = weakref.finalize(
             self, _unlock, runtime.cudaHostUnregister, memory, os.getpid()
         )
