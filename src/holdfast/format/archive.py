@@ -176,8 +176,8 @@ def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int, bool]]:
 
 
 def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
-    """Return size and offset of a record, given its directory entry. A number that is `0xFFFFFFFF`
-    there is in the ZIP64 field of `extra` instead."""
+    """Return size and offset of a record. `extra`, `nbytes`, `offset`: fields of the record's entry
+    in the directory. A number that is `0xFFFFFFFF` is in the ZIP64 field of `extra` instead."""
     position = 0
     while position + 4 <= len(extra):
         tag, length = struct.unpack_from("<2H", extra, position)

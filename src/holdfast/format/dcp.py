@@ -131,7 +131,7 @@ def _tensor(
         if region.num_elements * itemsize > span.nbytes:
             # Without this check, a small file could make a reader allocate any amount of memory.
             raise ValueError(f"`{name}`: an item of {span.nbytes} bytes cannot hold {region}")
-        # Uneven sharding may give several empty chunks at the same place: keep the first.
+        # Uneven sharding may give several empty chunks with the same start: keep the first.
         if chunks.setdefault(start, Chunk(region, file, span)).region != region:
             raise ValueError(f"`{name}`: two chunks start at {start}")
     return TensorEntry(dtype.name, shape, tuple(chunks.values()), path)

@@ -141,7 +141,7 @@ if TYPE_CHECKING:
         def pop_mark(self) -> list[Any]: ...
 
 else:
-    # Private in Python, but `torch.package` derives its unpickler from this class too.
+    # Private, but unlikely to change: `torch.package` derives its unpickler from it too.
     _PythonUnpickler = pickle._Unpickler
 
 
@@ -214,7 +214,7 @@ class Unpickler(_PythonUnpickler):
     load_newobj = load_reduce
 
     def load_newobj_ex(self) -> None:
-        self.stack.pop()  # Arguments by name.
+        self.stack.pop()  # Keyword arguments, which are ignored.
         args = self.stack.pop()
         cls = self.stack[-1]
         if not (isinstance(cls, type) and issubclass(cls, Other)):
@@ -225,7 +225,7 @@ class Unpickler(_PythonUnpickler):
         """Make an `OrderedDict` from a list of pairs, as Python 2 pickles it."""
         if type(args) is not tuple or len(args) != 1 or type(args[0]) is not list:
             raise ValueError("an OrderedDict that is not made from a list")
-        # Many calls may share one list, and each call copies the list.
+        # Each call copies a list, and many calls may share one list: limit the sum of the copies.
         self._num_copied += len(args[0])
         if self._num_copied > self._nbytes:
             raise ValueError("more pairs than fit into the pickle")

@@ -301,7 +301,7 @@ def _holds_entries(node: object, num_keys_max: int) -> bool:
         member, depth = waiting.pop()
         if isinstance(member, dict | Plain):
             return True
-        # A list may be shared, or contain itself.
+        # Visit each list only once: it may be shared, or contain itself.
         if isinstance(member, list | tuple) and id(member) not in seen:
             if depth > num_keys_max:
                 raise ValueError(_NESTED)
@@ -371,7 +371,7 @@ class _NewRecord:
 
 @dataclass(frozen=True, slots=True)
 class TorchFileLayout:
-    """Layout of a `.pt` file, decided before it is written."""
+    """File layout of a `.pt` file: its records, and the positions of the tensors' elements."""
 
     nbytes: int
     tensors: Mapping[str, Span]
