@@ -292,8 +292,8 @@ def _takes(put: Callable[[], object]) -> bool:
 def _renewing(
     leases: weakref.ref[BucketLeases], ended: threading.Event, interval_s: float
 ) -> Callable[[], None]:
-    """Return the function of the renewing thread. It ends when the last lease is released, or when
-    the store is garbage-collected."""
+    """Return the function that the renewing thread runs. It ends when the last lease is released,
+    or when the store is garbage-collected."""
 
     def run() -> None:
         while not ended.wait(interval_s):

@@ -8,7 +8,8 @@ from holdfast.storage.forks import leave_in_children
 
 
 class HeldFile:
-    """An open file or folder, until `give_up`. Forked children close their copies."""
+    """File or folder that this process keeps open until `give_up`. Forked children close their
+    copies at once."""
 
     def __init__(self, descriptor: int) -> None:
         """Hold the open file with this descriptor. Call this in the block of `no_fork_between` that

@@ -343,8 +343,8 @@ class ObjectStore:
         prefix = self._folder(key)
         if hidden is not None:
             name = _join(key.rpartition("/")[0], hidden.name)
-            # If the attempt is published, `end` raises an error: a save that fails after it has
-            # published must not delete the files.
+            # If the attempt is published, `end` raises an error: a save that fails after publishing
+            # must not delete the files.
             self._claims.end(name, hidden.id)
             # If a save or a deletion was killed, the index of stock DCP may still lead to the
             # files that are deleted now. So write it anew, or delete it.
