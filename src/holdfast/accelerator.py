@@ -136,7 +136,7 @@ class PageLock:
             UsageError: the driver refuses to lock the memory.
         """
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        # In a thread that has set no device, CUDA would create a context on device 0.
+        # Set the device of this thread. Otherwise CUDA could create a context on device 0.
         with torch.accelerator.device_index(device.index):
             status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
         if status:

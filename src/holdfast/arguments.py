@@ -103,7 +103,7 @@ def shown(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Suggest the known name closest to `name`; None if no known name is similar."""
+    """Return a text that suggests the known name closest to `name`; None if none is similar."""
     folded = {candidate.casefold(): candidate for candidate in known}
     close = get_close_matches(name.casefold(), folded, n=1)
     return f"did you mean `{folded[close[0]]}`?" if close else None
@@ -155,7 +155,7 @@ def not_installed(error: ImportError, what: str) -> UsageError:
     package = (error.name or "").partition(".")[0]
     if package == "holdfast":
         raise error
-    # An ImportError without a name: the package is installed, but cannot be imported.
+    # If the error has no name, the package is installed, but cannot be imported.
     reason = f"needs `{package}`, which is not installed" if package else f"cannot run: {error}"
     return UsageError(f"{what} {reason}", hint=f"pip install {package}" if package else None)
 

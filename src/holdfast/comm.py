@@ -244,7 +244,8 @@ def _silent_ranks(group: dist.ProcessGroup, rank: int, size: int) -> list[int]:
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"{key}/{rank}", "")
-        # Only the first rank looks for all reports, since each look is a request to one server.
+        # Only the first rank that comes here looks for all reports: each look is a request, and one
+        # server answers the requests of all ranks.
         is_first = store.add(f"{key}/number", 1) == 1
         missing = [other for other in range(size) if other != rank]
         deadline = time.monotonic() + _REPORT_S * (1 if is_first else 2)
