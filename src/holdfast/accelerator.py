@@ -136,7 +136,7 @@ class PageLock:
             UsageError: the driver refuses to lock the memory.
         """
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        # In a thread that has set no device, CUDA would create a context on device 0.
+        # Set the device of this thread. Otherwise CUDA could create a context on device 0.
         with torch.accelerator.device_index(device.index):
             status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
         if status:
@@ -144,7 +144,7 @@ class PageLock:
                 f"the driver of `{device}` did not page-lock {spelled_bytes(memory.nbytes)} of "
                 f"host memory: CUDA error {status}",
             )
-        # The arguments keep the memory allocated: its address must not be reused before the unlock.
+        # `finalize` keeps `memory` allocated: its address must not be reused before the unlock.
         self._unlock = weakref.finalize(
             self, _unlock, runtime.cudaHostUnregister, memory, os.getpid()
         )

@@ -103,7 +103,7 @@ def shown(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Suggest the known name closest to `name`; None if no known name is similar."""
+    """Return a text that suggests the known name closest to `name`; None if none is similar."""
     folded = {candidate.casefold(): candidate for candidate in known}
     close = get_close_matches(name.casefold(), folded, n=1)
     return f"did you mean `{folded[close[0]]}`?" if close else None
@@ -147,7 +147,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def not_installed(error: ImportError, what: str) -> UsageError:
-    """Return the error that names the missing package that `what` needs.
+    """Return the error to raise after an import that `what` needs has failed with `error`.
 
     Raises:
         ImportError: a module of Holdfast is missing, which is a bug.
@@ -155,7 +155,7 @@ def not_installed(error: ImportError, what: str) -> UsageError:
     package = (error.name or "").partition(".")[0]
     if package == "holdfast":
         raise error
-    # An ImportError without a name: the package is installed, but cannot be imported.
+    # If the error has no name, the package is installed, but cannot be imported.
     reason = f"needs `{package}`, which is not installed" if package else f"cannot run: {error}"
     return UsageError(f"{what} {reason}", hint=f"pip install {package}" if package else None)
 
@@ -169,7 +169,7 @@ def is_list(hint: Any) -> bool:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """Return the types of a union, without None. Return any other hint as its only member."""
+    """Return the types in a union, without None. Return any other hint alone in a tuple."""
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(member for member in get_args(hint) if member is not type(None))
     return (hint,)
@@ -235,7 +235,7 @@ def first_fit(
 
 
 def of_length(where: str, values: Sequence[Any], hint: Any) -> tuple[Any, ...]:
-    """Return `values` as a tuple. Raise `UsageError` if the type needs another number of values."""
+    """Return `values` as a tuple. Raise `UsageError` if the type `hint` needs more or fewer."""
     wanted = get_args(hint)
     if wanted[-1] is not Ellipsis and len(values) != len(wanted):
         raise misfit(where, values, hint)
@@ -274,7 +274,7 @@ def settings(section: str) -> Callable[[type[C]], type[C]]:
         @wraps(original)
         def __init__(self: C, *values: Any, **named: Any) -> None:  # noqa: N807 - it replaces `__init__`
             if not hints:
-                # Not done while decorating, when the module does not define all names yet.
+                # Only now: when the class was decorated, its module did not define all names yet.
                 hints.update(get_type_hints(cls))
             for name in named:
                 if name not in hints:

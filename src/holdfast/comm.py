@@ -1,6 +1,6 @@
 """Collective operations on the ranks of a job, and errors that reach every rank.
 
-Below `trainer`, no other module uses `torch.distributed`.
+Outside of `trainer`, no other module calls collectives of `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ messages fit into them, and need one collective instead of two. A collective cos
 where processes share cores."""
 
 _REPORT_S = 5.0
-"""Seconds that a rank which has lost another rank waits for the same report from the others. A rank
+"""Seconds that a rank which has lost another rank waits for the others to report a loss too. A rank
 that hangs, has ended or has not begun reports nothing."""
 
 _STAGES = {
@@ -54,8 +54,8 @@ _STAGES = {
 """Description of the collectives in each module, for messages."""
 
 _FEW_RANKS = 64
-"""Most ranks for which `gather` sends the first bytes of every message to every rank. Each of 2,048
-ranks would receive half a MiB per gather."""
+"""Maximum number of ranks for which `gather` sends the first bytes of every message to every rank.
+With 2,048 ranks, each rank would receive half a MiB per `gather`."""
 
 Sending = Callable[[], object]
 """Function that waits until the data has been sent. Only then may the memory change."""
@@ -244,7 +244,8 @@ def _silent_ranks(group: dist.ProcessGroup, rank: int, size: int) -> list[int]:
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"{key}/{rank}", "")
-        # Only the first rank looks for all reports, since each look is a request to one server.
+        # Only the first rank that comes here looks for all reports: each look is a request, and one
+        # server answers the requests of all ranks.
         is_first = store.add(f"{key}/number", 1) == 1
         missing = [other for other in range(size) if other != rank]
         deadline = time.monotonic() + _REPORT_S * (1 if is_first else 2)

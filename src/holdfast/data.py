@@ -112,7 +112,8 @@ class GlobalBatches:
             first += self.global_batch_size
 
     def identity(self, epoch: int) -> dict[str, Any]:
-        """Properties that decide which samples each position of an epoch has."""
+        """Properties that decide which sample is at each position of an epoch, with a checksum of
+        the first samples."""
         first = [self._in_epoch(epoch, i) for i in range(min(self.num_samples, _ORDER_SAMPLES))]
         return {
             "num_samples": self.num_samples,

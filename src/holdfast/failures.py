@@ -17,7 +17,7 @@ from holdfast.errors import HoldfastError, StorageError, UsageError
 logger: logging.Logger = logging.getLogger("holdfast")
 
 TEXT_MAX = 2000
-"""Longest message that is quoted, in characters. Torch's can be very long: one per missing key."""
+"""Longest message that is quoted, in characters. Those of torch can list thousands of keys."""
 
 _OURS = __file__.removesuffix("failures.py")
 """Folder of this package: the prefix of the file names of its code objects."""
@@ -52,7 +52,8 @@ def worded(error: Exception) -> HoldfastError:
 def _worded(error: Exception) -> HoldfastError:
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     raiser = _raiser(frames)
-    # If other user code raises an OSError, it is a custom store: report a storage error.
+    # An OSError from user code that is neither a state method nor a `metrics` function comes from a
+    # custom store: it is reported as a storage error below.
     if raiser is not None and (not isinstance(error, OSError) or _calls_user_code(frames)):
         code, line = raiser
         return UsageError(
@@ -81,8 +82,8 @@ def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | No
     """Find the user code that raised, and return its code and line; None if Holdfast itself failed.
     `frames`: code and line of each frame of the traceback.
 
-    User code is the innermost function outside of Holdfast and of installed packages. Without one,
-    it is the method in `_METHODS` that Holdfast called on an object of an installed package.
+    User code is the innermost function outside of Holdfast and of installed packages. If there is
+    none, it is the method in `_METHODS` that Holdfast called on an object of an installed package.
     """
     users = [(code, line) for code, line in frames if not (_is_library(code) or _is_ours(code))]
     if users:

@@ -19,7 +19,7 @@ Fetch = Callable[[int, int], bytes]
 the file ends before."""
 
 DIRECTORY_BYTES_MAX = 64 << 20
-"""Maximum size of an archive's directory, which lists the records. Enough for half a million."""
+"""Maximum size of an archive's directory: enough for half a million records."""
 
 RECORD = b"PK\3\4"
 """First bytes of every record, and therefore of every archive."""
@@ -31,7 +31,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
 
 _FULL = 0xFFFFFFFF
-"""Value of a 32-bit field whose number is in the ZIP64 field instead."""
+"""Value of a 32-bit field which means that the number is in the ZIP64 field instead."""
 
 _COUNT_MAX = 0xFFFF
 """Maximum number of records that the end of a directory can state without ZIP64."""
@@ -58,8 +58,8 @@ class Record:
 
 
 def windowed(fetch: Fetch, item: Span) -> Fetch:
-    """Return a `Fetch` that reads the archive at position `item` of a file. Its offset 0 is the
-    start of the archive.
+    """Return a `Fetch` for the archive at position `item` of the file that `fetch` reads. Offset 0
+    of the returned `Fetch` is the start of the archive.
 
     Reads the first and the last bytes of the archive once and keeps them, since all small records
     are there.
@@ -117,7 +117,7 @@ def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
 
 def record_names(fetch: Fetch, nbytes: int) -> set[str] | None:
     """Return the names of an archive's records, without the folder. Return None if the archive's
-    directory cannot be read. Accepts archives of other programs too, with compressed records."""
+    directory cannot be read. Accepts archives of other programs, and compressed records."""
     try:
         start, stop, _ = _directory_span(fetch, nbytes)
         return {path.partition("/")[2] for path, *_ in _entries(fetch(start, stop - start))}
@@ -126,8 +126,8 @@ def record_names(fetch: Fetch, nbytes: int) -> set[str] | None:
 
 
 def _directory_span(fetch: Fetch, nbytes: int) -> tuple[int, int, int]:
-    """Return start and stop of the directory of an archive of `nbytes`, and the number of records
-    that it should have."""
+    """Return start and stop of an archive's directory, and the number of records in it, as the end
+    of the archive states them. The archive has `nbytes`."""
     end = nbytes - _END.size
     if end < 0:
         raise ValueError(f"{nbytes} bytes are too few")
@@ -135,7 +135,8 @@ def _directory_span(fetch: Fetch, nbytes: int) -> tuple[int, int, int]:
     if magic != b"PK\5\6" or comment:
         raise ValueError("no end of a ZIP directory at its end")
     stop = end
-    # torch always writes a ZIP64 end. Holdfast writes one only if a number needs it.
+    # torch always adds a ZIP64 end, which has larger fields. Holdfast adds one only if a number
+    # does not fit into the fields of the plain end.
     locator = fetch(max(end - _LOCATOR64.size, 0), _LOCATOR64.size)
     if locator[:4] == b"PK\6\7":
         stop, count, length, offset = _end64(fetch, end - _LOCATOR64.size)
@@ -175,8 +176,8 @@ def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int, bool]]:
 
 
 def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
-    """Return size and offset of a record, given its directory entry. A number that is `0xFFFFFFFF`
-    there is in the ZIP64 field of `extra` instead."""
+    """Return size and offset of a record. `extra`, `nbytes`, `offset`: fields of the record's entry
+    in the directory. A number that is `0xFFFFFFFF` is in the ZIP64 field of `extra` instead."""
     position = 0
     while position + 4 <= len(extra):
         tag, length = struct.unpack_from("<2H", extra, position)
@@ -231,7 +232,7 @@ def directory_entry(name: bytes, nbytes: int, header: int, *, crc32: int = 0) ->
 
 
 def _field64(nbytes: int, header: int = 0) -> bytes:
-    """Encode the numbers that need more than 32 bits as a ZIP64 field; empty if there are none."""
+    """Encode, as a ZIP64 field, the numbers that need more than 32 bits; empty if none do."""
     numbers = [nbytes, nbytes] if nbytes >= _FULL else []
     numbers += [header] if header >= _FULL else []
     data = struct.pack(f"<{len(numbers)}Q", *numbers)

@@ -78,7 +78,7 @@ def from_hex(text: str) -> tuple[int, ...]:
     Raises:
         ValueError: `to_hex` cannot have made the string.
     """
-    # `int` and `bytes.fromhex` would also accept signs, blanks and capitals.
+    # `bytes.fromhex` would also accept blanks and capitals.
     if len(text) % DIGITS or not _HEX.fullmatch(text):
         raise ValueError(f"need a multiple of {DIGITS} lower-case digits, got {text[:40]!r}")
     return struct.unpack(f">{len(text) // DIGITS}Q", bytes.fromhex(text))

@@ -1,8 +1,9 @@
 """Chunks of tensors, and the rows that list them in `index.bin`.
 
 The `manifest.json` of a small checkpoint lists the chunks itself. A job of 2,048 ranks and 2,000
-tensors has four million chunks, so their rows are in `index.bin`: each rank reads only the blocks
-with the rows that it needs. docs/format.md specifies both files.
+tensors has four million chunks. A large checkpoint therefore lists them in `index.bin`, with one
+row per chunk, and each rank reads only the blocks with the rows that it needs. docs/format.md
+specifies both files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BLOCK_BYTES = 4096
 tensor, and must read and check the whole block around each row."""
 
 NUM_PLACES = 5
-"""Count of the numbers in a row that come before the start and stop of the chunk's region."""
+"""A row begins with this many numbers. The start and stop of the chunk's region follow."""
 
 _NUMBER = struct.Struct("<Q")
 _CHECKED_BYTES = 4 << 20
@@ -316,7 +317,8 @@ class ChunkRows(Sequence[Chunk]):
             yield from self._decoded(first, min(first + _BATCH_ROWS, self.num_rows))
 
     def overlapping(self, region: Region) -> list[Chunk]:
-        """Return the chunks that hold elements of `region`. Reads few rows of other chunks."""
+        """Return the chunks that hold elements of `region`. Reads only a few rows of other
+        chunks."""
         if not region.num_elements:
             return []
         first, stop = 0, self.num_rows

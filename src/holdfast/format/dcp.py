@@ -55,8 +55,8 @@ _CLASSES = {
 """Classes that `.metadata` may refer to, by module."""
 
 _CHUNK_BYTES_MIN = 16
-"""Minimum size of one chunk in a pickle. A crafted pickle can list more chunks than its size
-allows, by letting several entries share one list of chunks."""
+"""Minimum bytes that one chunk takes in a pickle. A pickle that lists more chunks than fit into it
+is refused: in a crafted one, thousands of entries could share one list of chunks."""
 
 _ALLOWED: Mapping[tuple[str, str], Any] = {
     **{(m, name): type(name, (Plain,), {}) for m, names in _CLASSES.items() for name in names},
@@ -117,8 +117,8 @@ def _tensor(
     name: str, entry: Any, items: Mapping[Any, tuple[str, Span]], path: Path
 ) -> TensorEntry:
     properties = entry.state["properties"].state
-    # Old versions of torch, without __getstate__, store a dict of the fields. Later ones store a
-    # tuple.
+    # In old versions of torch, `TensorProperties` has no `__getstate__`, so the state is a dict of
+    # the fields. In later versions it is a tuple.
     dtype: DtypeName = properties[0] if isinstance(properties, tuple) else properties["dtype"]
     shape, itemsize = check_sizes(entry.state["size"]), dtype_of(dtype.name).itemsize
     chunks: dict[tuple[int, ...], Chunk] = {}
@@ -131,7 +131,7 @@ def _tensor(
         if region.num_elements * itemsize > span.nbytes:
             # Without this check, a small file could make a reader allocate any amount of memory.
             raise ValueError(f"`{name}`: an item of {span.nbytes} bytes cannot hold {region}")
-        # Uneven sharding may give several empty chunks at the same place: keep the first.
+        # Uneven sharding may give several empty chunks with the same start: keep the first.
         if chunks.setdefault(start, Chunk(region, file, span)).region != region:
             raise ValueError(f"`{name}`: two chunks start at {start}")
     return TensorEntry(dtype.name, shape, tuple(chunks.values()), path)

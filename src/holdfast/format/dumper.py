@@ -17,8 +17,8 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class FileName:
-    """A string that names a file. In the memo of the pickler, it is not the same entry as an equal
-    string that names no file."""
+    """A string that names a file. It has its own entry in the memo of the pickler, even if there is
+    an equal string that does not name a file."""
 
     name: str
 
@@ -50,7 +50,7 @@ class Dumper:
         self._memo: dict[object, int] = {}
 
     def raw(self, opcodes: bytes | bytearray) -> None:
-        """Append opcodes. They must not memoize anything."""
+        """Append opcodes, none of which may memoize an object."""
         self.parts.append(opcodes)
 
     @property

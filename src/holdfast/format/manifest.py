@@ -160,7 +160,7 @@ def encode_tensor(
     `numbers` has, for each chunk: index of its file, offset and bytes of its item, offset of its
     data, index of its first block, then start and stop along each dim.
     """
-    # With one list per chunk, the garbage collector would have to track a million objects.
+    # `numbers` is flat: with a list per chunk, the garbage collector would track a million lists.
     size = NUM_PLACES + 2 * len(shape)
     rows = _rows_format(size, len(numbers) // size) % tuple(numbers)
     return _start(name, dtype, shape, path) + b',"chunks":[' + rows.encode() + b"]}"
@@ -189,14 +189,14 @@ def _start(name: str, dtype: str, shape: tuple[int, ...], path: Path) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Encode the first two members of a tensor's entry. Cached, since thousands are equal."""
+    """Encode the start of a tensor's entry. Cached: thousands have the same dtype and shape."""
     return _json({"dtype": dtype, "shape": shape})[:-1]
 
 
 def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
     """Encode `manifest.json`. Return its bytes in parts.
 
-    `tensors`: encoded `manifest.tensors`, which itself is ignored. A run encodes them only once.
+    Ignores `manifest.tensors`. `tensors`: their encoding, which a run makes once for all saves.
     """
     number = {file: index for index, file in enumerate(manifest.files)}
     metrics = {n: v if math.isfinite(v) else None for n, v in manifest.metrics.items()}
@@ -272,8 +272,8 @@ def _json(value: object) -> bytes:
 
 
 class LastTensors:
-    """Cache of the tensors of the manifest that was decoded last. The manifests of a run have equal
-    tensors, and most of the time to decode a manifest is spent on its tensors."""
+    """Cache of the tensors of the manifest that was decoded last. The manifests of a run often list
+    the same tensors, and decoding these takes most of the time."""
 
     def __init__(self) -> None:
         self._key: object = None
@@ -301,8 +301,8 @@ def decode(
 ) -> Manifest:
     """Decode the bytes of `manifest.json`. Errors call the file `where`.
 
-    If `entries` is false, decoding takes a tenth of the time, and the result has a kind, but no
-    tensors and no values. `last`: cache of the tensors that several manifests have in common.
+    If `entries` is false, the result has no tensors and no values, though it has a `kind`. This
+    takes a tenth of the time. `last`: cache of the tensors that several manifests have in common.
 
     Raises:
         DamagedError: the bytes do not match their checksum.

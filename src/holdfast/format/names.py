@@ -127,7 +127,7 @@ def steps_among(names: Iterable[str]) -> dict[int, str]:
     {9: 'step-9', 20: 'step-20', 30: '.replaced-step-30-1f2e3d4c'}
     """
     folders = [name.rstrip("/") for name in sorted(names) if name.endswith("/")]
-    # `.replaced-step-N` sorts before `step-N`, which therefore wins.
+    # `.replaced-step-N` sorts before `step-N`. So if both exist, `step-N` overwrites it here.
     found = {step: f for f in folders if (step := step_of_folder(f)) is not None}
     return dict(sorted(found.items()))
 

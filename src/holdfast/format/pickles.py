@@ -35,14 +35,14 @@ MARKS_MAX = 10_000
 opens a few for each level of nesting."""
 
 KEY_MEMBERS_MAX = 64
-"""Maximum length of a tuple that is a dict key. A pickle needs a byte or two for each use of the
-tuple, and each use hashes all members."""
+"""Maximum length of a tuple that is a dict key. Each use of a tuple as a key takes only a byte or
+two in the pickle, but hashes all members of the tuple."""
 
 _KEY_INT_BITS = 60
 
 LARGE_KEYS_MAX = 1000
-"""Maximum number of keys that are ints of more than `_KEY_INT_BITS`. A file can choose such ints
-with equal hashes, which makes a dict as slow as a list."""
+"""Maximum number of dict keys that are ints of more than `_KEY_INT_BITS` bits. A crafted file can
+choose such ints with equal hashes, which makes a dict as slow as a list."""
 
 
 OTHERS_MAX = 10_000
@@ -74,8 +74,8 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
 
 
 class Plain:
-    """Stands for an instance of a class that is not imported. Has the instance's arguments and
-    state."""
+    """Stands for an instance of a class that is not imported. Has the arguments with which the
+    pickle makes the instance, and the instance's state."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         self.args = args
@@ -104,7 +104,7 @@ class Other(Plain):
 
 
 class AnyGlobal(dict[tuple[str, str], Any]):
-    """Allowed globals, and a subclass of `Other` for every other global."""
+    """The allowed globals. Looking up any other global adds a subclass of `Other` for it."""
 
     def __missing__(self, key: tuple[str, str]) -> type[Other]:
         title = ".".join(key).replace("__builtin__.", "").removeprefix("builtins.")[:200]
@@ -141,7 +141,7 @@ if TYPE_CHECKING:
         def pop_mark(self) -> list[Any]: ...
 
 else:
-    # Private in Python, but `torch.package` derives its unpickler from this class too.
+    # Private, but unlikely to change: `torch.package` derives its unpickler from it too.
     _PythonUnpickler = pickle._Unpickler
 
 
@@ -214,7 +214,7 @@ class Unpickler(_PythonUnpickler):
     load_newobj = load_reduce
 
     def load_newobj_ex(self) -> None:
-        self.stack.pop()  # Arguments by name.
+        self.stack.pop()  # Keyword arguments, which are ignored.
         args = self.stack.pop()
         cls = self.stack[-1]
         if not (isinstance(cls, type) and issubclass(cls, Other)):
@@ -225,7 +225,7 @@ class Unpickler(_PythonUnpickler):
         """Make an `OrderedDict` from a list of pairs, as Python 2 pickles it."""
         if type(args) is not tuple or len(args) != 1 or type(args[0]) is not list:
             raise ValueError("an OrderedDict that is not made from a list")
-        # Many calls may share one list, and each call copies the list.
+        # Each call copies a list, and many calls may share one list: limit the sum of the copies.
         self._num_copied += len(args[0])
         if self._num_copied > self._nbytes:
             raise ValueError("more pairs than fit into the pickle")

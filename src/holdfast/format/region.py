@@ -112,8 +112,8 @@ thousand comparisons. A crafted file could need the square of its number of chun
 def first_overlap(regions: Iterable[Region]) -> tuple[Region, Region] | None:
     """Return two regions that share an element; None if no two do.
 
-    Sweeps along the dim with the most different starts. Shards of rows or of columns then need only
-    one sort, and each shard of a grid is compared with as many others as the grid is wide.
+    Sorts the regions along the dim with the most different starts, and compares each region only
+    with those that overlap it along this dim. In a grid of shards, these form one row.
 
     Raises:
         FormatError: more than `PAIRS_MAX` pairs would have to be compared.

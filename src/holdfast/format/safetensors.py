@@ -37,7 +37,7 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 HEADER_BYTES_MAX = 100_000_000
-"""Largest header, as in the reference implementation."""
+"""Maximum size of a header, as in the reference implementation."""
 
 INDEX_BYTES_MAX = 100_000_000
 
@@ -164,7 +164,7 @@ _NUMBER_DIGITS_MAX = 9
 
 
 def missing_shards(files: Iterable[str]) -> list[str]:
-    """Return the names of the shards that are missing beside `files`, at most `LISTED_MAX`.
+    """Return the names of missing shards, at most `LISTED_MAX`, given the files that exist.
 
     >>> missing_shards(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"])
     ['model-00002-of-00003.safetensors']
@@ -177,7 +177,7 @@ def missing_shards(files: Iterable[str]) -> list[str]:
     missing: list[str] = []
     for (before, total, after), present in sets.items():
         digits = len(next(iter(present.values())))
-        # Most sets count from 1, a few from 0.
+        # Most sets of shards are numbered from 1, a few from 0.
         first = 0 if 0 in present else 1
         absent = (n for n in range(first, first + int(total)) if n not in present)
         for number in islice(absent, LISTED_MAX - len(missing)):
@@ -223,7 +223,7 @@ def joined(
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsLayout:
-    """Layout of a safetensors file, decided before it is written."""
+    """File layout of a safetensors file: the positions of its contents, and its header."""
 
     nbytes: int
     header: bytes

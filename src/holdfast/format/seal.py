@@ -52,7 +52,7 @@ class Seal:
 
 
 def encode(seal: Seal) -> bytes:
-    """Encode a seal."""
+    """Return the bytes of the file `holdfast.seal`."""
     members = {
         "holdfast_seal": VERSION,
         "created": seal.created,

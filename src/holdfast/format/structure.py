@@ -1,7 +1,8 @@
 """JSON that describes the types of dicts, lists and keys of a state where paths do not show them.
 
-A node describes the state below one path. The node `null` adds nothing to the paths: it stands for
-one entry, or for entries in lists and in dicts with string keys. docs/format.md has the grammar.
+A node describes the state below one path. The node `null` means that the paths say enough: there is
+one entry, or there are entries in lists and in dicts with string keys. docs/format.md has the
+grammar.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NUMBERS = (*_INTEGERS, *_FLOATS, "str", "bytes")
 """Dtype names of the numpy scalars that are loaded as numpy scalars, not as Python numbers."""
 
 EMPTY_BYTES = "empty bytes"
-"""Type name of `b""`. Stored as an empty string, since pickle would write a call of `bytes`."""
+"""Type name of `b""`, which is stored as an empty string: pickle would write a call of `bytes`."""
 
 OPTIMIZERS = "optimizers"
 """Key of the member of an object's node that lists the classes of the object's optimizers. A

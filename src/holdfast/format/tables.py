@@ -72,8 +72,8 @@ def encode_tensors(tables: Iterable[TensorTable]) -> bytes:
 
 
 def _numbers(table: TensorTable) -> list[int]:
-    """Return the rows of `places`, `start` and `stop` of each chunk, as `manifest.encode_tensor`
-    needs them."""
+    """Return the numbers in `places`, `start` and `stop`, chunk by chunk, as
+    `manifest.encode_tensor` needs them."""
     columns = (table.places, table.start, table.stop)
     if len(table.places) == 1:
         # numpy is slower for a single row, and thousands of small tensors have only one.
@@ -127,7 +127,7 @@ def _sorted_regions(table: TensorTable) -> tuple[Ints | None, Ints, list[int]]:
     start and stop of each chunk in this order, and the length of the longest chunk along each dim.
     """
     start, stop = table.start, table.stop
-    # `lexsort` sorts by the last key first.
+    # For `lexsort`, the last key is the most important one: so reverse the dims.
     order = np.lexsort(start.T[::-1]) if start.shape[1] else np.arange(len(start))
     longest: list[int] = (stop - start).max(axis=0, initial=0).tolist()
     is_sorted = bool((order[1:] > order[:-1]).all())
@@ -256,7 +256,7 @@ class StockIndex:
         out.raw(b"eub")
 
     def _properties(self, dtype: str) -> bytes:
-        """Return the pickled `TensorProperties` of a dtype. Its bytes are the same each time."""
+        """Return the pickled `TensorProperties` of a dtype: the same bytes for all its tensors."""
         if dtype not in self._properties_of:
             out, before = self._out, self._out.take()
             fields = (Global("torch", dtype), _LAYOUT, False, _MEMORY_FORMAT, False)

@@ -53,7 +53,7 @@ from holdfast.format.untrusted import KEYS_MAX
 from holdfast.spelling import counted
 
 ALIGN = 64
-"""Alignment of the elements of a tensor, so that a mapped file can be used in place."""
+"""Alignment of the elements of a tensor, so that a memory-mapped file can be used in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,8 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
 def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> set[str] | None:
     """Refuse files that look like those of `torch.save`, but that something else wrote.
 
-    Returns the names of an archive's records. None if the file is a stream, or has no directory of
-    records that can be read.
+    Returns the names of the records in the file's ZIP archive. Returns None if the file is a stream
+    (see `torchstream`), or if the archive's directory cannot be read.
 
     Raises:
         FormatError: the file does not come from `torch.save`.
@@ -301,7 +301,7 @@ def _holds_entries(node: object, num_keys_max: int) -> bool:
         member, depth = waiting.pop()
         if isinstance(member, dict | Plain):
             return True
-        # A list may be shared, or contain itself.
+        # Visit each list only once: it may be shared, or contain itself.
         if isinstance(member, list | tuple) and id(member) not in seen:
             if depth > num_keys_max:
                 raise ValueError(_NESTED)
@@ -329,7 +329,7 @@ SAFE = frozenset({"set", "frozenset", "complex", "bytearray", "torch.device", "_
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to write."""
+    """A tensor to write to a `.pt` file."""
 
     path: Path
     dtype: str
@@ -344,7 +344,7 @@ class NewTensor:
 
 @dataclass(frozen=True, slots=True)
 class _NewRecord:
-    """A record to write."""
+    """A record to write to a `.pt` file."""
 
     name: str
     header: int
@@ -371,7 +371,7 @@ class _NewRecord:
 
 @dataclass(frozen=True, slots=True)
 class TorchFileLayout:
-    """Layout of a `.pt` file, decided before it is written."""
+    """File layout of a `.pt` file: its records, and the positions of the tensors' elements."""
 
     nbytes: int
     tensors: Mapping[str, Span]

@@ -88,8 +88,8 @@ class _Pickles(Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         if type(pid) is tuple and pid[:1] == ("module",):
-            # Return the class. After it, the tuple has the source code of the class as saved, which
-            # is not needed here.
+            # The tuple has the class, and the source code that the class had when it was saved:
+            # return only the class.
             return pid[1]
         self.storages.append(pid)
         return pid

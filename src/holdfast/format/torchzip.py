@@ -4,8 +4,8 @@ As in torch's `serialization.py`, the archive has the records `data.pkl`, `byteo
 `data/0`, then the directory. The bytes around the raw data depend only on dtype, shape and
 position. So a file can be laid out before any element is read, and can be written in one pass.
 
-CRC-32 fields are zero in Holdfast's checkpoints, as after `torch.serialization.
-set_crc32_options(False)`: no version of torch reads them, and the manifest has better checksums.
+CRC-32 fields are zero in Holdfast's checkpoints, as torch writes them after
+`set_crc32_options(False)`: no version of torch reads them, and the manifest has better checksums.
 `.pt` files have no manifest, and therefore real CRC-32s (`torchfile`).
 """
 
@@ -241,12 +241,12 @@ class _RebuildFromType(Tensor):
 
 
 _TENSOR_CLASS = "torch.Tensor"
-"""Stands for `torch.Tensor` and `Parameter`, whose elements are those of their storage."""
+"""Stands for the classes `torch.Tensor` and `Parameter`. Their elements are all in the storage."""
 
 
 def subclass_of(value: object) -> str:
-    """Return the class name of a tensor of a subclass other than `Parameter`: its elements may not
-    be those of its storage. Return an empty string for other objects."""
+    """Return the name of a tensor's class if it is a subclass of `torch.Tensor` other than
+    `Parameter`: such a tensor may compute its elements. Return an empty string for others."""
     if not isinstance(value, _RebuildFromType) or len(value.args) < 2:
         return ""
     cls = value.args[1]

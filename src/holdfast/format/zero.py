@@ -48,13 +48,14 @@ _ALIGNED = 2
 
 @dataclass(slots=True)
 class _Vector:
-    """Flat vector whose pieces are in several files."""
+    """Flat vector that is divided among several files."""
 
     itemsize: int = 4
     """Bytes per element. Frozen parameters may have other dtypes than float32."""
 
     pieces: list[tuple[str, int, int]] = field(default_factory=list)
-    """File, offset of the first element and number of elements of each piece."""
+    """For each part of the vector: its file, the offset of its first element there, and its number
+    of elements."""
 
     def add(self, entry: TensorEntry) -> None:
         chunk = entry.chunks[0]
@@ -67,8 +68,8 @@ class _Vector:
         return sum(count for *_, count in self.pieces)
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
-        """Yield where the elements from `start` to `stop` are: for each piece that has some of
-        them, its file, their offset in the file, their first index and one past their last."""
+        """Yield where the elements from `start` to `stop` are: for each file that has some of them,
+        the file, their offset in it, the index of the first one and one past that of the last."""
         first = 0
         for file, offset, count in self.pieces:
             low, high = max(start, first), min(stop, first + count)

@@ -23,12 +23,12 @@ PAUSE_S = 0.5
 """Longest pause, in seconds, before a request is sent again."""
 
 Version = Mapping[str, str]
-"""Identifier of one content of an object, for `put_over`: an ETag, a generation, or both."""
+"""Identifies one version of an object, for `put_over`: by an ETag, a generation, or both."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """Description of one object."""
+    """Description of one object in a bucket."""
 
     key: str
     nbytes: int
@@ -85,7 +85,7 @@ class Bucket(Protocol):
         ...
 
     def head(self, key: str) -> StoredObject:
-        """Describe an object."""
+        """Return the description of an object, without its content."""
         ...
 
     def get(self, key: str, nbytes_max: int) -> tuple[bytes, StoredObject]:

@@ -271,7 +271,7 @@ class BucketLeases:
         lease.release()
 
     def renew_all(self) -> None:
-        """Renew every lease."""
+        """Renew all leases that this store holds. Ignore errors."""
         with self._mutex:
             leases = list(self._held.values())
         for lease in leases:
@@ -292,8 +292,8 @@ def _takes(put: Callable[[], object]) -> bool:
 def _renewing(
     leases: weakref.ref[BucketLeases], ended: threading.Event, interval_s: float
 ) -> Callable[[], None]:
-    """Return the function of the renewing thread. It ends when the last lease is released, or when
-    the store is garbage-collected."""
+    """Return the function that the renewing thread runs. It ends when the last lease is released,
+    or when the store is garbage-collected."""
 
     def run() -> None:
         while not ended.wait(interval_s):
@@ -326,7 +326,7 @@ def note_in(data: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """Content of a lease."""
+    """Content of a lease's object: its holder, and how often the lease was put."""
 
     note: str = "unknown"
     token: str = ""

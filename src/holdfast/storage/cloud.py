@@ -142,7 +142,7 @@ class CloudBucket:
             except exceptions.GenericError as error:
                 if not _is_past_the_end(error):
                     raise
-                return b"", self.head(key)  # The object is empty, so it has no range at all.
+                return b"", self.head(key)  # The object is empty, so no range of it exists.
             return data, _described(result.meta)
 
     def get_range(self, key: str, start: int, stop: int) -> Buffer:

@@ -21,7 +21,8 @@ WINDOW_BYTES = 2 << 20
 together fit into the processor's cache."""
 
 NUM_THREADS = 4
-"""Number of writing threads. Each has a window, so some copy while others wait for the disk."""
+"""Number of writing threads. Each has its own buffer of `WINDOW_BYTES`, so some threads copy while
+others wait for the disk."""
 
 WINDOWS_AHEAD = 4
 """Maximum number of windows that wait for a thread."""
@@ -64,7 +65,7 @@ class DirectWriter:
     """
 
     def __init__(self, direct: int, buffered: int) -> None:
-        """`direct` and `buffered` are the same file, opened with `O_DIRECT` and without."""
+        """`direct`, `buffered`: descriptors of one file, opened with and without `O_DIRECT`."""
         self._direct = direct
         self._edges = BufferedWriter(buffered)
         self._threads = _Threads(NUM_THREADS)
@@ -100,7 +101,7 @@ class DirectWriter:
             self._start = self._stop = offset
         in_place = _fits_in_place(view, offset)
         if in_place:
-            # The waiting parts are whole pages, since the next part begins at the start of a page.
+            # The waiting parts together begin and end at the start of a page: they are whole pages.
             self._send(self._stop - self._start)
         while len(view):
             part = view[: WINDOW_BYTES - (self._stop - self._start)]
@@ -210,7 +211,8 @@ def _windows() -> Iterator[memoryview]:
 
 
 def huge_memory(nbytes: int) -> mmap.mmap:
-    """Allocate page-aligned memory, on huge pages if available: a disk writes one per request.
+    """Allocate page-aligned memory, on huge pages if available: a disk writes a huge page in one
+    request.
 
     The memory is freed when the last reference to it ends.
     """

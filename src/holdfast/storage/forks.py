@@ -20,14 +20,14 @@ system that hangs would also hang every fork of the process."""
 
 
 class Leaver(Protocol):
-    """An object that a forked child must close its copy of."""
+    """An object, such as a lock, of which a forked child must close its own copy."""
 
     def leave(self) -> None:
         """Close this process's copy, without effect on the parent."""
         ...
 
 
-# Module state, so that one hook serves all objects: `os.register_at_fork` cannot be undone.
+# Global, since one hook of `os.register_at_fork` serves all objects: hooks cannot be removed.
 _mutex = threading.RLock()
 _waited = False
 _leavers: WeakSet[Leaver] = WeakSet()

@@ -8,11 +8,12 @@ from holdfast.storage.forks import leave_in_children
 
 
 class HeldFile:
-    """An open file or folder, until `give_up`. Forked children close their copies."""
+    """File or folder that this process keeps open until `give_up`. Forked children close their
+    copies at once."""
 
     def __init__(self, descriptor: int) -> None:
         """Hold the open file with this descriptor. Call this in the block of `no_fork_between` that
-        opens the file."""
+        opens the file, so that no fork happens before the file is registered."""
         self.descriptor: int = descriptor
         """Descriptor of the open file; -1 once the file is given up."""
 

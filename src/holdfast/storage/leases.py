@@ -90,7 +90,7 @@ class Lease:
         self.release()
 
     def _touch(self) -> None:
-        # An error comes from a file system that fails. If it does not recover, the lease lapses.
+        # The file system may fail for a moment. If it keeps failing, the lease lapses.
         with suppress(OSError):
             os.utime(self._held.descriptor)
 

@@ -64,7 +64,7 @@ class ListedStore:
 
 
 class _Names(tuple[str, ...]):
-    """Names in a folder. A lookup takes constant time, since readers look up thousands of names."""
+    """Names in a folder, and a set of them for lookups: readers look up thousands of names."""
 
     def __init__(self, _: Sequence[str]) -> None:
         self._set = frozenset(self)

@@ -136,7 +136,7 @@ class ListedBucket:
 
 
 def _listings(found: Sequence[StoredObject], below: str) -> dict[str, Listing]:
-    """Return the listing of each prefix, from `below` down to those of the objects in `found`."""
+    """Return a listing of `below`, and of each prefix below it. `found`: all objects there."""
     objects: defaultdict[str, list[StoredObject]] = defaultdict(list)
     prefixes: defaultdict[str, set[str]] = defaultdict(set)
     for one in found:

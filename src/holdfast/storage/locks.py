@@ -59,7 +59,8 @@ class Lock:
         """Unlock the file. Does nothing if it is unlocked already, or in a forked child."""
         if self.is_held:
             descriptor = self._held.give_up()
-            # `close` is not enough: a child forked by native code may keep the file open.
+            # `close` alone does not unlock the file while a child that native code has forked still
+            # has it open.
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
@@ -113,7 +114,8 @@ def _flock_file(path: str) -> Lock | None:
             # The last holder of the lock removed the file after it was opened here.
             lock.release()
         elif os.fstat(descriptor).st_nlink > 1:
-            # The file has another name, by a hard link: a note would overwrite that file too.
+            # The file has a second name, by a hard link, so it may be a user's file: do not write a
+            # note to it.
             os.unlink(path)
             lock.release()
         else:
@@ -146,8 +148,8 @@ def is_held_here(path: str) -> bool:
 def holder_of(path: str) -> str | None:
     """Return the note of the process that has locked `path`; None if no such process is known.
 
-    Reads `/proc/locks` instead of trying to lock the file, so that this never makes a run fail. It
-    therefore finds only locks of this machine, but leases of any machine.
+    Reads `/proc/locks`. If it tried to lock the file, a run that starts at this moment could fail.
+    It therefore finds only locks of this machine, but leases of any machine.
     """
     file = file_at(path)
     if file is None:

@@ -343,10 +343,11 @@ class ObjectStore:
         prefix = self._folder(key)
         if hidden is not None:
             name = _join(key.rpartition("/")[0], hidden.name)
-            # A published attempt keeps its prefix. This raises an error if the attempt is
-            # published, so that a save that fails after publishing does not delete its files.
+            # If the attempt is published, `end` raises an error: a save that fails after publishing
+            # must not delete the files.
             self._claims.end(name, hidden.id)
-            # The index of stock DCP may lead to these files, if a save or a deletion was killed.
+            # If a save or a deletion was killed, the index of stock DCP may still lead to the
+            # files that are deleted now. So write it anew, or delete it.
             self._pointers.write_stock_index(name)
         keys = [found.key for found in self._bucket.list_all(prefix)]
         if not keys:

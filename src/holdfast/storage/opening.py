@@ -116,7 +116,7 @@ def written_store(url: str) -> Store | None:
         return store
     if url.partition("://")[0] not in BUCKETS:
         return None
-    # Imported here, since folders do not need obstore.
+    # Imported here, since local folders do not need obstore.
     from holdfast.storage.cloud import CloudBucket
     from holdfast.storage.objects import ObjectStore
 
@@ -133,7 +133,7 @@ def open_store(url: str | os.PathLike[str]) -> ReadStore:
     if is_url(text):
         if (store := written_store(text)) is not None:
             return store
-        from holdfast.storage.remote import RemoteStore  # Folders do not need fsspec.
+        from holdfast.storage.remote import RemoteStore  # Local folders do not need it.
 
         return RemoteStore(text)
     return folder_store(text)

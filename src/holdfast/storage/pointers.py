@@ -100,7 +100,7 @@ class Pointers:
             if self.is_left_over(name):
                 self._bucket.delete([key])
             return
-        # Put with a condition, so that a late request does not replace the index of a later save.
+        # Put with a condition: a request that arrives late must not replace a later save's index.
         try:
             found = self._bucket.head(key)
         except NotFoundError:

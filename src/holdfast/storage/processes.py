@@ -18,8 +18,8 @@ def this_process() -> str:
 
 
 def runs(process: str) -> bool | None:
-    """Return whether the process with this name of `this_process` still runs. None if it belongs to
-    another machine or PID namespace, so that this cannot be found out here."""
+    """Return whether a process still runs. `process`: what `this_process` returned in it. Return
+    None for a process of another machine or PID namespace, which cannot be seen from here."""
     ours, theirs = this_process().split(), process.split()
     if not ours or theirs[:2] != ours[:2] or len(theirs) != len(ours):
         return None

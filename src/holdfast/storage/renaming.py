@@ -36,7 +36,8 @@ def rename_exclusive(source: str, target: str) -> None:
 
 
 def rename_without_flag(source: str, target: str) -> None:
-    """Like `rename_exclusive`, for file systems without `RENAME_NOREPLACE`."""
+    """Like `rename_exclusive`, for file systems that do not support renameat2 with the flag
+    `RENAME_NOREPLACE`."""
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
     if not stat.S_ISDIR(os.lstat(source).st_mode):

@@ -170,7 +170,8 @@ class FolderStore(Store, Protocol):
         ...
 
     def amend(self, key: str) -> AbstractContextManager[FileWriter]:
-        """Open a file that has its full length already. Several processes may write parts of it.
+        """Open a file that has its full length already, to write parts of it. Several processes may
+        write to it at the same time.
 
         The bytes that this process wrote are durable when the context ends without error.
         """
@@ -186,7 +187,8 @@ class Joining(Protocol):
     """A store in which several processes of one host can write into a new file."""
 
     def join(self, key: str) -> AbstractContextManager[FileWriter]:
-        """Open a file to write a part of it, while another process is in the context of `create`.
+        """Open a file to write a part of it, while another process is in the context of `create`
+        for this file.
 
         When the context ends without error, the part is written. The part becomes durable when the
         context of `create` ends, which must be later.
@@ -274,8 +276,8 @@ class Distant(Protocol):
 
     @property
     def request_bytes(self) -> int:
-        """Best size of a request for data, in bytes: a multiple of 1 MiB. A smaller request mostly
-        waits."""
+        """Best size of a request for data, in bytes: a multiple of 1 MiB. With smaller requests,
+        most of the time is spent waiting for answers."""
         ...
 
 

@@ -166,8 +166,8 @@ class _Stream:
     def _parts(self) -> Iterator[Buffer]:
         while (part := self._queue.get()) is not None:
             if isinstance(part, BaseException):
-                # Raise a new error: the store's client may keep it, and the traceback of the
-                # caller's error would keep alive whatever it refers to.
+                # Raise a new error, since the store's client may keep the error that it gets. The
+                # caller's own error would keep alive all objects that its traceback refers to.
                 raise StorageError(f"given up: {part}")
             yield part
             with self._changed:
