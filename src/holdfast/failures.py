@@ -52,8 +52,8 @@ def worded(error: Exception) -> HoldfastError:
 def _worded(error: Exception) -> HoldfastError:
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     raiser = _raiser(frames)
-    # An OSError from user code that is neither a state method nor a `metrics` function comes from a
-    # custom store: it is reported as a storage error below.
+    # State methods and `metrics` functions are known user code. An OSError from other user code
+    # comes from a custom store, and is reported as a storage error below.
     if raiser is not None and (not isinstance(error, OSError) or _calls_user_code(frames)):
         code, line = raiser
         return UsageError(

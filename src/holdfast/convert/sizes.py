@@ -1,4 +1,5 @@
-"""Finds the configuration of a model in `config.json` or a flavor, and checks that both agree."""
+"""Finds the configuration of a model in `config.json` or from a flavor. If both are given, checks
+that they agree."""
 
 from __future__ import annotations
 

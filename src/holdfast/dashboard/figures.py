@@ -174,7 +174,7 @@ def _checked_at(history: History, step: int | None) -> float | None:
 def _latest_losses(history: History) -> list[tuple[int, float]]:
     pairs = history.trainer.losses
     if history.reports:
-        # Take twice as many rows as losses, since a resume repeats steps.
+        # Read twice as many rows as are shown: a step that a resume repeated has several rows.
         pairs = [(row.step, row.loss) for row in history.reports[-2 * LOSSES :]]
     latest: list[tuple[int, float]] = []
     for step, loss in reversed(pairs):

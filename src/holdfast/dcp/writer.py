@@ -282,7 +282,7 @@ def _absolute(path: object, what: str, *, folder: str | None = None) -> str:
     `folder`: folder that a relative path starts from; None for the current folder.
     """
     text = checked_path(path, what)
-    # Return a URL unchanged. Whether Holdfast can write to it, every rank checks at each save.
+    # Return a URL unchanged. At each save, every rank checks whether Holdfast can write to it.
     if is_url(text):
         return text
     return os.path.abspath(os.path.join(folder or "", text))  # noqa: PTH100, PTH118 - links stay
@@ -315,7 +315,8 @@ def _write_file(
     catalog: Catalog, attempt: HiddenFolder, layout: FileLayout, windows_of: Any, spans: Spans
 ) -> Any:
     store = catalog.store
-    # Do not look in an object store: it has no empty folders, and is the same on every host.
+    # Check that this host sees the folder of the attempt. An object store does not list a folder
+    # without files, and is the same on every host.
     if not isinstance(store, Distant) and f"{attempt}/" not in store.list():
         raise _deleted(catalog, attempt)
     try:

@@ -61,7 +61,7 @@ def json_of(value: dict[str, Any]) -> dict[str, Any]:
     """Check a JSON object of any content. Refuses NaN and infinities, which Python's parser accepts
     although JSON does not have them."""
     found = dict(value.items())
-    # Most objects have only ints and strings, which are always valid: the encoder is not needed.
+    # Skip the encoder if all values are ints and strings, as in most objects: these are valid.
     if not _KEY_TYPES.issuperset(map(type, found.values())):
         _ENCODER.encode(found)
     return found

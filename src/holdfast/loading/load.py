@@ -365,8 +365,8 @@ def _tied_here_only(
 
 
 def _same_bytes(one: _Staged, other: _Staged) -> bool:
-    """Whether two staged tensors would write the same bytes. Both are copied to the same memory of
-    the state, each with its own strides."""
+    """Return whether copying either of two staged tensors into the state leaves the same bytes
+    there. Both have the same memory as target, but may view it with different strides."""
     left = []
     for staged, local in (one, other):
         dims = zip(local.shape, local.stride(), strict=True)

@@ -140,7 +140,8 @@ class Saver:
                 values={},
                 step=step,
                 kind=kind,
-                # A model alone has no other components, even if its tensors have such names.
+                # A model-only checkpoint has no other components, even if a tensor of the model
+                # has the name of one, such as `optimizer`.
                 components=tuple(sorted(self._run.others)) if kind == "full" else (),
                 metrics=metrics or {},
                 model=self._hf.config or {},

@@ -120,7 +120,8 @@ class StopSignals:
         if self._listening:
             self._record(number)
         else:
-            # After `release`, another manager has set this handler again: call the earlier handler.
+            # This object was released, but another manager has since restored this method as the
+            # handler. Pass the signal to the handler from before this object.
             _call(self._before[number], number, frame)
 
     def _record(self, number: int) -> None:

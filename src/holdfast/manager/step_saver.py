@@ -95,7 +95,7 @@ class StepSaver:
             self.stop_signals.forget()
             self.stop_requested = True
         if stopping and self._raises_on_stop:
-            # With another status than 0, `torchrun` would restart the job on some of its hosts.
+            # Exit with 0 under `torchrun`: any other status would make it restart the job on some hosts.
             raise SystemExit(0 if is_restarted_on_failure() else 128 + int(progress.signal))
         return saved
 

@@ -147,8 +147,8 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
         kept.append(key)
         yield from _kinds_of(child_path, child, unions)
     if kept and kind == "dict" and all(type(key) is str for key in kept):
-        # Compare only the entries of this dict, not its keys: it may have a node on one rank only,
-        # because of the keys left out above.
+        # Do not compare the keys of this dict: another rank may have no node for the dict, if all
+        # of its keys there were left out above. The entries below it are compared on their own.
         return
     if kept or not children:
         keys = ", ".join(sorted(map(repr, kept))) if kind in MAPPINGS else f"{len(kept)} members"

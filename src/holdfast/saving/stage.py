@@ -125,8 +125,8 @@ class Snapshot:
             self._reserving = None
 
     def copy(self, items: Sequence[TensorItem], tensor_of: TensorOf) -> None:
-        """Copy into the snapshot the region of each item, which `tensor_of` returns, and wait for
-        the copies. Call `reserve` first."""
+        """Copy each item's region into the snapshot, and wait for the copies. `tensor_of(item)`
+        returns the tensor with the elements of that region. Call `reserve` first."""
         boxes = ((self.tensor_of(item), tensor_of(item)) for item in items if item.data.nbytes)
         devices: set[torch.device] = set()
         for target, box in boxes:

@@ -340,7 +340,7 @@ class LocalStore:
                 hint=_HINTS.get(error.errno or 0, hint),
             )
         if isinstance(error, MemoryError):
-            # A sparse file may be larger than memory without using space on the disk.
+            # This can happen on a small disk too: a sparse file may be larger than memory.
             return StorageError(f"cannot {doing} `{path}`: it does not fit into memory")
         if isinstance(error, OSError):
             return StorageError(

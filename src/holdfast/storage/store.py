@@ -225,7 +225,7 @@ class Linking(Protocol):
         ...
 
     def links(self, key: str) -> Links:
-        """Return the identity of a file and the number of its names."""
+        """Return the identity of a file, such as its inode, and the number of its hard links."""
         ...
 
     def evict(self, key: str) -> None:
