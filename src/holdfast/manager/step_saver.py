@@ -95,7 +95,8 @@ class StepSaver:
             self.stop_signals.forget()
             self.stop_requested = True
         if stopping and self._raises_on_stop:
-            # Exit with 0 under `torchrun`: any other status would make it restart the job on some hosts.
+            # Exit with 0 under `torchrun`: any other status would make it restart the job on some
+            # hosts.
             raise SystemExit(0 if is_restarted_on_failure() else 128 + int(progress.signal))
         return saved
 

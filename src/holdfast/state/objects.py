@@ -40,8 +40,8 @@ class StateTree:
     `state` is one module, or maps names to tensors, plain values, dicts, lists and objects with a
     `state_dict`. The names of entries below `state[flat]` do not begin with `flat`: TorchTitan
     names a model's entries in this way. A top-level name belongs to the model, unless it is another
-    key of `state` or one of `others`. `watch` is called with every optimizer in the tree, at any depth, before `flatten`
-    returns.
+    key of `state` or one of `others`. `watch` is called with every optimizer in the tree, at any
+    depth, before `flatten` returns.
     """
 
     def __init__(
