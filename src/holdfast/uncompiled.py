@@ -25,7 +25,8 @@ def uncompiled(function: F) -> F:
 
 def _leave_alone(code: CodeType) -> None:
     """Let the compiler skip frames of this code, and all frames below them."""
-    # If torch has renamed these internals, the attributes that `uncompiled` sets are enough.
+    # If torch has renamed these internals, do without: the attributes that `uncompiled` sets
+    # still keep the compiler out.
     with suppress(ImportError, AttributeError):
         from torch._C._dynamo import eval_frame
 

@@ -84,7 +84,8 @@ def native_adapter_mapping(infos: Mapping[str, TensorInfo], base: TensorMapping)
         relation = base.row_by_row("native", weight)
         if relation is not None and factor is not None:
             hf_name = relation.hf.name.removesuffix(".weight")
-            # The native left factor differs only in the order of its rows, so `info` is the same.
+            # Under native names, `lora_B` differs from PEFT's only in the order of its rows, and
+            # `lora_A` not at all, so dtype and shape are the same.
             hf_infos[f"{PREFIX}{hf_name}.lora_{factor[2]}.weight"] = info
         elif relation is not None:
             hf_infos[PREFIX + relation.hf.name] = info

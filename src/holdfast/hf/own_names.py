@@ -48,7 +48,8 @@ def own_names_mapping(infos: Mapping[str, TensorInfo]) -> TensorMapping:
     """Return the mapping of every tensor to itself."""
     relations, axes = list[Relation](), dict[str, range]()
     for name, info in infos.items():
-        # One axis per dim and size, since the axes of a tensor must differ from each other.
+        # Name an axis by its dim, since the axes of one tensor must differ, and by its size, since
+        # tensors share axes.
         sizes = {f"dim{dim}_{size}": range(size) for dim, size in enumerate(info.shape)}
         axes.update(sizes)
         side = Side(name, tuple(Dim(((axis,),)) for axis in sizes))

@@ -131,7 +131,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        # The Trainer deletes checkpoints in this method, so the kept ones must be durable.
+        # The Trainer deletes old checkpoints in this method: wait until the others are durable.
         self._wait()
         return super()._finalize_training(*args, **kwargs)
 

@@ -120,8 +120,8 @@ def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
     """Return the jobs that fill all wanted tensors, in the order of their bytes in the files."""
     jobs: list[ReadJob] = []
     small: list[_Read] = []
-    # A thread waits for the answer to each request. So that all threads of a `Distant` store have
-    # requests to send, each job is one request.
+    # A thread sends the requests of its job one after another, and waits for each answer. For a
+    # `Distant` store, make each job one request, so that all threads have work.
     job_bytes = source.request_bytes or JOB_BYTES
     for want in wanted:
         entry = source.manifest.tensors[want.name]
@@ -365,8 +365,8 @@ def _batches(small: list[_Read]) -> Iterator[list[_Read]]:
 
 
 def _read_container(read: _Read, worker: _Worker) -> int:
-    """Read from a chunk that another program wrote, so that the index has neither the offset of its
-    data nor its strides. Both are read from the archive around the data."""
+    """Read from a chunk that another program wrote. The index has neither the offset of its data nor
+    its strides, so both are read from the archive around the data."""
     shape = read.chunk.region.shape
     stored = locate_chunk(worker.source, read.name, read.chunk)
     transposed = stored.strides != contiguous_strides(shape)

@@ -165,8 +165,8 @@ def _columns(
     repeats[digest] += 1
     cuts = {rank: item.region.within(rows)}
     items = partial(rows_items, want, dtype, item, rows, cuts, rank)
-    # A rank may have several requests for the same rows. With the count, the first ones of all
-    # ranks have equal digests, and so do the second ones, and so on.
+    # A rank may request the same rows several times. The digest includes the number of the request,
+    # so that the first requests of all ranks are equal, the second ones too, and so on.
     return _Request(_digest(digest, repeats[digest]), items, want, cuts)
 
 

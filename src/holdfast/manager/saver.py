@@ -265,8 +265,8 @@ class Saver:
             self.tier.local.wait()
 
     def give_up_drain(self) -> None:
-        """Wait for the background save. Then end the copy of a checkpoint from the fast tier, since
-        a stopping run has a deadline."""
+        """Wait for the background save. Then give up the copy of a checkpoint from the fast tier,
+        since a stopping run has a deadline."""
         if self.tier is None:
             return
         try:

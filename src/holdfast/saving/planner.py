@@ -186,7 +186,8 @@ class Planner:
         return held
 
     def _plan(self, held: LocalState) -> None:
-        """Make the plan: rank 0 for all ranks, any other rank for its own names. Collective."""
+        """Make the plan. Rank 0 plans for all ranks; any other rank plans only the tensors and
+        values that it has. Collective."""
         ranks = self.ranks
         gathered = gather_deduplicated(ranks, held.local_plans)
         global_plans: list[GlobalPlan] = []

@@ -76,7 +76,7 @@ class Side:
 
     @property
     def name_axes(self) -> tuple[str, ...]:
-        """Axes in the name."""
+        """Axes whose index is part of the tensor's name, such as the number of the layer."""
         return tuple(match[1] for match in _FIELD.finditer(self.name))
 
     @property

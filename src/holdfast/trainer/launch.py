@@ -144,7 +144,7 @@ class Workers:
                 "LOCAL_WORLD_SIZE": str(self._num_workers),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                # The launcher serves the store, so that it outlives rank 0.
+                # The launcher serves the store of torch.distributed, so that it outlives rank 0.
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
             from holdfast.trainer.worker import work
