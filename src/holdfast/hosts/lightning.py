@@ -64,9 +64,9 @@ def _io_class() -> type:
         thread, and checks it before it is loaded.
 
         The format of the file stays Lightning's. The check uses the CRC-32 that `torch.save` stores
-        for each tensor. `ckpt_path="last"` loads the newest good file of the folder. If `last` is
-        damaged or older, this is another file, and a warning says so. Under any other path, a
-        damaged file is an error.
+        for each tensor. `ckpt_path="last"` loads the newest good file of the folder. If that
+        file is not `last`, because `last` is damaged or another good file is newer, a warning says
+        so. Under any other path, a damaged file is an error.
         """
 
         def __init__(self) -> None:

@@ -365,8 +365,8 @@ def _batches(small: list[_Read]) -> Iterator[list[_Read]]:
 
 
 def _read_container(read: _Read, worker: _Worker) -> int:
-    """Read from a chunk that another program wrote. The index has neither the offset of its data nor
-    its strides, so both are read from the archive around the data."""
+    """Read from a chunk that another program wrote. The index has neither the offset of its data
+    nor its strides, so both are read from the archive around the data."""
     shape = read.chunk.region.shape
     stored = locate_chunk(worker.source, read.name, read.chunk)
     transposed = stored.strides != contiguous_strides(shape)
