@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,10 @@ from s3_server import s3_server
 
 AFTER_A_RUN = {"keeping", "practices", "resuming", "single-file", "structure", "torchtune"}
 """Pages that start with the checkpoints of a run of 20 steps."""
+
+
+NEEDS = {"composer": "composer", "deepspeed": "deepspeed", "ray-train": "ray"}
+"""Packages that the programs of a page need, and the tests can do without."""
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +44,8 @@ def test_a_page_of_the_guide_can_be_followed(
 ) -> None:
     """Method: run every block in order. A page in `AFTER_A_RUN` starts with the checkpoints of a
     run."""
+    if name in NEEDS and find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
     furnish(tmp_path, page=GUIDE[name].read_text())
     if name in AFTER_A_RUN:
         shutil.copytree(request.getfixturevalue("trained"), tmp_path / "outputs")

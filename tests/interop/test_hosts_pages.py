@@ -1,5 +1,5 @@
-"""The programs of the pages of DeepSpeed, Composer and Ray Train: killed, damaged and resumed, where
-these packages are installed."""
+"""The programs on the pages of DeepSpeed, Composer and Ray Train, if these are installed: killed,
+damaged and resumed."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from holdfast.arguments import checked_path
 from holdfast.catalog.newest import CHECKPOINTS
 from holdfast.comm import all_ranks
+from holdfast.errors import UsageError
 from holdfast.hosts.choosing import newest_good_on_all_hosts
 from holdfast.hosts.sealing import sealed_by_all
 
@@ -51,8 +52,13 @@ def newest_good(
     the path. If `root` does not exist, the result is None, so that a first start needs no check.
 
     Collective. An error of rank 0 is raised on all.
+
+    Raises:
+        UsageError: an argument has the wrong type.
     """
     place = Path(os.path.abspath(checked_path(root, "root")))  # noqa: PTH100 - links stay links
+    if not isinstance(pattern, str | re.Pattern):
+        raise UsageError(f"`pattern` must be text such as `{CHECKPOINTS}`, found: {pattern!r}")
     if isinstance(pattern, str):
         pattern = re.compile(fnmatch.translate(pattern))
     ranks = all_ranks()
