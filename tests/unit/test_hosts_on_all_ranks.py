@@ -49,7 +49,7 @@ def test_one_process_needs_no_group(tmp_path: Path) -> None:
 
 
 def test_a_wrong_argument_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(holdfast.UsageError), holdfast.hosts.sealed(4):  # type: ignore[arg-type]
+    with pytest.raises(holdfast.UsageError), holdfast.hosts.sealed(4):
         pass
     with pytest.raises(holdfast.UsageError, match="pattern"):
-        holdfast.hosts.newest_good(tmp_path, 4)  # type: ignore[arg-type]
+        holdfast.hosts.newest_good(tmp_path, 4)

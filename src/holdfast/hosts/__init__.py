@@ -12,7 +12,11 @@ For a framework without a module, `sealed` and `newest_good` do the same as `hol
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.hosts.on_all_ranks import newest_good as newest_good
+    from holdfast.hosts.on_all_ranks import sealed as sealed
 
 _MODULES = ("accelerate", "lightning", "torchtitan", "transformers")
 
