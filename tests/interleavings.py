@@ -62,7 +62,7 @@ def interleavings(
 ) -> Iterator[Ran[MemoryStore]]:
     """Run two actors in every order with at most `switches_max` switches before one of them ends.
 
-    By default, the last switch is made at every third place, another third after each other first
+    By default, the last switch is made at every sixth place, another sixth after each other first
     turn. `--all` makes it everywhere.
 
     `before` makes the initial content of each store.
@@ -115,7 +115,7 @@ def orders(
                 # One more switch, before each later operation but the first after the last switch.
                 places: Sequence[int] = range(1, len(turns.others), stride)
                 if len(switches) == switches_max - 1 > 0:
-                    places = every(3, places, start=switches[-1].length)
+                    places = every(6, places, start=switches[-1].length)
                 waiting += [
                     (begins, [*switches, _Switch(length, to)])
                     for length in places

@@ -1,7 +1,7 @@
 """Accelerators: devices, the order of work in their streams, and page-locked memory.
 
-No other module asks torch for a device. Everything here works on each kind of `torch.accelerator`:
-CUDA, ROCm and XPU. MPS has one stream, so copies from and to it block.
+No other module asks torch for a device. This one works with CUDA, ROCm and XPU, by
+`torch.accelerator`. MPS has only one stream, so copies from and to it block.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from holdfast.errors import UsageError
 from holdfast.spelling import spelled_bytes
 
 WITHOUT_STREAMS = ("cpu", "meta", "mps")
-"""Kinds of devices on which copies block, and nothing has to be ordered."""
+"""Kinds of devices without streams. Copies from and to them block."""
 
 
 def num_devices() -> int:
-    """Number of devices that processes of this host can train on; 0 for MPS, which has no
+    """Return how many devices of this host a job can train on. Return 0 for MPS, which has no
     collectives."""
     current = torch.accelerator.current_accelerator()
     return torch.accelerator.device_count() if current and has_streams(current) else 0
 
 
 def use_device(index: int) -> torch.device:
-    """Make a device the current one of this thread."""
+    """Make the device with this index the current device of this thread, and return it."""
     torch.accelerator.set_device_index(index)
     current = torch.accelerator.current_accelerator()
     assert current is not None, "only a device that `num_devices` counts may be used"
@@ -37,7 +37,7 @@ def use_device(index: int) -> torch.device:
 
 
 def device_for(kind: str) -> torch.device:
-    """Return this process's device of a saved kind; the CPU if it has none."""
+    """Return this process's current device of `kind`, such as "cuda"; the CPU if there is none."""
     current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind == "cpu" or current is None or current.type != kind:
         return torch.device("cpu")
@@ -45,12 +45,12 @@ def device_for(kind: str) -> torch.device:
 
 
 def memory_bytes_max(device: torch.device) -> int:
-    """Peak of the bytes that this process has allocated on a device."""
+    """Return the peak of the memory that this process has allocated on a device, in bytes."""
     return torch.accelerator.max_memory_allocated(device)
 
 
 def rng_states() -> dict[str, torch.Tensor]:
-    """State of the random number generator of this thread's device, by kind of device; empty
+    """Return the RNG state of this thread's device, keyed by the kind of the device. Return `{}`
     without an accelerator."""
     current = torch.accelerator.current_accelerator()
     if current is None or not torch.accelerator.is_available():
@@ -59,18 +59,18 @@ def rng_states() -> dict[str, torch.Tensor]:
 
 
 def set_rng_states(states: dict[str, Any]) -> None:
-    """Restore the state of the generator that this process has too. Ignores other keys."""
+    """Restore the RNG state of this thread's device. Ignore states of other kinds of devices."""
     for kind in rng_states().keys() & states.keys():
         torch.get_device_module(kind).set_rng_state(states[kind])
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether copies from and to this device are queued, and may end later than the call."""
+    """Whether copies from and to this device are queued, so that they may end after the call."""
     return device.type not in WITHOUT_STREAMS
 
 
 def devices_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
-    """Devices with streams that hold these tensors, in order."""
+    """Return the devices that hold these tensors and have streams, sorted by index."""
     devices = {tensor.device for tensor in tensors}
     return tuple(sorted(filter(has_streams, devices), key=lambda device: device.index))
 
@@ -82,10 +82,10 @@ def synchronize(devices: Iterable[torch.device]) -> None:
 
 
 class QueuedWork:
-    """The work that a thread has queued on some devices, for other threads to follow.
+    """Work that one thread has queued on some devices, and that other threads wait for.
 
-    A new thread has device 0 and the default streams. Its kernels and copies are ordered behind
-    those of the thread that trains only by an event for each device.
+    A new thread starts with device 0 and the default streams. Without an event for each device, its
+    kernels and copies would not wait for those of the training thread.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -98,8 +98,9 @@ class QueuedWork:
 
     @contextmanager
     def followed(self) -> Iterator[None]:
-        """Context in which this thread uses the other thread's device, and on each device a new
-        stream that follows the queued work. Waits for the new streams at the end."""
+        """Context in which this thread has the same current device as the thread that queued the
+        work, and a new current stream on each device, which waits for that work. On exit, wait for
+        the work in the new streams."""
         with ExitStack() as entered:
             streams = [torch.Stream(device) for device in self.devices]
             for stream, event in zip(streams, self._events, strict=True):
@@ -115,27 +116,27 @@ class QueuedWork:
 
 
 def locked_memory(nbytes: int) -> torch.Tensor:
-    """Page-locked memory, which a device copies from and to on its own."""
+    """Allocate page-locked memory, which a device can copy from and to without the CPU."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True, device="cpu")
 
 
 def can_lock(devices: Sequence[torch.device]) -> bool:
-    """Whether `PageLock` works for these devices: for those of CUDA and ROCm."""
+    """Whether `PageLock` works for these devices. It does for CUDA and ROCm."""
     return devices[0].type == "cuda"
 
 
 class PageLock:
-    """Page lock of memory that is allocated already, which may be in huge pages. It ends with this
-    object, or with `release`."""
+    """Page lock of memory that is already allocated. The memory may be in huge pages. The lock ends
+    when this object is deleted, or by `release`."""
 
     def __init__(self, memory: torch.Tensor, device: torch.device) -> None:
-        """`device`: one whose process uses the memory. All devices of the process can.
+        """`device`: any device of this process. The lock holds for all of them.
 
         Raises:
-            UsageError: the driver refuses.
+            UsageError: the driver refuses to lock the memory.
         """
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        # A thread that sets no device would make a context on device 0.
+        # Set the device of this thread. Otherwise CUDA could create a context on device 0.
         with torch.accelerator.device_index(device.index):
             status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
         if status:
@@ -143,7 +144,7 @@ class PageLock:
                 f"the driver of `{device}` did not page-lock {spelled_bytes(memory.nbytes)} of "
                 f"host memory: CUDA error {status}",
             )
-        # The arguments keep the memory until it is unlocked: its address must not be reused before.
+        # `finalize` keeps `memory` allocated: its address must not be reused before the unlock.
         self._unlock = weakref.finalize(
             self, _unlock, runtime.cudaHostUnregister, memory, os.getpid()
         )
@@ -155,11 +156,11 @@ class PageLock:
 
 
 _PORTABLE = 1
-"""`cudaHostRegisterPortable`: for all contexts of the process."""
+"""`cudaHostRegisterPortable`: the lock holds for all CUDA contexts of the process."""
 
 
 def _unlock(unregister: Callable[[int], object], memory: torch.Tensor, pid: int) -> None:
-    # A forked child has no lock, and cannot use the driver.
+    # A forked child does not inherit the lock, and cannot use the driver.
     if pid == os.getpid():
         unregister(memory.data_ptr())
 
@@ -167,11 +168,12 @@ def _unlock(unregister: Callable[[int], object], memory: torch.Tensor, pid: int)
 class Ring:
     """Buffers for copies to devices. A buffer is reused once the copies from it have ended.
 
-    One thread may use it. Keep it until `QueuedWork.followed` has waited for the copies.
+    Only one thread may use a ring. Keep the ring until `QueuedWork.followed` has waited for the
+    copies.
     """
 
     def __init__(self, num: int, nbytes: int, devices: Iterable[torch.device]) -> None:
-        """`num` page-locked buffers of `nbytes`; one of pageable memory without devices."""
+        """Allocate `num` page-locked buffers of `nbytes`; without devices, one pageable buffer."""
         self._devices = tuple(devices)
         if self._devices:
             self._tensors = [locked_memory(nbytes) for _ in range(num)]
@@ -183,12 +185,12 @@ class Ring:
 
     @property
     def current(self) -> memoryview:
-        """The buffer that is in use."""
+        """The buffer to fill and to copy from, until `advance` is called."""
         return self._buffers[self._current]
 
     def advance(self) -> memoryview:
-        """Call this after the copies from the current buffer are queued in the current streams.
-        Returns the next buffer, once it is free."""
+        """Return the next buffer, once it is free. Call this after the copies from the current
+        buffer are queued in the current streams."""
         if self._devices:
             self._events[self._current] = [
                 torch.accelerator.current_stream(device).record_event() for device in self._devices

@@ -1,6 +1,6 @@
 """Check the types of arguments and settings.
 
-Scalars of numpy and torch count as numbers, a bool never does. Neither package is imported.
+Scalars of numpy and torch count as numbers, bools never do. This module imports neither package.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHOWN_MAX = 80
 """Longest value that a message quotes, in characters."""
 
 MEMBERS_SHOWN_MAX = 8
-"""Longest list that a message quotes."""
+"""Longest list that a message quotes, in members."""
 
 _SHOWN = (bool, int, float, str, bytes, type(None))
 """Types with a fast `repr` that never fails."""
@@ -75,7 +75,7 @@ def _is_single(value: object) -> bool:
 
 
 def _dtype(value: object) -> str:
-    """Name of a numpy or torch dtype; empty for other objects."""
+    """Name of the dtype of a numpy or torch object; empty for other objects."""
     return str(getattr(value, "dtype", "")).removesuffix("_")
 
 
@@ -103,7 +103,7 @@ def shown(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Suggest the known name closest to `name`; None where none is similar."""
+    """Return a text that suggests the known name closest to `name`; None if none is similar."""
     folded = {candidate.casefold(): candidate for candidate in known}
     close = get_close_matches(name.casefold(), folded, n=1)
     return f"did you mean `{folded[close[0]]}`?" if close else None
@@ -113,7 +113,7 @@ def checked_flag(value: object, what: str) -> bool:
     """Return the argument `what` as a bool.
 
     Raises:
-        UsageError: it is no bool.
+        UsageError: the argument is not a bool.
     """
     checked = flag(value)
     if checked is None:
@@ -125,7 +125,7 @@ def checked_path(path: object, what: str) -> str:
     """Return the path that was passed as argument `what`, as text.
 
     Raises:
-        UsageError: it is no path, or no file system can have it.
+        UsageError: the argument is not a path, or no file can have that path.
     """
     text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(text, str):
@@ -138,7 +138,7 @@ def checked_path(path: object, what: str) -> str:
 
 
 def _is_encodable(text: str) -> bool:
-    """Whether a file can have this name; a lone surrogate cannot be encoded."""
+    """Whether a file can have this name. It cannot have a lone surrogate."""
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -147,7 +147,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def not_installed(error: ImportError, what: str) -> UsageError:
-    """Return the error that names the missing package that `what` needs.
+    """Return the error to raise after an import that `what` needs has failed with `error`.
 
     Raises:
         ImportError: a module of Holdfast is missing, which is a bug.
@@ -155,7 +155,7 @@ def not_installed(error: ImportError, what: str) -> UsageError:
     package = (error.name or "").partition(".")[0]
     if package == "holdfast":
         raise error
-    # An ImportError without a name comes from an installed package that lacks something itself.
+    # If the error has no name, the package is installed, but cannot be imported.
     reason = f"needs `{package}`, which is not installed" if package else f"cannot run: {error}"
     return UsageError(f"{what} {reason}", hint=f"pip install {package}" if package else None)
 
@@ -164,12 +164,12 @@ def not_installed(error: ImportError, what: str) -> UsageError:
 
 
 def is_list(hint: Any) -> bool:
-    """Whether a type hint is a tuple, which configurations write as a list."""
+    """Whether a type hint is a tuple. Configurations write tuples as lists."""
     return get_origin(hint) is tuple
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """Members of a union without None; the hint itself where it is no union."""
+    """Return the types in a union, without None. Return any other hint alone in a tuple."""
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(member for member in get_args(hint) if member is not type(None))
     return (hint,)
@@ -194,7 +194,7 @@ def fitted(where: str, value: Any, hint: Any) -> Any:
     """Convert `value` to the type `hint`: lists to tuples, paths to text, scalars to Python's.
 
     Raises:
-        UsageError: the value has another type; the message calls the setting `where`.
+        UsageError: the value has another type. `where` names the setting in the message.
     """
     if value is None and type(None) in get_args(hint):
         return None
@@ -227,7 +227,7 @@ def fitted(where: str, value: Any, hint: Any) -> Any:
 def first_fit(
     where: str, several: Sequence[Any], hint: Any, read: Callable[[Any], Any], value: object
 ) -> Any:
-    """Convert `value` by `read` to the first type of a union that fits."""
+    """Convert `value` by `read` to the first type in `several` that fits. `hint`: their union."""
     for member in several:
         with suppress(UsageError):
             return read(member)
@@ -235,7 +235,7 @@ def first_fit(
 
 
 def of_length(where: str, values: Sequence[Any], hint: Any) -> tuple[Any, ...]:
-    """Return `values` as a tuple; raise `UsageError` if the hint needs another number of them."""
+    """Return `values` as a tuple. Raise `UsageError` if the type `hint` needs more or fewer."""
     wanted = get_args(hint)
     if wanted[-1] is not Ellipsis and len(values) != len(wanted):
         raise misfit(where, values, hint)
@@ -261,10 +261,10 @@ def misfit(where: str, value: object, hint: Any) -> UsageError:
 def settings(section: str) -> Callable[[type[C]], type[C]]:
     """Make a dataclass convert and check its arguments by the annotations of its fields.
 
-    Messages call a field `section.name`.
+    Error messages name a field as `section.name`.
 
     Raises, when the class is called:
-        UsageError: no field has that name, or a value has the wrong type.
+        UsageError: an argument has an unknown name, or a value of the wrong type.
     """
 
     def decorate(cls: type[C]) -> type[C]:
@@ -274,13 +274,13 @@ def settings(section: str) -> Callable[[type[C]], type[C]]:
         @wraps(original)
         def __init__(self: C, *values: Any, **named: Any) -> None:  # noqa: N807 - it replaces `__init__`
             if not hints:
-                # Not while decorating: the module does not define all names yet.
+                # Only now: when the class was decorated, its module did not define all names yet.
                 hints.update(get_type_hints(cls))
             for name in named:
                 if name not in hints:
                     hint = nearest(name, hints) or f"its settings: {', '.join(hints)}"
                     raise UsageError(f"`{cls.__name__}` has no setting `{name}`", hint=hint)
-            # Too many values, or a field given twice: leave that to Python's own error.
+            # If there are too many values, or one field twice, let Python raise its own error.
             given: Mapping[str, Any] = dict(zip(hints, values, strict=False))
             if len(values) <= len(hints) and not given.keys() & named.keys():
                 named, values = {**given, **named}, ()

@@ -1,6 +1,6 @@
 """Collective operations on the ranks of a job, and errors that reach every rank.
 
-Below `trainer`, no other module uses `torch.distributed`.
+Outside of `trainer`, no other module calls collectives of `torch.distributed`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _LENGTH = struct.Struct("<q")
-"""Header of a message: bytes to receive, header included."""
+"""Header of a message: length of the message in bytes, header included."""
 
 _FIRST_BYTES = 256
-"""Bytes of a message that are sent before the receiver knows its length. Most messages fit, and
-need one collective instead of two: each costs milliseconds where processes share cores."""
+"""Number of bytes of a message that are sent before the receiver knows the message's length. Most
+messages fit into them, and need one collective instead of two. A collective costs milliseconds
+where processes share cores."""
 
 _REPORT_S = 5.0
-"""Seconds that a rank which lost others waits for the reports of the rest. A rank that hangs, has
-ended or has not begun reports nothing."""
+"""Seconds that a rank which has lost another rank waits for the others to report a loss too. A rank
+that hangs, has ended or has not begun reports nothing."""
 
 _STAGES = {
     "manager.arguments": "the start of `save`",
@@ -53,11 +54,11 @@ _STAGES = {
 """Description of the collectives in each module, for messages."""
 
 _FEW_RANKS = 64
-"""Most ranks that send the first bytes of their messages to each other. To each of 2,048 ranks that
-would be half a MiB per gather."""
+"""Maximum number of ranks for which `gather` sends the first bytes of every message to every rank.
+With 2,048 ranks, each rank would receive half a MiB per `gather`."""
 
 Sending = Callable[[], object]
-"""Waits until the data has been sent; only then may its memory change."""
+"""Function that waits until the data has been sent. Only then may the memory change."""
 
 
 class Ranks(Protocol):
@@ -85,7 +86,7 @@ class Ranks(Protocol):
         ...
 
     def duplicate(self) -> Ranks:
-        """Return the same ranks on a channel of their own, for use by another thread."""
+        """Return the same ranks with a separate channel, for use by another thread."""
         ...
 
     def close(self) -> None:
@@ -93,7 +94,7 @@ class Ranks(Protocol):
         ...
 
     def all_reduce_max(self, numbers: Sequence[float]) -> list[float]:
-        """Return the elementwise maximum over all ranks. Cheap enough for every step."""
+        """Return the elementwise maximum over all ranks. It is cheap enough for every step."""
         ...
 
     def send(self, rank: int, data: torch.Tensor) -> Sending:
@@ -164,7 +165,7 @@ class GroupRanks:
         return list(map(_item, firsts, rests)) if self.rank == 0 else []
 
     def _gather_at_once(self, message: bytes) -> list[Any]:
-        """Gather without sending any part of a message to other ranks than rank 0."""
+        """Gather by sending every message to rank 0 only."""
         longest = int(self.all_reduce_max([len(message)])[0])
         whole = _part(message, 0, longest)
         parts = [torch.empty_like(whole) for _ in range(self.size)] if self.rank == 0 else []
@@ -173,7 +174,8 @@ class GroupRanks:
 
     def scatter(self, items: list[T]) -> T:
         pickles = [pickle.dumps(item) for item in items]
-        # All have the length of the longest: a scatter sends the same number of bytes to each rank.
+        # Each header states the length of the longest message, since a scatter sends the same
+        # number of bytes to each rank.
         length = _LENGTH.size + max(map(len, pickles), default=0)
         messages = [_LENGTH.pack(length) + data for data in pickles]
         first, rest = _empty(_FIRST_BYTES), _empty(0)
@@ -224,7 +226,7 @@ class GroupRanks:
 
 
 def _lost(group: dist.ProcessGroup, error: RuntimeError, when: str) -> RankError:
-    """The error about ranks that this rank has waited for. Names those that report nothing."""
+    """Return the error of a failed exchange. Its message names the ranks that report no failure."""
     rank, size, stage = dist.get_rank(group), dist.get_world_size(group), _stage()
     silent = _silent_ranks(group, rank, size)
     named = f"; no sign of rank {', '.join(map(str, silent))}" if silent else ""
@@ -236,13 +238,14 @@ def _lost(group: dist.ProcessGroup, error: RuntimeError, when: str) -> RankError
 
 
 def _silent_ranks(group: dist.ProcessGroup, rank: int, size: int) -> list[int]:
-    """Ranks that do not report, within `_REPORT_S`, that they have lost others too. Empty if the
-    store of the job is gone."""
+    """Return the ranks that do not report within `_REPORT_S` that they have lost another rank too.
+    Return `[]` if the key-value store of torch.distributed is gone."""
     key = f"holdfast/lost/{group.group_name}"
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"{key}/{rank}", "")
-        # One rank looks for the others, since each look is a request to one server.
+        # Only the first rank that comes here looks for all reports: each look is a request, and one
+        # server answers the requests of all ranks.
         is_first = store.add(f"{key}/number", 1) == 1
         missing = [other for other in range(size) if other != rank]
         deadline = time.monotonic() + _REPORT_S * (1 if is_first else 2)
@@ -263,7 +266,7 @@ def _silent_ranks(group: dist.ProcessGroup, rank: int, size: int) -> list[int]:
 
 
 def _stage() -> str:
-    """Description of the collective that this thread is in."""
+    """Describe the collective that this thread is in."""
     frame = sys._getframe(1)
     function = "a collective"
     while frame.f_back is not None:
@@ -288,10 +291,12 @@ def _new_group(beside: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """Longest time-out of the backends of a group, which the caller has chosen for the whole job.
-    None for torch's default for gloo, if they do not state it or have NCCL's default: that is for
-    collectives on GPUs, and too short for ranks that wait for the writes of others."""
-    # A torch without distributed has no such module.
+    """Return the longest time-out of the backends of a group: the user chose it for the whole job.
+
+    Ignore NCCL's default: it is meant for collectives on GPUs, and is too short for ranks that wait
+    for the writes of others. If no other time-out is left, return None: torch's default for gloo.
+    """
+    # Imported here, since a torch that is built without distributed lacks the module.
     from torch.distributed.constants import default_pg_nccl_timeout
 
     backends = [group._get_backend(device) for device in group._device_types]
@@ -330,8 +335,8 @@ def _item(first: torch.Tensor, rest: torch.Tensor) -> Any:
 def all_ranks() -> Ranks:
     """Return the ranks of the default process group, or `Solo` where there is none.
 
-    Collective: makes a gloo group of its own, so that nothing mixes with training's traffic. It has
-    the time-out of the default group. An error names the ranks that do not join in.
+    Collective: makes a separate gloo group, so that its messages do not mix with those of training.
+    The group has the time-out of the default group. If ranks do not join, the error names them.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Solo()
@@ -343,9 +348,9 @@ def all_ranks() -> Ranks:
 def gather_and_run(ranks: Ranks, item: T | HoldfastError, work: Callable[[list[T]], U]) -> U:
     """Run `work` on rank 0 with the items of all ranks, and return its result on every rank.
 
-    Collective: every rank calls this once; a rank that failed passes its error as `item`. If any
-    rank did, or if `work` fails, every rank raises the error of the lowest failing rank, with its
-    class and the number of the rank. Costs one `gather` and one `broadcast`.
+    Collective: every rank calls this once. A rank that failed passes its error as `item`. If any
+    rank passes an error, or if `work` fails, every rank raises the error of the lowest failing
+    rank, with its class and the number of the rank. Costs one `gather` and one `broadcast`.
     """
     items = ranks.gather(item)
     outcome: U | HoldfastError | None = None
@@ -359,7 +364,7 @@ def gather_and_run(ranks: Ranks, item: T | HoldfastError, work: Callable[[list[T
     if isinstance(item, HoldfastError):
         _raise_interrupt(item)
     if isinstance(result, HoldfastError) and isinstance(item, HoldfastError):
-        # Causes do not cross ranks: if the error is this rank's own, give it its cause back.
+        # A broadcast drops the cause of an error. If this rank sent the error, restore the cause.
         result.__cause__ = result.__cause__ or (
             item.__cause__ if result.what.endswith(item.what) else None
         )
@@ -392,7 +397,7 @@ def run_on_all(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def gather_deduplicated(ranks: Ranks, items: Mapping[str, T]) -> list[dict[str, T]]:
-    """Collect the named items of all ranks on rank 0, in rank order. Others get an empty list.
+    """Collect the named items of all ranks on rank 0, in rank order. Return `[]` on other ranks.
 
     Collective: equal items of several ranks are sent once and are one object on rank 0. Each rank
     sends a digest of each item, then the items that rank 0 requests from it.
@@ -437,7 +442,7 @@ def capture(work: Callable[[], T]) -> T | HoldfastError:
 def _raise_interrupt(error: HoldfastError) -> None:
     """Raise the interrupt that caused `error`, if one did.
 
-    A process that is told to end must not continue because its code catches `error`.
+    A process that was told to end must end, even if its code catches `error`.
     """
     cause = error.__cause__
     if cause is not None and not isinstance(cause, Exception):
@@ -455,12 +460,12 @@ def host_name() -> str:
 
 
 def host_of(ranks: Ranks) -> str:
-    """Name of the host of this rank. Ranks may have a `host` of their own, as the test kit's do."""
+    """Return the name of this rank's host. Ranks in tests state it as their attribute `host`."""
     return getattr(ranks, "host", None) or host_name()
 
 
 def hosts_of(ranks: Ranks) -> list[str]:
-    """Return the host of each rank, by name. Machines of one name get different ones.
+    """Return the name of each rank's host. If machines have the same name, number their names.
 
     Collective: every rank calls this.
     """
@@ -477,7 +482,7 @@ def hosts_of(ranks: Ranks) -> list[str]:
 
 
 def _boot_id() -> str:
-    """Identifier of the running system. Containers of one machine share it."""
+    """Return the boot ID of the machine. It is the same in all Docker containers of a machine."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
@@ -485,6 +490,6 @@ def _boot_id() -> str:
 
 
 def is_restarted_on_failure() -> bool:
-    """Whether the process is a worker of `torchrun`, which takes any status but 0 for a failure,
-    and starts the workers again."""
+    """Whether `torchrun` started this process. It starts all processes again if one of them ends
+    with an exit status other than 0."""
     return dist.is_available() and dist.is_torchelastic_launched()

@@ -1,4 +1,4 @@
-"""Data loaders whose position is one number for the whole run, so that any number of ranks resumes.
+"""Data loaders whose position is one number for the whole run, so any number of ranks can resume.
 
 batches = GlobalBatches(len(dataset), global_batch_size=64, rank=rank, num_ranks=world_size)
 loader = ElasticLoader(DataLoader(dataset, batch_sampler=batches))
@@ -22,7 +22,7 @@ T = TypeVar("T", covariant=True)
 _HINT = "exclude the data loader from this load to start these data from the beginning"
 
 _ORDER_SAMPLES = 64
-"""First samples of an epoch, whose numbers a state identifies by a checksum."""
+"""Number of samples at the start of an epoch that the checksum of the order covers."""
 
 
 class EpochOrder:
@@ -31,7 +31,7 @@ class EpochOrder:
     def __init__(self, num_samples: int, seed: int) -> None:
         self._num_samples, self._seed = num_samples, seed
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
-        """Last epoch that was asked for, and its order."""
+        """Epoch of the last call of `sample`, and its order."""
 
     def sample(self, epoch: int, index: int) -> int:
         """Return the sample at position `index` of an epoch."""
@@ -42,7 +42,8 @@ class EpochOrder:
 
 
 def state_differences(state: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Return one line per value in which the state of a loader differs from its own data."""
+    """Return one line per property of a data loader that differs between its saved state, `state`,
+    and `own`, the properties of the present loader."""
     return [
         f"`{key}` is {state.get(key)} in the checkpoint and {value} here"
         for key, value in own.items()
@@ -55,8 +56,8 @@ class GlobalBatches:
 
     The order of samples depends on the seed and the epoch alone, so each global batch has the same
     samples on any number of ranks. Every rank has equally many batches, all of them full: the last
-    global batch of an epoch is completed with the first samples of the next epoch, which continues
-    after them. No sample is repeated or left out.
+    global batch of an epoch is completed with the first samples of the next epoch, and the next
+    epoch continues after these samples. No sample is repeated or left out.
     """
 
     def __init__(
@@ -70,12 +71,12 @@ class GlobalBatches:
         shuffle: bool = True,
     ) -> None:
         """`num_samples`: length of the data set. `global_batch_size`: samples that all ranks take
-        together in one batch. `rank`, `num_ranks`: of the data-parallel ranks. Without `shuffle`,
-        every epoch has the order of the data set.
+        together in one batch. `rank`, `num_ranks`: this data-parallel rank, and how many there
+        are. Without `shuffle`, every epoch has the order of the data set.
 
         Raises:
-            UsageError: an argument of another type, or `num_ranks` does not divide
-                `global_batch_size`.
+            UsageError: an argument has the wrong type or is out of range, or `num_ranks` does not
+                divide `global_batch_size`.
         """
         self.num_samples: int = _at_least("num_samples", num_samples, 1)
         self.global_batch_size: int = _at_least("global_batch_size", global_batch_size, 1)
@@ -111,7 +112,8 @@ class GlobalBatches:
             first += self.global_batch_size
 
     def identity(self, epoch: int) -> dict[str, Any]:
-        """Properties that decide which samples each position of an epoch has."""
+        """Properties that decide which sample is at each position of an epoch, with a checksum of
+        the first samples."""
         first = [self._in_epoch(epoch, i) for i in range(min(self.num_samples, _ORDER_SAMPLES))]
         return {
             "num_samples": self.num_samples,
@@ -139,20 +141,20 @@ class _Loader(Protocol[T]):
 class ElasticLoader(Generic[T]):
     """Data loader that resumes on any number of ranks with the next samples.
 
-    Iterating gives the batches in the rest of the epoch; iterating again, those of the next epoch.
-    A loop that ends early is continued by the next one. The state is the number of samples that the
-    run has taken, whether or not workers of the loader have read further ahead.
+    A loop over the loader yields the batches in the rest of the epoch. The next loop yields those
+    of the next epoch, or continues a loop that ended early. The state is the number of samples that
+    the run has taken, even if workers of the loader have read further ahead.
     """
 
     state_is_global: ClassVar[bool] = True
     """Whether every rank has the same state, so that any number of ranks can load it."""
 
     def __init__(self, loader: _Loader[T]) -> None:
-        """`loader`: a `DataLoader` or `StatefulDataLoader` over a map-style data set, such as one
-        of Hugging Face, whose `batch_sampler` is a `GlobalBatches`.
+        """`loader`: a `DataLoader` or `StatefulDataLoader` with a `GlobalBatches` as its
+        `batch_sampler`, over a map-style data set, such as one of Hugging Face.
 
         Raises:
-            UsageError: it has another batch sampler.
+            UsageError: the loader has another batch sampler.
         """
         batches = getattr(loader, "batch_sampler", None)
         if not isinstance(batches, GlobalBatches):
@@ -191,14 +193,14 @@ class ElasticLoader(Generic[T]):
         return iterator
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of samples taken, and what identifies their order."""
+        """Return the number of samples taken, and the properties that identify their order."""
         return {"position": self.batches.position, **self.batches.identity(self.epoch)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue after the samples that `state_dict` counts.
 
         Raises:
-            MismatchError: these are samples of other data, or in another order.
+            MismatchError: the state is of other data, or of another order of the samples.
         """
         position = whole_number(state_dict.get("position"))
         if position is None or position < 0:

@@ -38,7 +38,7 @@ class HoldfastError(Exception):
         self.what = what
         self.hint = hint
         self.file = file
-        """Path or URL of the file that the error is about; None if it is about no single file."""
+        """Path or URL of the file that the error is about; None if it is not about one file."""
 
         self.entry = entry
         """Name of the tensor or value that the error is about."""
@@ -51,7 +51,8 @@ class HoldfastError(Exception):
         return type(self)(what, hint=self.hint, file=self.file, entry=self.entry, block=self.block)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors are pickled to reach other ranks; the default would lose keyword-only arguments.
+        # Errors are pickled to reach other ranks. By default, unpickling would pass `hint` by
+        # position, which `__init__` does not accept.
         details = {"hint": self.hint, "file": self.file, "entry": self.entry, "block": self.block}
         return (_rebuild, (type(self), self.what, details))
 

@@ -17,10 +17,10 @@ from holdfast.errors import HoldfastError, StorageError, UsageError
 logger: logging.Logger = logging.getLogger("holdfast")
 
 TEXT_MAX = 2000
-"""Longest message that is quoted, in characters: torch lists every missing key."""
+"""Longest message that is quoted, in characters. Those of torch can list thousands of keys."""
 
 _OURS = __file__.removesuffix("failures.py")
-"""Folder of this package, as it begins the file names of code objects."""
+"""Folder of this package: the prefix of the file names of its code objects."""
 
 _LIBRARIES = tuple(
     os.path.join(sysconfig.get_path(name), "")  # noqa: PTH118 - ends in a separator
@@ -31,7 +31,7 @@ _METHODS = ("state_dict", "load_state_dict")
 """Methods of user objects that Holdfast calls."""
 
 _CALLERS = ("numbers_in",)
-"""Functions of Holdfast that call a user's function."""
+"""Names of the functions of Holdfast that call a user's function."""
 
 _MISCALLED = re.compile(r"([\w.<>]+)\(\) (?:missing|takes|got) ")
 """Start of Python's message about a call with wrong arguments."""
@@ -52,7 +52,8 @@ def worded(error: Exception) -> HoldfastError:
 def _worded(error: Exception) -> HoldfastError:
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     raiser = _raiser(frames)
-    # An OSError from other user code comes from a user's store: it is a storage error.
+    # State methods and `metrics` functions are known user code. An OSError from other user code
+    # comes from a custom store, and is reported as a storage error below.
     if raiser is not None and (not isinstance(error, OSError) or _calls_user_code(frames)):
         code, line = raiser
         return UsageError(
@@ -78,10 +79,11 @@ def _worded(error: Exception) -> HoldfastError:
 
 
 def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | None:
-    """Find the user code that raised, as code and line; None where Holdfast itself failed.
+    """Find the user code that raised, and return its code and line; None if Holdfast itself failed.
+    `frames`: code and line of each frame of the traceback.
 
-    That is the innermost function that is neither part of Holdfast nor installed; else the method
-    in `_METHODS` of an installed object that Holdfast called.
+    User code is the innermost function outside of Holdfast and of installed packages. If there is
+    none, it is the method in `_METHODS` that Holdfast called on an object of an installed package.
     """
     users = [(code, line) for code, line in frames if not (_is_library(code) or _is_ours(code))]
     if users:
@@ -91,7 +93,7 @@ def _raiser(frames: Sequence[tuple[CodeType, int]]) -> tuple[CodeType, int] | No
         if _is_ours(code):
             is_called = True
         elif is_called and code.co_name in _METHODS:
-            # Not always the function that Holdfast calls: torch wraps `state_dict` in another one.
+            # Holdfast may have called a wrapper of this method: torch wraps `state_dict`.
             raiser, is_called = (code, line), False
     return raiser
 

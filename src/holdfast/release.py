@@ -11,8 +11,8 @@ UNKNOWN = "unknown"
 @cache
 def installed_version() -> str:
     """Return the version of the installed package, or `unknown`."""
-    # Every save asks for it, and reading the metadata takes longer than sealing a small file.
-    # Imported here: it takes longer than the rest of `import holdfast`.
+    # Cached: every save needs the version, and reading the metadata takes longer than sealing a
+    # small file. Imported here: this import takes longer than the rest of `import holdfast`.
     from importlib.metadata import PackageNotFoundError, version
 
     try:

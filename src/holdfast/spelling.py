@@ -22,7 +22,7 @@ def spelled_bytes(nbytes: float) -> str:
 
 
 def listed(lines: Sequence[str], num_max: int) -> str:
-    """The first `num_max` lines, each on a line of its own and indented.
+    """Format the first `num_max` lines, each indented and on a line of its own.
 
     >>> listed(["a", "b", "c"], 2)
     '\\n  a\\n  b\\n  ... and 1 more'
@@ -65,7 +65,7 @@ def spelled_age(seconds: float) -> str:
 
 
 def rate(nbytes: int, seconds: float) -> str:
-    """Format an amount, the time it took, and the rate.
+    """Format a number of bytes, the time to read or write them, and the rate.
 
     >>> rate(2_500_000, 0.5)
     '2.5 MB in 0.50 s (5.0 MB/s)'

@@ -12,7 +12,7 @@ from holdfast.format.timings import DIGITS, Stage, over_ranks
 
 @dataclass(slots=True)
 class Spans:
-    """Seconds spent in each stage of one operation, by stage: `with spans("write"): ...`."""
+    """Seconds spent in each stage of one operation. `with spans("write"): ...` adds to a stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -32,11 +32,11 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Duration and size of a save, from its plan until it is durable, or of a load."""
+    """Duration and size of a save or a load. A save lasts from its plan until it is durable."""
 
     step: int
     nbytes: int
-    """Bytes over all ranks."""
+    """Bytes written or read, over all ranks."""
 
     seconds: float
     """Seconds of the slowest rank."""
@@ -45,7 +45,7 @@ class Times:
 
 
 def times_of(step: int, nbytes: int, ranks: Sequence[Mapping[str, float]]) -> Times:
-    """Combine the seconds per stage of all ranks.
+    """Return the `Times` of a save or a load, given the seconds per stage of each rank.
 
     >>> times_of(1, 8, [{"plan": 1.0, "write": 2.0}, {"plan": 1.0, "write": 5.0}]).seconds
     6.0

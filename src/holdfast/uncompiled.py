@@ -13,8 +13,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def uncompiled(function: F) -> F:
     """Keep `torch.compile` from compiling `function` and everything that it calls.
 
-    Does the same as `torch.compiler.disable`, but does not import the compiler: that takes seconds,
-    and most processes that save compile nothing.
+    Does the same as `torch.compiler.disable`, but does not import the compiler. The import takes
+    seconds, and most processes that save compile nothing.
     """
     made: Any = function
     made._torchdynamo_disable = True
@@ -25,7 +25,8 @@ def uncompiled(function: F) -> F:
 
 def _leave_alone(code: CodeType) -> None:
     """Let the compiler skip frames of this code, and all frames below them."""
-    # The attributes above are enough, so this is skipped if torch has renamed its internals.
+    # If torch has renamed these internals, do without: the attributes that `uncompiled` sets
+    # still keep the compiler out.
     with suppress(ImportError, AttributeError):
         from torch._C._dynamo import eval_frame
 

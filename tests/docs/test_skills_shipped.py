@@ -25,6 +25,7 @@ from holdfast.skills.bundle import ENTRY, frontmatter, shipped
 from holdfast.trainer.arguments import read_config
 from holdfast.trainer.config import Config
 from neighbours import prepare, prepare_page, ran_unless_torch_aborts
+from pages import on_few_workers
 from warm import python
 
 FIELDS = {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
@@ -192,6 +193,7 @@ def test_what_a_page_tells_to_run_runs(
             for line in lines:
                 if "holdfast train" in line and page != "references/resume.md":
                     shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
+                line = on_few_workers(line)
                 said = follow(tmp_path, line, steps=12, frameworks=name in RESUMED)
                 if "holdfast train" in line and page == "references/resume.md":
                     assert "resumed from step" in said

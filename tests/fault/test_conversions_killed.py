@@ -67,7 +67,7 @@ def contents(target: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("to", FORMS)
-def test_a_second_run_goes_on_and_ends_with_the_same_bytes(to: str, tmp_path: Path) -> None:
+def test_a_second_run_continues_and_ends_with_the_same_bytes(to: str, tmp_path: Path) -> None:
     """G14. Method: SIGKILL after a random number of blocks, up to twice, for each format. The
     result equals an uninterrupted conversion byte for byte, and no byte was written twice."""
     source, options = save_folder(tmp_path / "source", LLAMA, hf_tensors(LLAMA)), FORMS[to]
@@ -90,7 +90,7 @@ def test_a_second_run_goes_on_and_ends_with_the_same_bytes(to: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("to", FORMS)
-def test_what_is_kept_is_of_this_source_and_this_conversion(to: str, tmp_path: Path) -> None:
+def test_only_results_of_the_same_source_and_conversion_are_reused(to: str, tmp_path: Path) -> None:
     """G14. Method: after the kill, another source of the same sizes, or a conversion to another
     dtype or format at the same path. The result equals a conversion from nothing."""
     tensors, options = hf_tensors(LLAMA), FORMS[to]
@@ -111,7 +111,7 @@ def test_what_is_kept_is_of_this_source_and_this_conversion(to: str, tmp_path: P
         assert [path.name for path in target.parent.iterdir()] == ["step-1"]
 
 
-def test_large_files_are_gone_on_with_block_by_block(tmp_path: Path) -> None:
+def test_large_files_are_resumed_block_by_block(tmp_path: Path) -> None:
     """G14. Method: a file large enough for direct writes; most of its blocks are kept, and blocks
     damaged after the kill are written again."""
     large = {**LLAMA, "vocab_size": 200_000, "hidden_size": 64}
@@ -128,7 +128,7 @@ def test_large_files_are_gone_on_with_block_by_block(tmp_path: Path) -> None:
     assert 20_000_000 < done.kept_bytes < done.nbytes - (4 << 20)
 
 
-def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path) -> None:
+def test_two_conversions_to_one_place_do_not_interfere(tmp_path: Path) -> None:
     """G14. Method: a conversion during another one to the same path is refused, and the attempt of
     the other is kept."""
     source = save_folder(tmp_path / "source", LLAMA, hf_tensors(LLAMA))
@@ -144,7 +144,7 @@ def test_two_conversions_to_one_place_do_not_meet(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in attempt.iterdir()} == before
 
 
-def test_an_interrupted_conversion_is_gone_on_with_and_a_failed_one_leaves_nothing(
+def test_an_interrupted_conversion_is_resumed_and_a_failed_one_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """G14. Method: Ctrl-C, and an error, after fifteen blocks; the second run reports the bytes it

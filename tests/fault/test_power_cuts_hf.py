@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from crashes import SEEDS
+from extent import some
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.comm import Ranks
 from holdfast.hf.export import HFModel
@@ -112,7 +113,7 @@ def test_an_export_is_complete_or_absent(size: int, async_mode: str, tmp_path: P
     operations = merged([done])
     assert tree_after(operations) == tree_at(root)
     seen: dict[int, tuple[tuple[str, float], ...]] = {}
-    for cut, tree in cuts(operations, seeds=SEEDS):
+    for cut, tree in cuts(operations, seeds=some(SEEDS, 1)):
         if (state := fingerprint(tree)) in seen:
             continue
         write_tree(tree, cut_folder)

@@ -115,11 +115,11 @@ def test_a_sync_killed_before_any_operation_leaves_whole_copies(
     tmp_path: Path, work: Work, exchanges: bool
 ) -> None:
     """G14. Method: a process kills itself before its n-th operation on the disk, also on file
-    systems that cannot exchange two names; by default for every third n. Where they can, every copy
+    systems that cannot exchange two names; by default for every sixth n. Where they can, every copy
     is the old or the new one even before the next sync."""
     count = num_operations(tmp_path / "counted", work, exchanges=exchanges)
     assert count > 5
-    for cut in every(3, range(1, count + 1), start=exchanges):
+    for cut in every(6, range(1, count + 1), start=exchanges):
         root = tmp_path / str(cut) / "skills"
         prepared(root, work)
         pid = os.fork()
@@ -142,9 +142,9 @@ def test_a_power_cut_before_any_operation_loses_no_copy(
     tmp_path: Path, work: Work, exchanges: bool
 ) -> None:
     """G14. Method: before the n-th operation, the disk loses some of the names that are not durable
-    yet, chosen in several ways; by default for every third n."""
+    yet, chosen in several ways; by default for every sixth n."""
     count = num_operations(tmp_path / "counted", work, exchanges=exchanges)
-    for cut in every(3, range(1, count + 1), start=exchanges):
+    for cut in every(6, range(1, count + 1), start=exchanges):
         for chosen in range(SURVIVORS):
             root = tmp_path / "cut" / "skills"
             prepared(root, work)

@@ -1,1 +1,1 @@
-"""Which checkpoints exist. Knows files and manifests, no tensors."""
+"""Finds, opens, verifies, publishes and deletes checkpoints, without torch."""

@@ -14,10 +14,11 @@ from holdfast.storage.store import ReadStore
 
 
 def place_to_save(path: object, state: object, *, overwrite: object) -> tuple[Catalog, str]:
-    """Return the catalog in which `save` saves, and the name of the checkpoint there.
+    """Check the arguments of `holdfast.save`. Return the catalog of the folder above `path`, and
+    the last part of `path`, which is the name of the checkpoint.
 
     Raises:
-        UsageError: an argument of another type, or a `path` that `open_for_saving` refuses.
+        UsageError: an argument has the wrong type, or `open_for_saving` rejects `path`.
     """
     text = _checked(path, state, "holdfast.save")
     checked_flag(overwrite, "overwrite")
@@ -25,8 +26,9 @@ def place_to_save(path: object, state: object, *, overwrite: object) -> tuple[Ca
 
 
 def check_to_load(path: object, state: object, *, strict: object) -> tuple[ReadStore, str]:
-    """Return the store from which `load` reads, and the name of the checkpoint there. Raises a
-    UsageError for an argument of another type."""
+    """Check the arguments of `holdfast.load`. Return the store of the folder above `path`, and the
+    last part of `path`, which is the name of the checkpoint. Raises a UsageError if an argument has
+    the wrong type."""
     text = _checked(path, state, "holdfast.load")
     if isinstance(state, Mapping) and not isinstance(state, MutableMapping):
         raise UsageError(f"`state` must be a dict, which is filled in place, found: {shown(state)}")
@@ -35,7 +37,8 @@ def check_to_load(path: object, state: object, *, strict: object) -> tuple[ReadS
 
 
 def _checked(path: object, state: object, function: str) -> str:
-    """Return the path, after a check of the types of `path` and `state`."""
+    """Check the types of `path` and `state`. Return `path` as a string. `function`: name of the
+    public function, for messages."""
     if isinstance(state, str | os.PathLike) and not isinstance(path, str | os.PathLike):
         raise UsageError(
             f"`path` must be a path, found: {shown(path)}; `state` must be a dict, found: "
@@ -43,7 +46,7 @@ def _checked(path: object, state: object, function: str) -> str:
             hint=f"the path comes first: {function}(path, state)",
         )
     text = checked_path(path, "path")
-    # `StateTree` decides whether it accepts a module as a state.
+    # A module passes this check. `StateTree` decides later whether a module can be a state.
     if not isinstance(state, Mapping) and not hasattr(state, "state_dict"):
         raise UsageError(
             "`state` must be a dict of tensors, values and objects by name, or a module, found: "
@@ -54,8 +57,9 @@ def _checked(path: object, state: object, function: str) -> str:
 
 
 def region_of(name: object, shape: tuple[int, ...], region: object) -> Region:
-    """Return the region of an argument: None for the whole tensor, a `Region`, or slices. Raises a
-    UsageError for another type, or a region outside of the tensor."""
+    """Convert the `region` that a user wants to read from tensor `name` to a `Region`. The user may
+    pass a `Region`, slices, or None for the whole tensor. Raises a UsageError for another type, or
+    for a region outside of the tensor."""
     if region is None:
         return Region.whole(shape)
     if not isinstance(region, Region):

@@ -1,8 +1,8 @@
 """The checkpoints in one folder, and all operations that add, replace or delete one.
 
-Order of writes (docs/format.md): a checkpoint is written into a folder that readers ignore, made
-durable, and then renamed to its name. Before its files are deleted, it is renamed again. So every
-folder with the name of a checkpoint is complete, at every instant.
+Order of writes (docs/format.md): a save writes the checkpoint into a folder that readers ignore,
+makes it durable and then renames the folder to the checkpoint's name. A deletion first renames the
+folder to a name that readers ignore. So a folder with the name of a checkpoint is always complete.
 """
 
 from __future__ import annotations
@@ -53,18 +53,17 @@ from holdfast.storage.store import Check, ReadStore, Store
 logger: logging.Logger = logging.getLogger("holdfast")
 
 _LARGE_BYTES = 1 << 20
-"""Size from which the first byte of an index is checked before memory is allocated for all of it.
-"""
+"""Size above which the first byte of an index is checked before the whole index is read."""
 
 _REMOTE_ROWS_BYTES = 4 << 20
-"""Bytes of `index.bin` that are read at once behind a URL, where each read is a request: thousands
-of small ones take longer than to fetch the file."""
+"""Bytes of `index.bin` that one request to a URL reads. Thousands of small requests would take
+longer than fetching the whole file."""
 
 _STARTS = (b"{", b"\x80")
-"""First bytes of a manifest, and of a stock index."""
+"""First byte of a manifest, and first byte of a stock index."""
 
 _TRIES = 100
-"""Most attempt folders that `begin` creates while cleanups of other processes delete them."""
+"""Most attempts that `begin` creates for one save, if cleanups delete one after the other."""
 
 
 class Catalog:
@@ -73,21 +72,25 @@ class Catalog:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._begun: dict[str, tuple[ExitStack, bool]] = {}
-        """Holds on each unfinished attempt, by its folder; and whether it replaces a checkpoint."""
+        """For each unfinished attempt, by the name of its folder: the context that ends its holds
+        on folders when it is closed, and whether the attempt replaces a checkpoint."""
 
         self.check_lock: Check = lambda: None
-        """Called before every change. Raises an error if the run has lost its lock."""
+        """Function that is called before every change of the folder. It raises an error if the run
+        has lost its lock on the folder."""
 
     def steps(self) -> list[int]:
-        """Published steps, oldest first. Folders with other names are ignored."""
+        """Return the step numbers of the published checkpoints, oldest first. Checkpoints that are
+        not named after a step are ignored."""
         return list(self.folders())
 
     def folders(self) -> dict[int, str]:
-        """The folder of each published step, oldest first: see `steps_among`."""
+        """Return the name of the folder of each published checkpoint, by step, oldest first. It is
+        `step-N`, or a hidden name if a save was killed while it replaced the checkpoint."""
         return steps_among(self.store.list())
 
     def where(self, name: str) -> str:
-        """Path of a checkpoint, for messages."""
+        """Return the path or URL of a checkpoint, for messages."""
         return location(self.store, name)
 
     def check_free(
@@ -100,8 +103,8 @@ class Catalog:
     ) -> None:
         """Check that a checkpoint may be saved as `name`. Raises an ExistsError if not.
 
-        `replace`: an existing checkpoint may be replaced, unless `why_not` returns a reason against
-        it, as `why_not_replaceable` does.
+        `replace`: whether an existing checkpoint may be replaced. `why_not`: function that returns
+        a reason against replacing it, or None.
         """
         for left in reversed(range(LOOKS_MAX)):
             folder = folder_among(self.store.list(), name)
@@ -113,7 +116,7 @@ class Catalog:
                 why = why_not(self.store, folder)
                 break
             except NotFoundError:
-                # Another process is replacing it, so the folder of that name has changed.
+                # Another process has renamed or deleted the folder since it was listed: list again.
                 if not left:
                     raise
         if why is None and step_of(name) is not None and self.store.holder(LOCK) is not None:
@@ -124,9 +127,10 @@ class Catalog:
     def begin(self, name: str, *, replace: bool = False, chosen_id: str = "") -> HiddenFolder:
         """Create an empty folder to write checkpoint `name` into.
 
-        It is held until it is published, aborted or released. `replace`: the checkpoint that has
-        the name now may be replaced, but none that takes the name later. `chosen_id`: eight
-        hexadecimal digits for the name of the folder, which must be new; random by default.
+        The folder is held until it is published, aborted or released. `replace`: whether the
+        checkpoint that has the name now may be replaced. A checkpoint that takes the name later is
+        never replaced. `chosen_id`: eight hexadecimal digits for the folder's name, not used
+        before; random by default.
 
         Raises:
             ExistsError: the checkpoint may not be replaced, or another process is replacing or
@@ -145,7 +149,9 @@ class Catalog:
         raise StorageError(f"every attempt to save `{self.where(name)}` was deleted at once")
 
     def hold(self, attempt: HiddenFolder, *, replace: bool) -> bool | None:
-        """Hold an existing attempt. Returns the result of `Store.hold`. `replace`: see `begin`."""
+        """Hold an existing attempt. Returns True on success, False if another process holds it, and
+        None if the store cannot tell. `replace`: whether the checkpoint that has the name now may
+        be replaced."""
         with ExitStack() as stack:
             held = stack.enter_context(self.store.hold(str(attempt)))
             if held is False:
@@ -158,12 +164,14 @@ class Catalog:
         return held
 
     def _hold_replaced(self, attempt: HiddenFolder, replaced: str, stack: ExitStack) -> None:
-        """Hold the checkpoint that an attempt will replace. Deletes the attempt on failure."""
+        """Hold the checkpoint that an attempt will replace. Deletes the attempt on failure.
+        `replaced`: folder of the checkpoint. `stack`: gets the hold, and ends it when closed."""
         try:
             if stack.enter_context(self.store.hold(replaced)) is False:
                 raise self._kept(attempt.name, "another process is replacing or deleting it")
             if replaced != attempt.name:
-                # A killed save has renamed it: give it its name back, as a cleanup would.
+                # A killed save has renamed the checkpoint: give it its name back, as a cleanup
+                # would.
                 self.store.publish(replaced, attempt.name)
             if why := why_not_removable(self.store, attempt.name):
                 raise self._kept(attempt.name, why)
@@ -173,7 +181,7 @@ class Catalog:
             raise
 
     def publish(self, attempt: HiddenFolder) -> None:
-        """Give a complete attempt its name.
+        """Give a complete attempt the name of its checkpoint.
 
         Raises:
             ExistsError: another checkpoint has taken the name meanwhile.
@@ -189,20 +197,21 @@ class Catalog:
             raise self._kept(attempt.name, "another process is replacing it")
         else:
             self._delete_damage_mark(attempt.name, names)
-            # The attempt's own name must be durable before it gets another.
+            # The attempt's present name must be durable before the rename to its final name.
             self.store.sync("")
             self.store.publish(str(attempt), attempt.name)
         self.release(attempt)
 
     def _publish_in_place(self, attempt: HiddenFolder, names: Collection[str]) -> None:
-        # Of two `.replaced` folders with one name, a cleanup could not tell which is newer.
+        # Delete older `.replaced` folders of this checkpoint. The rename below may leave a new one,
+        # and a cleanup could not tell which of two is newer.
         for stale in map(hidden_folder_of, (name.rstrip("/") for name in names)):
             if stale and (stale.role, stale.name) == ("replaced", attempt.name):
-                # A cleanup may have renamed it already.
+                # A cleanup may have renamed this folder already.
                 with suppress(NotFoundError):
                     delete_hidden(self.store, stale)
         self._delete_damage_mark(attempt.name, names)
-        # The attempt's own name must be durable before the old checkpoint gives up its name.
+        # The attempt's present name must be durable before the old checkpoint loses its name.
         self.store.sync("")
         try:
             why = why_not_removable(self.store, attempt.name)
@@ -216,15 +225,16 @@ class Catalog:
             raise self._kept(attempt.name, "another save has just taken its place") from error
 
     def _delete_damage_mark(self, name: str, names: Collection[str]) -> None:
-        """Delete the mark `damaged` of the old checkpoint. Done before the new one is published, so
-        that it never has the mark, not even after a power cut."""
+        """Delete the mark `damaged` of the old checkpoint `name`. Call this before the new
+        checkpoint of this name is published: otherwise the new one could have the mark after a
+        power cut. `names`: all files and folders of the catalog."""
         for mark in map(mark_of, names):
             if mark is not None and mark.role == "damaged" and step_name(mark.step) == name:
                 with suppress(NotFoundError):
                     self.store.remove(str(mark))
 
     def release(self, attempt: HiddenFolder) -> None:
-        """Stop holding an attempt, which the next save or start may then clean up."""
+        """Stop holding an attempt. The next save or start may then clean it up."""
         if str(attempt) in self._begun:
             held, _ = self._begun.pop(str(attempt))
             held.close()
@@ -236,8 +246,8 @@ class Catalog:
             held.close()
 
     def abort(self, attempt: HiddenFolder) -> None:
-        """Delete an attempt that is not published. If this fails, as it may for the same reason as
-        the save, the next start cleans up."""
+        """Delete an unpublished attempt. A failure of the deletion raises no error: the next start
+        cleans up."""
         try:
             with suppress(HoldfastError):
                 self.store.remove(str(attempt))
@@ -245,14 +255,14 @@ class Catalog:
             self.release(attempt)
 
     def clean_up(self, name: str) -> None:
-        """Delete the leftovers of earlier saves of checkpoint `name`. Problems are logged."""
+        """Delete the leftovers of earlier saves of checkpoint `name`. Failures are only logged."""
         for problem in execute(self.store, plan_cleanup(self.store.list(), only=name)):
             logger.warning("%s; the next save tries again", problem)
 
     def set_aside_for_deletion(self, name: str) -> str:
-        """Take a checkpoint's name away. Returns the folder that has its files, which a cleanup
-        deletes. Raises an ExistsError if another process uses it, or if it is not one checkpoint.
-        """
+        """Rename a checkpoint so that readers no longer find it. Returns the new name of its
+        folder, which the next cleanup deletes. Raises an ExistsError if another process uses the
+        checkpoint, or if `why_not_removable` gives a reason."""
         self.check_lock()
         removing = HiddenFolder("removing", name, os.urandom(4).hex())
         with self.store.hold(name) as held:
@@ -271,14 +281,16 @@ class Catalog:
 
 
 def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manifest:
-    """Read the manifest of checkpoint `name`, and check that all of its files are complete.
+    """Read the manifest of checkpoint `name`, and check that all files of the checkpoint are
+    complete.
 
-    Without `entries`, Holdfast's own manifests are read without tensors and values.
+    `entries`: whether to read the entries, the descriptions of tensors and values. The index of
+    stock DCP is always read in full.
 
     Raises:
         NotFoundError: there is no such checkpoint.
-        DamagedError: it is not as it was published.
-        FormatError: its index is malformed.
+        DamagedError: the index has changed, or a file is missing or has another size.
+        FormatError: the index is malformed.
     """
     manifest = read_manifest(store, name, entries=entries)
     check_whole(store, name, manifest)
@@ -286,8 +298,8 @@ def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
-    """Check that all files of a checkpoint are complete: see `check_structure`. Raises a
-    DamagedError if not."""
+    """Check the files of a checkpoint and their sizes, without reading data. Raises a DamagedError
+    if a file is missing or has another size."""
     problems = check_structure(store, name, manifest)
     if problems:
         raise DamagedError(
@@ -315,13 +327,13 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
         connect_rows(store, name, manifest)
         return manifest
     if METADATA in files:
-        # Imported here, since a listing of Holdfast's own checkpoints does not need it.
+        # Imported here, since a listing of Holdfast's own checkpoints does not need the module.
         from holdfast.format.dcp import decode_metadata, is_ours
 
         data = read_index(store, f"{name}/{METADATA}")
         manifest = decode_metadata(data, where=f"{where}/{METADATA}")
         if is_ours(data):
-            # It could be loaded as a stock checkpoint, but its data would not be checked.
+            # Do not load it as a stock checkpoint: its data would not be checked.
             raise DamagedError(
                 f"`{where}` was written by Holdfast, and its `{MANIFEST}` is missing",
                 hint=verify_hint(where),
@@ -334,7 +346,8 @@ def read_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def connect_rows(store: ReadStore, name: str, manifest: Manifest) -> None:
-    """Let a manifest read the rows of its chunks from the store, if `index.bin` has them."""
+    """Let a manifest read the rows of its chunks from `index.bin`. Do nothing if the checkpoint has
+    no `index.bin`."""
     if manifest.rows is None:
         return
     key = f"{name}/{ROWS}"
@@ -353,8 +366,8 @@ def connect_rows(store: ReadStore, name: str, manifest: Manifest) -> None:
 def check_inside(store: ReadStore, name: str, file: str) -> None:
     """Raise a FormatError if a file is a link to a place outside of its folder.
 
-    A stranger's folder could otherwise include private files of its reader. The cache of the
-    Hugging Face hub, whose files are links, is the exception.
+    A folder from a stranger could otherwise make its reader open private files. Links inside the
+    cache of the Hugging Face hub are allowed.
     """
     if store.leads_out(name, file):
         raise FormatError(
@@ -364,8 +377,8 @@ def check_inside(store: ReadStore, name: str, file: str) -> None:
 
 
 def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -> tuple[int, ...]:
-    """Read the checksums of all blocks of a data file. Raises a DamagedError if they do not match
-    the checksum of their table."""
+    """Read the block checksums of a data file from the table at its end. Raises a DamagedError if
+    the table does not match its own checksum."""
     table, where = manifest.tables[file], location(store, name)
     packed = store.read(f"{name}/{file}", table.offset, manifest.files[file])
     found = checksum(packed)
@@ -379,7 +392,8 @@ def read_checksums(store: ReadStore, name: str, manifest: Manifest, file: str) -
 
 
 def missing_file_error(store: ReadStore, name: str, file: str) -> HoldfastError:
-    """The error about a missing file: damage, unless the whole checkpoint was deleted."""
+    """Return the error for a missing file: NotFoundError if the whole checkpoint was deleted, else
+    DamagedError."""
     checkpoint = location(store, name)
     if is_deleted(store, name):
         return NotFoundError(f"`{checkpoint}` was deleted meanwhile")
@@ -388,21 +402,22 @@ def missing_file_error(store: ReadStore, name: str, file: str) -> HoldfastError:
 
 
 def verify_hint(where: str) -> str:
-    """Hint for an error about a damaged checkpoint at `where`."""
+    """Return the hint for an error about a damaged checkpoint at `where`."""
     return f"`holdfast verify {where}` lists what is damaged"
 
 
 def steps_in(store: ReadStore, name: str) -> list[str]:
-    """The published checkpoints directly below a folder, oldest first, as paths: those of a run,
-    or, if there are none, sealed folders."""
+    """Return the paths of the published checkpoints that are named after a step and are directly
+    below folder `name`, oldest first. If there are none, return the paths of the sealed folders
+    directly below it."""
     names = store.list(name)
     folders = list(steps_among(names).values()) or sealed_among(store, name, names)
     return [f"{name}/{folder}" for folder in folders]
 
 
 def sealed_among(store: ReadStore, name: str, names: Iterable[str]) -> list[str]:
-    """The sealed folders among `names`, the entries of folder `name`: oldest first, by the last
-    number in their name."""
+    """Return the sealed folders among `names`, the files and folders in folder `name`. They are
+    sorted by the last number in their names."""
     sealed = []
     for folder in (entry.rstrip("/") for entry in names if entry.endswith("/")):
         with suppress(HoldfastError):
@@ -413,13 +428,13 @@ def sealed_among(store: ReadStore, name: str, names: Iterable[str]) -> list[str]
 
 
 def location(store: ReadStore, name: str) -> str:
-    """Path or URL of a checkpoint, for messages."""
+    """Return the path or URL of a checkpoint, for messages."""
     return f"{store.url.rstrip('/')}/{name}"
 
 
 def read_index(store: ReadStore, key: str) -> bytes:
     """Read all bytes of an index."""
-    # A sparse file can claim any size, so size and first byte are checked before all of it is read.
+    # A sparse file can claim any size: check the size and the first byte before reading all.
     nbytes = store.size(key)
     if nbytes > INDEX_BYTES_MAX:
         raise FormatError(
@@ -433,6 +448,7 @@ def read_index(store: ReadStore, key: str) -> bytes:
 def _file_sizes(
     store: ReadStore, name: str, manifest: Manifest, existing: Collection[str]
 ) -> dict[str, int]:
-    """Sizes of the data files of a stock checkpoint, whose index does not state them."""
+    """Return the size of each existing data file of a stock checkpoint, whose index has no
+    sizes."""
     files = {file for _, file, _ in items_of(manifest)}
     return {file: store.size(f"{name}/{file}") for file in sorted(files) if file in existing}

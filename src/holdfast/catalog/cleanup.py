@@ -1,4 +1,5 @@
-"""Cleans up after killed processes: first a plan, which can be shown, then its execution."""
+"""Cleans up after killed processes: `plan_cleanup` plans the actions, `execute` carries them
+out."""
 
 from __future__ import annotations
 
@@ -27,15 +28,15 @@ _WHY: dict[HiddenRole, str] = {
     "replaced": "a newer save has replaced it",
     "removing": "an unfinished deletion",
 }
-"""Reasons to delete a folder, by its role."""
+"""Reason to delete a hidden folder, by the word with which its name begins."""
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One step of a cleanup."""
+    """One deletion or rename of a cleanup."""
 
     verb: Literal["delete", "restore"]
-    """Whether to delete a folder or file, or to give a checkpoint its name back."""
+    """Kind of action: delete a folder or file, or give a checkpoint its name back."""
 
     folder: str
     """Name of the folder or file."""
@@ -44,14 +45,15 @@ class Action:
     """Reason, for messages."""
 
     role: HiddenRole | None = None
-    """Role of the folder; None for a file."""
+    """First word in the name of a hidden folder, such as `attempt`; None for a file."""
 
 
 def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Action]:
-    """Plan the cleanup of a folder that has these names in it (names of folders end in `/`).
+    """Plan the cleanup of a folder, given the names of the files and folders in it. Names of
+    folders end in `/`.
 
-    `only` restricts the plan to the checkpoint of that name. Names do not tell whether the process
-    that made a folder still runs: `execute` skips the folders that somebody holds.
+    `only`: name of a checkpoint; the plan is then limited to its leftovers. The plan may include
+    folders of processes that still run: `execute` skips folders that another process holds.
     """
     folders = {name.rstrip("/") for name in names if name.endswith("/")}
     actions = []
@@ -75,23 +77,24 @@ def plan_cleanup(names: Collection[str], *, only: str | None = None) -> list[Act
 
 
 def execute(store: Store, actions: Sequence[Action]) -> list[str]:
-    """Execute a plan, except on folders that another process holds.
+    """Execute the actions of a plan, except on folders that another process holds.
 
-    Returns a line on each action that failed. The next cleanup tries again.
+    Returns one line for each failed action. The next cleanup tries these actions again.
     """
     failed = []
     for action in actions:
         try:
             _execute(store, action)
         except NotFoundError:
-            continue  # Another process has done it.
+            continue  # Another process has carried out this action.
         except HoldfastError as error:
             failed.append(f"could not {action.verb} `{action.folder}`: {error.what}")
     return failed
 
 
 def put_in_order(store: Store) -> None:
-    """Clean up after killed runs, and log every action. No other process may save to this store."""
+    """Clean up after killed runs, and log every action. No other process may save to the store
+    meanwhile."""
     actions = plan_cleanup(store.list())
     for action in actions:
         logger.info("%s %s: %s", action.verb, action.folder, action.why)
@@ -100,7 +103,7 @@ def put_in_order(store: Store) -> None:
 
 
 def is_at_work(store: Store, folder: str) -> bool:
-    """Whether a process, this one or another, holds the folder."""
+    """Return whether a process holds the folder: this one or another."""
     try:
         with store.hold(folder) as held:
             return held is False
@@ -128,6 +131,9 @@ def _execute(store: Store, action: Action) -> None:
 
 
 def delete_hidden(store: Store, folder: HiddenFolder) -> None:
-    """Delete a folder. It gets another name first: nobody may restore a `.replaced` checkpoint, or
-    continue an `.attempt`, that has lost files."""
+    """Rename a hidden folder to a `.removing` name, then delete it.
+
+    A deletion that is killed halfway would otherwise leave a `.replaced` checkpoint that a cleanup
+    restores, or an `.attempt` that a process continues, with files missing.
+    """
     store.remove(store.unpublish(str(folder), str(replace(folder, role="removing"))))

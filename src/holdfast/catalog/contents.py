@@ -23,22 +23,21 @@ from holdfast.format.torchzip import frame, locate
 from holdfast.storage.store import ReadStore
 
 WINDOW_BYTES = 4 << 20
-"""Bytes that a thread reads at once. All threads together need less than a quarter of the memory
-that a check may use."""
+"""Bytes that a thread reads at once. A check holds this much data per thread in memory."""
 
 THREADS_MAX = 4
 
 Advance = Callable[[int], None]
-"""Callback with the number of bytes just read. Called from any thread."""
+"""Callback that gets the number of bytes just read. Any thread may call it."""
 
 Check = Callable[[], list[Finding]]
-"""Function that checks a part of a checkpoint, and returns its findings."""
+"""Function that checks a part of a checkpoint and returns the findings."""
 
 
 def run(checks: Iterable[Check]) -> Iterator[Finding]:
-    """Run the checks in threads, and return their findings in order.
+    """Run the checks in threads, and yield the findings in the order of `checks`.
 
-    Few checks exist at a time: the next ones are taken from `checks` as earlier ones finish.
+    The next checks are taken from `checks` only as earlier ones finish, so that few are in memory.
     """
     threads = min(THREADS_MAX, (os.cpu_count() or 1) + 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-verify") as pool:
@@ -67,8 +66,8 @@ class RecordReader:
         return self.store.read(self.key, offset, offset + nbytes)
 
     def windows(self, span: Span) -> Iterator[memoryview]:
-        """Read a span in windows; fewer bytes at the end of the file. The next window overwrites
-        the one before."""
+        """Yield the bytes of a span, in windows of at most `WINDOW_BYTES`. If the file ends inside
+        the span, windows are shorter or empty. Each window overwrites the one before."""
         buffer = memoryview(bytearray(min(span.nbytes, WINDOW_BYTES)))
         with self.store.open(self.key) as reader:
             for start in range(span.offset, span.stop, WINDOW_BYTES):
@@ -87,19 +86,19 @@ class _Section:
 
     span: Span
     entry: str
-    """Name of the tensor or value; empty between entries."""
+    """Name of the tensor or value; empty for bytes between entries."""
 
     expected: bytes = b""
     checksums: Sequence[int] = ()
     block_bytes: int = 0
-    """Bytes under each checksum; the last one may cover fewer. 0 without checksums."""
+    """Bytes that each checksum covers; the last may cover fewer. 0: there are no checksums."""
 
     first: int | None = None
-    """Index of the first block in its chunk; None for a value, which has a single checksum."""
+    """Index of the section's first block in its chunk; None for a value, which has one checksum."""
 
 
 _Item = tuple[Span, str, str, Chunk | ValueEntry]
-"""Span, name and dtype of a chunk or value, then the chunk or value. A value has no dtype."""
+"""Span, name, dtype and description of a chunk or value. The dtype of a value is empty."""
 
 
 def check_files(
@@ -108,11 +107,12 @@ def check_files(
     checksums: Mapping[str, Sequence[int]],
     reader_of: Callable[[str], RecordReader],
 ) -> Iterator[Check]:
-    """Yield checks of every byte of Holdfast's own files.
+    """Yield checks of every byte of the data files `files` of a checkpoint of Holdfast.
 
-    Blocks and values are compared with their checksums, the bytes around them with those that a
-    save generates, and gaps between items with zeros. Gaps in a shared file are not checked.
-    `checksums` holds the block checksums of each file whose table could be read.
+    Blocks and values are compared with their checksums, the bytes around them with the bytes that a
+    save writes there, and gaps between items with zeros. Gaps in a shared file are not checked.
+    `checksums`: block checksums of each file whose table could be read. `reader_of`: function that
+    returns the reader of a file.
     """
     items: dict[str, list[_Item]] = {}
     for name, entry in manifest.tensors.items():
@@ -125,7 +125,8 @@ def check_files(
         table, stop = checksums.get(file, ()), manifest.tables[file].offset
         sections = _sections(in_order, stop, table, manifest.block_bytes)
         if file in (manifest.shared or ()):
-            # Items that have changed since are still in the file. They belong to no entry.
+            # A shared file still holds items of earlier checkpoints that this one does not use.
+            # They look like gaps here, but are not zeros.
             sections = (section for section in sections if section.entry)
         for group in _grouped(sections):
             yield partial(_check_group, reader_of(file), group)
@@ -134,8 +135,8 @@ def check_files(
 def _sections(
     items: Sequence[_Item], nbytes: int, table: Sequence[int], block_bytes: int
 ) -> Iterator[_Section]:
-    """Divide the first `nbytes` of a file, which hold its items. `table` has the checksums of all
-    of its blocks, or none."""
+    """Divide the first `nbytes` of a file into sections. `items`: chunks and values in the file, in
+    order. `table`: checksums of all blocks of the file; empty if they could not be read."""
     position, previous = 0, None
     for item, name, dtype, content in items:
         if item == previous:
@@ -216,7 +217,7 @@ def _check_group(reader: RecordReader, sections: Sequence[_Section]) -> list[Fin
 
 
 def _compare(file: str, section: _Section, checksums: Sequence[int]) -> list[Finding]:
-    # A truncated file has no bytes for its missing blocks.
+    # If the file ends early, count each missing block as empty.
     pairs = zip_longest(checksums, section.checksums, fillvalue=checksum(b""))
     return [
         Finding(
@@ -237,8 +238,9 @@ def _compare(file: str, section: _Section, checksums: Sequence[int]) -> list[Fin
 def check_containers(
     manifest: Manifest, skipped: Collection[str], reader_of: Callable[[str], RecordReader]
 ) -> Iterator[Check]:
-    """Yield checks of every item of a stock checkpoint: dtype and shape against the index, and the
-    CRC-32 of each record. Items in `skipped` files are not checked."""
+    """Yield checks of every item of a stock checkpoint: whether it has the dtype and shape that
+    the index states, and whether each record of its archive matches its CRC-32. Items in `skipped`
+    files are not checked. `reader_of`: function that returns the reader of a file."""
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
             if chunk.file not in skipped:
@@ -272,7 +274,8 @@ def _check_value(reader: RecordReader, name: str, item: Span) -> list[Finding]:
         findings = []
         for record in records:
             findings += check_record(reader, records, record, item.offset, name)
-        # Without checksums, reading still shows whether the disk returns every byte.
+        # A container without checksums is read too, to notice bytes that the disk cannot return.
+        # Its records state 0 as CRC-32, so findings about their CRC-32s mean nothing.
         return findings if has_checksums(records) else []
     except HoldfastError as error:
         return [Finding("file", reader.file, error.what, name)]
@@ -281,15 +284,16 @@ def _check_value(reader: RecordReader, name: str, item: Span) -> list[Finding]:
 
 
 def has_checksums(records: Mapping[str, Record]) -> bool:
-    """Whether an archive was written with CRC-32s, which torch can leave out."""
+    """Return whether the records of a ZIP archive have CRC-32s. torch can leave them out."""
     return any(record.crc32 for record in records.values())
 
 
 def check_record(
     reader: RecordReader, records: Mapping[str, Record], name: str, position: int, entry: str
 ) -> list[Finding]:
-    """Compare a record of the archive at `position` with its CRC-32. `entry` names its tensor or
-    value in the finding."""
+    """Compare record `name` of a ZIP archive with its CRC-32. `records`: all records of the
+    archive. `position`: offset of the archive in the file. `entry`: name of the tensor or value,
+    for the finding."""
     record, crc32 = records[name], 0
     for window in reader.windows(Span(position + record.data.offset, record.data.nbytes)):
         crc32 = zlib.crc32(window, crc32)
@@ -300,7 +304,8 @@ def check_record(
 
 
 def entries_by_record(manifest: Manifest, records: Mapping[str, Record]) -> dict[str, str]:
-    """The names of the tensors in each record of a `.pt` file, separated by commas."""
+    """Return the names of the tensors in each record of a `.pt` file, joined by commas, by the
+    name of the record. Records without tensors are left out."""
     by_offset = sorted((record.data.offset, name) for name, record in records.items())
     offsets = [offset for offset, _ in by_offset]
     names: dict[str, list[str]] = {}

@@ -13,8 +13,8 @@ from holdfast.format.manifest import Kind, Manifest, kind_with
 Format = Literal["holdfast", "dcp", "safetensors", "torch", "bin", "zero", "sealed"]
 
 Concern = Literal["index", "file", "data", "frame"]
-"""Scope of a finding. `index` and `file`: the checkpoint does not load. `data`: the entry does not
-load. `frame`: bytes around an entry, which Holdfast does not need but stock torch does."""
+"""Scope of a finding. `index`, `file`: the checkpoint does not load. `data`: the entry does not
+load. `frame`: bytes around an entry are wrong, which only stock torch reads."""
 
 FORMATS: Mapping[Format, str] = {
     "holdfast": "checkpoint of Holdfast",
@@ -30,25 +30,26 @@ FORMATS: Mapping[Format, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One difference from what was written."""
+    """One difference between a checkpoint and what was written."""
 
     concern: Concern
     file: str
     """Name of the file in the checkpoint's folder."""
 
     what: str
-    """Description of the problem: a predicate whose subject is the entry or the file."""
+    """Description of the problem, which continues a sentence after the name of the entry or of the
+    file, such as `is missing`."""
 
     entry: str = ""
     """Tensor or value; empty if the finding is about the file."""
 
     block: int | None = None
-    """Index of the damaged block of the tensor."""
+    """Index of the damaged block of the tensor; None if the finding is not about one block."""
 
     def __str__(self) -> str:
         entry = f" `{self.entry}`" if self.entry else ""
         entry += f" block {self.block}" if self.block is not None else ""
-        # A predicate about the file needs no colon; a sentence with its own subject does.
+        # "`FILE` is missing" has no colon, "`FILE` `ENTRY`: ..." and "`FILE`: `RECORD` ..." have.
         colon = ":" if entry or self.what.startswith("`") else ""
         return f"`{self.file}`{entry}{colon} {self.what}"
 
@@ -59,11 +60,12 @@ class VerifyReport:
 
     where: str
     format: Format | None
-    """None if no index can be read."""
+    """Format of the checkpoint; None if no index can be read."""
 
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
-    """Remarks that are no findings: data without checksums, files of others."""
+    """Remarks that are not findings: data without checksums, files that are not part of the
+    checkpoint."""
 
     step: int | None = None
     kind: Kind | None = None
@@ -75,7 +77,8 @@ class VerifyReport:
     """Parts that can still be used, for messages."""
 
     why_not: str | None = None
-    """Reason why no run can resume from it, apart from its findings and marks; None if one can."""
+    """Reason why no run could resume from the checkpoint even without damage; None if a run
+    could."""
 
     @property
     def good(self) -> bool:
@@ -83,12 +86,12 @@ class VerifyReport:
 
     @property
     def loads(self) -> bool:
-        """Whether Holdfast loads every entry of it."""
+        """Whether Holdfast can load every entry of the checkpoint."""
         return all(finding.concern == "frame" for finding in self.findings)
 
 
 MODEL_IS_WHOLE = "model is whole"
-"""Beginning of `usable` if the model has no damage."""
+"""Beginning of `VerifyReport.usable` if other parts are damaged, but the model is not."""
 
 NAMED_MAX = 3
 """Most entries or files that a message names."""
@@ -97,16 +100,17 @@ _NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|[0-9]+", re.ASCII)
 
 
 def summary_of(findings: Sequence[Finding]) -> str:
-    """One line on the findings: the first cause, and the number of others."""
+    """Return one line about all findings: the first line of `by_cause`, and the number of its other
+    lines."""
     first, *others = by_cause(findings)
     return first + (f", and {len(others)} more" if others else "")
 
 
 def by_cause(findings: Sequence[Finding]) -> list[str]:
-    """A line for each cause, with the number of findings that share it.
+    """Return one line for each cause, with the number of findings that share it.
 
-    Findings in one file that differ only in numbers have one cause. A file of another size is the
-    cause of all findings in it.
+    Findings about one file have the same cause if their texts differ only in numbers. A wrong file
+    size is the cause of all findings about that file.
     """
     cut = {f.file for f in findings if f.concern == "file" and not f.entry and has_wrong_size(f)}
     groups: dict[tuple[str, ...], list[Finding]] = {}
@@ -120,14 +124,15 @@ def by_cause(findings: Sequence[Finding]) -> list[str]:
 
 
 def has_wrong_size(finding: Finding) -> bool:
-    """Whether a file has another size than was written. Its undamaged entries can be read."""
+    """Return whether a finding is about a file that has another size than was written. Undamaged
+    entries of such a file can be read."""
     return finding.what.startswith("has ") and finding.what.endswith(" were written")
 
 
 def _line(group: Sequence[Finding]) -> str:
     first, *others = group
     if first.concern == "file" and first.entry and others:
-        # A missing file: the line names its entries instead of repeating itself for each.
+        # For a missing file, name all entries in one line instead of one line for each entry.
         entries = list(dict.fromkeys(finding.entry for finding in group))
         return f"`{first.file}` {first.what}: it holds {named(entries)}"
     entries = list(dict.fromkeys(f.entry for f in others if f.entry and f.entry != first.entry))
@@ -141,14 +146,14 @@ def _line(group: Sequence[Finding]) -> str:
 
 
 def named(names: Sequence[str]) -> str:
-    """The first names, and the number of others, for messages."""
+    """Return text for a message: up to `NAMED_MAX` of the names, and the number of the others."""
     first = ", ".join(f"`{name}`" for name in names[:NAMED_MAX])
     more = len(names) - NAMED_MAX
     return first + (f" and {more} more" if more > 0 else "")
 
 
 def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
-    """The parts of a checkpoint that can still be used despite these findings, for messages."""
+    """Describe the parts of a checkpoint that can be used despite these findings, for messages."""
     if not findings:
         return "everything"
     if all(finding.concern == "frame" for finding in findings):
@@ -170,17 +175,18 @@ def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
 
 
 def kind_of(manifest: Manifest) -> Kind:
-    """The kind of a checkpoint, by its entries if the manifest does not state it."""
+    """Return the kind of a checkpoint, `full` or `model`. If the manifest does not state it, the
+    entries decide."""
     if manifest.kind is not None:
         return manifest.kind
     return kind_with(entry.path[0] for entry in manifest.tensors.values())
 
 
 def why_not_resumable(step: int, manifest: Manifest) -> str | None:
-    """Reason why no run can resume from the undamaged checkpoint in the folder of `step`; None if
-    one can.
+    """Return the reason why no run can resume from the undamaged checkpoint in the folder of
+    `step`; None if a run can.
 
-    `list`, `verify`, `doctor`, `prune`, retention and resuming all ask this function, so that they
+    `list`, `verify`, `doctor`, `prune`, retention and resuming all call this function, so that they
     never contradict each other.
     """
     if wrong := misnumbered(step, manifest):
@@ -191,10 +197,11 @@ def why_not_resumable(step: int, manifest: Manifest) -> str | None:
 
 
 def misnumbered(step: int, manifest: Manifest) -> str | None:
-    """Problem of a checkpoint that was saved as another step than the number of its folder; None if
-    both agree, or if the manifest has no number, as in stock DCP.
+    """Return the problem of a checkpoint whose own step is not the number of its folder; None if
+    both agree, or if the manifest has no step, as in stock DCP.
 
-    Such a checkpoint is a copy that a user made: retention neither counts nor deletes it.
+    A checkpoint with this problem is a copy that a user made. Retention neither counts nor deletes
+    it.
     """
     if manifest.step is None or manifest.step == step:
         return None
@@ -202,11 +209,13 @@ def misnumbered(step: int, manifest: Manifest) -> str | None:
 
 
 def components_of(manifest: Manifest) -> dict[str, str]:
-    """The component of each entry, by the name of the entry.
+    """Return the component of each entry, by the name of the entry.
 
-    Holdfast's manifests list the names of components. Others do not, so names decide: if the model
-    has a first key of its own, other first keys are other components; entries below `state` and
-    `param_groups` alone are an optimizer's state dict, as in `optimizer.pt`.
+    A manifest of Holdfast lists the components. In other formats, the first key of an entry's path
+    decides. If a key such as `model` marks the model, all other first keys are other components.
+    Without such a key, entries belong to the model unless their first key is a component such as
+    `optimizer`. If the first keys include `state` and `param_groups`, as in `optimizer.pt`, the
+    entries belong to an optimizer.
     """
     paths: dict[str, Sequence[str | int]] = {n: e.path for n, e in manifest.tensors.items()}
     paths |= {name: entry.path for name, entry in manifest.values.items()}
@@ -228,14 +237,14 @@ def components_of(manifest: Manifest) -> dict[str, str]:
 
 
 def name_in_model(path: Sequence[str | int]) -> str:
-    """The name of a tensor of the model, at this path, in the model's own state dict."""
+    """Return the name that the model's tensor at `path` has in the model's own state dict."""
     nested = len(path) > 1 and path[0] in MODEL_KEYS
     return ".".join(map(str, path[1:] if nested else path))
 
 
 def _damaged_files(manifest: Manifest, findings: Sequence[Finding]) -> dict[str, set[str]]:
-    """The damaged files of each damaged component. A finding about a file damages all entries in
-    it."""
+    """Return the names of the damaged files of each damaged component. A finding whose concern is
+    `file` damages all entries in the file."""
     damaged = {(f.entry, f.file) for f in findings if f.concern == "data"}
     files = {finding.file for finding in findings if finding.concern == "file"}
     for name, tensor in manifest.tensors.items() if files else ():

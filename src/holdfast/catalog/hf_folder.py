@@ -1,6 +1,6 @@
-"""Opens Hugging Face folders: one manifest for all files, and the configuration.
+"""Opens Hugging Face folders: makes one manifest for all weight files, and reads the configuration.
 
-The weights are files of safetensors or, in older folders, files of `torch.save` that end in `.bin`.
+The weights are safetensors files or, in older folders, files of `torch.save` that end in `.bin`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ SINGLES = (
     "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )
-"""Names of weights in one file, by transformers and diffusers."""
+"""Names that transformers and diffusers give to weights in a single file."""
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 
 QUANTIZATION = ("quantization_config", "compression_config")
-"""Keys of `config.json`, either of which describes quantized weights."""
+"""Keys of `config.json` that describe quantized weights. Either may be used."""
 
 _BIN = re.compile(r"(?!.*_rank[0-9]+\.bin)(.*pytorch_model|adapter_model).*\.bin", re.DOTALL)
-"""Weights that `torch.save` wrote. Other `.bin` files hold an optimizer, arguments or a random
-state."""
+"""Names of weights that `torch.save` wrote. Other `.bin` files hold an optimizer, arguments or a
+random state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +58,18 @@ class HFFolder:
     """Quantization of the weights; empty if there is none."""
 
     notes: tuple[str, ...]
-    """Files that are ignored, for messages."""
+    """Notes for the user, such as ignored files."""
 
     adapter: Mapping[str, Any] | None = None
-    """Configuration of PEFT, if the folder holds an adapter and no model."""
+    """Contents of `adapter_config.json`, if the folder holds an adapter and no model; else None."""
 
     torch_files: Mapping[str, TorchFile] = field(default_factory=dict)
     """Contents of each `.bin` file; empty if the weights are safetensors."""
 
     @property
     def strides(self) -> dict[str, tuple[int, ...]]:
-        """Strides, in elements, of tensors in `.bin` files that are not row-major."""
+        """Strides, in elements, of the tensors that are not row-major. Only `.bin` files have such
+        tensors."""
         return {n: one for file in self.torch_files.values() for n, one in file.strides.items()}
 
 
@@ -78,13 +79,13 @@ class Weights:
 
     files: tuple[str, ...]
     index: str
-    """Index that names the files; empty if there is none."""
+    """Name of the index that lists the files; empty if there is none."""
 
     notes: tuple[str, ...]
-    """Files that are ignored, for messages."""
+    """Notes for the user on files that are ignored."""
 
     file_of: Mapping[str, str] | None = None
-    """File of each tensor, as the index says; None without an index."""
+    """File of each tensor according to the index; None without an index."""
 
     @property
     def is_adapter(self) -> bool:
@@ -92,23 +93,26 @@ class Weights:
 
 
 def has_weights(names: Collection[str]) -> bool:
-    """Whether a folder that holds files of these names has weights."""
+    """Return whether there are weights among files of these names."""
     return has_safetensors(names) or any(map(_BIN.fullmatch, names)) or BIN_INDEX in names
 
 
 def has_safetensors(names: Collection[str]) -> bool:
-    """Whether a folder that holds files of these names has safetensors, which are preferred."""
+    """Return whether there are safetensors among files of these names. If so, `.bin` files are
+    ignored."""
     suffixes = (safetensors.SUFFIX, safetensors.INDEX_SUFFIX)
     return any(name.endswith(suffixes) for name in names)
 
 
 def weights_in(store: ReadStore, name: str) -> Weights:
-    """Choose the weights of a folder: a `model.safetensors` that the index does not name, else the
-    files in the index, else every file. transformers chooses the same, and diffusers has other
-    names. Files beside a single one are other variants of it, or formats of other programs.
+    """Choose the weight files of a folder, as transformers does.
+
+    With an index: the files that it lists, unless there is a `model.safetensors` that it does not
+    list; then this file alone. Without an index: a single file with a usual name such as
+    `model.safetensors`, else all weight files except adapters.
 
     Raises:
-        FormatError: the index is malformed, or a link out of the folder.
+        FormatError: the index is malformed, or is a link out of the folder.
     """
     present = [file for file in store.list(name) if not file.endswith("/")]
     index_file, single = safetensors.INDEX, safetensors.SINGLE
@@ -131,7 +135,10 @@ def weights_in(store: ReadStore, name: str) -> Weights:
 
 
 def _without_index(weights: list[str]) -> Weights:
-    """Choose among the weights of a folder without an index."""
+    """Choose from `weights`, the weight files of a folder without an index: a single file with a
+    name in `SINGLES`, else all files except adapters. An adapter is chosen if the folder has
+    nothing else. Files beside a single one are other variants of the weights, or formats of other
+    programs."""
     chosen = next((file for file in SINGLES if file in weights), None)
     others = [file for file in weights if file not in (ADAPTER, ADAPTER_BIN)]
     if chosen is None and others and len(others) < len(weights):
@@ -147,12 +154,12 @@ def _without_index(weights: list[str]) -> Weights:
 
 
 def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
-    """Read the headers and the configuration of a folder.
+    """Read the headers of the weight files in a folder, and its configuration.
 
     Raises:
         NotFoundError: the folder has no weights.
-        FormatError: a file is malformed, or a link out of the folder.
-        DamagedError: files in the index, or shards of a set, are missing.
+        FormatError: a file is malformed, or is a link out of the folder.
+        DamagedError: a file that the index lists is missing, or one of several numbered shards.
     """
     where = location(store, name)
     present = [file for file in store.list(name) if not file.endswith("/")]
@@ -196,7 +203,8 @@ def open_hf_folder(store: ReadStore, name: str) -> HFFolder:
 
 
 def _notes_on_modules(store: ReadStore, name: str, present: Collection[str]) -> tuple[str, ...]:
-    """Notes on the other folders of a model of sentence-transformers that have weights."""
+    """Return a note on each module of a sentence-transformers model that has weights in a folder of
+    its own."""
     if MODULES not in present:
         return ()
     folders = [folder for folder in modules_of(store, name) if folder]
@@ -209,11 +217,11 @@ def _notes_on_modules(store: ReadStore, name: str, present: Collection[str]) -> 
 
 
 def modules_of(store: ReadStore, name: str) -> list[str]:
-    """The folders that `modules.json` of sentence-transformers names and that exist; an empty text
-    is the folder itself.
+    """Return the existing folders that `modules.json` of sentence-transformers lists. An empty
+    string stands for the folder of `modules.json` itself.
 
     Raises:
-        FormatError: the file is malformed, or names folders outside of its own.
+        FormatError: the file is malformed, or lists folders outside of its own.
     """
     where = f"{location(store, name)}/{MODULES}"
     check_inside(store, name, MODULES)
@@ -229,8 +237,8 @@ def modules_of(store: ReadStore, name: str) -> list[str]:
 
 
 def read_config(store: ReadStore, name: str, file: str = CONFIG) -> dict[str, Any]:
-    """Read `config.json`, or another file of JSON, unchanged. Raises a FormatError if it is no JSON
-    object, or too large."""
+    """Read a file that holds a JSON object, by default `config.json`. Raises a FormatError if it
+    holds something else, or is too large."""
     where = f"{location(store, name)}/{file}"
     check_inside(store, name, file)
     if store.size(f"{name}/{file}") > CONFIG_BYTES_MAX:
@@ -245,24 +253,26 @@ def read_config(store: ReadStore, name: str, file: str = CONFIG) -> dict[str, An
 
 
 def of_language_model(config: Config) -> Config:
-    """The language model's part of a multimodal configuration, as one flat configuration."""
+    """Return the configuration of the language model in a multimodal configuration, as one flat
+    dict. Other configurations are returned unchanged."""
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
     outer = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    # The outer configuration decides on tied embeddings, on the class and on the type.
+    # For these keys and for `model_type`, the outer configuration counts, not `text_config`.
     whole = {key: outer[key] for key in ("tie_word_embeddings", "architectures") if key in outer}
     return {**outer, **text, **whole, "model_type": config.get("model_type")}
 
 
 def is_of_diffusers(config: Config) -> bool:
-    """Whether a configuration is that of a model of diffusers, which has no `model_type`."""
+    """Return whether a configuration is of a diffusers model. Such a configuration has no
+    `model_type`."""
     return "_diffusers_version" in config and "model_type" not in config
 
 
 def quantization_of(config: Config) -> Mapping[str, Any]:
-    """The quantization of the weights, which multimodal models have in `text_config`; empty if
-    there is none."""
+    """Return the part of a configuration that says how the weights are quantized; empty if there is
+    none. Multimodal models have it in `text_config`."""
     text = config.get("text_config")
     for one in (config, text if isinstance(text, dict) else {}):
         for key in QUANTIZATION:
@@ -273,7 +283,7 @@ def quantization_of(config: Config) -> Mapping[str, Any]:
 
 
 def _read_weights_index(store: ReadStore, name: str, file: str) -> dict[str, str]:
-    """Read the index of a folder: the file of each tensor."""
+    """Read the index of the weights in a folder. Return the name of the file of each tensor."""
     data = _read(store, f"{name}/{file}", safetensors.INDEX_BYTES_MAX)
     return safetensors.read_index(data, where=f"{location(store, name)}/{file}")
 
@@ -283,7 +293,8 @@ def _read(store: ReadStore, key: str, nbytes_max: int) -> bytes:
 
 
 def open_torch_file(store: ReadStore, name: str, file: str) -> TorchFile:
-    """Read the contents of a `.bin` file in a folder."""
+    """Read the pickle of a `torch.save` file in a folder, but not the data of the file's
+    tensors."""
     check_inside(store, name, file)
     key, where = f"{name}/{file}", f"{location(store, name)}/{file}"
     return torchfile.read_file(fetcher(store, key), store.size(key), file=file, where=where)

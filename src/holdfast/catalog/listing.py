@@ -1,4 +1,4 @@
-"""Lists the checkpoints in a folder, and the one that a run would resume from."""
+"""Lists the checkpoints in a folder, and finds the one that a run would resume from."""
 
 from __future__ import annotations
 
@@ -36,43 +36,47 @@ class CheckpointRow:
     name: str
     step: int | None
     state: Literal["good", "damaged", "attempt", "local"]
-    """`local`: only the fast tier has it, on this host."""
+    """State of the checkpoint. `attempt`: an unfinished save or deletion. `local`: a checkpoint
+    that only the fast tier on this host has."""
 
     kind: Literal["full", "model", "hf"] | None = None
-    """`full`: a run can resume from it. `model`: it holds the model alone. `hf`: it is a Hugging
-    Face folder."""
+    """Kind of the checkpoint: `full` (a whole training state), `model` (the model alone) or `hf` (a
+    Hugging Face folder)."""
 
     nbytes: int | None = None
     written_nbytes: int | None = None
-    """Bytes without those of files that the save has linked."""
+    """Bytes that the save has written: `nbytes` without the shared files, which were linked
+    instead."""
 
     created: str | None = None
     """Time of the commit: ISO 8601, UTC."""
 
     layout: Mapping[str, Any] = field(default_factory=dict)
-    """Layout of the run that wrote it. `world_size` is the number of ranks."""
+    """Parallelism of the run that wrote the checkpoint. `world_size` is the number of ranks."""
 
     pinned: bool = False
-    """Whether it is marked `pinned`."""
+    """Whether the checkpoint is marked `pinned`."""
 
     problem: str | None = None
     """Description of the problem; None if there is none."""
 
     why_not: str | None = None
-    """Reason why no run can resume from it; None if one can."""
+    """Reason why no run can resume from the checkpoint; None if a run can."""
 
     files: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of each data file, by name. Each rank has one, or several if the run deduplicates."""
+    """Bytes of each data file, by name. A rank has several files if the run deduplicates, else
+    one."""
 
     timings: Mapping[str, Stage] = field(default_factory=dict)
-    """Duration of each stage of its save, over all ranks."""
+    """Duration of each stage of the save, over all ranks."""
 
     links: Mapping[str, str] = field(default_factory=dict)
-    """Identity of each data file that has several names, as other checkpoints share it."""
+    """For each data file that other checkpoints share by hard links, by name: a text that
+    identifies the file, and is equal in all these checkpoints."""
 
 
 def row_of(store: ReadStore, key: str) -> CheckpointRow:
-    """Describe one checkpoint, without its marks."""
+    """Describe the checkpoint in folder `key` of the store, without its marks."""
     name = key.rpartition("/")[2]
     sealed = is_sealed(store, key)
     step = number_of(name) if sealed else step_of_folder(name)
@@ -88,8 +92,9 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
             manifest, is_hf = read(key)
         except HoldfastError:
             if isinstance(store, ListedStore):
-                raise  # `survey` looks again, at the store itself.
-            # Another process may be replacing it. The fingerprint takes as long as the first read.
+                raise  # `survey` reads again, without the cached names of a `ListedStore`.
+            # Another process may be replacing the checkpoint. `read_steadily` then reads it again.
+            # Not used at first, since its fingerprint takes as long as the read itself.
             manifest, is_hf = read_steadily(store, key, read)
     except HoldfastError as error:
         return CheckpointRow(name, step, "damaged", problem=error.what, why_not=error.what)
@@ -106,7 +111,7 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
         timings=manifest.timings,
         why_not=None if step is None else why_not_resumable(step, manifest),
         written_nbytes=manifest.nbytes - sum(manifest.files[f] for f in manifest.shared or ()),
-        # Only a run that deduplicates has any: the others need not be looked at.
+        # Only runs that deduplicate share files: do not look up links for others.
         links={}
         if manifest.shared is None
         else {f: links.file for f, links in shared_files(store, key, manifest.files).items()},
@@ -114,8 +119,9 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
 
 
 def shared_files(store: ReadStore, folder: str, files: Iterable[str]) -> dict[str, Links]:
-    """The identity of each of these files that has several names, as other checkpoints share it.
-    Files that cannot be looked at are left out."""
+    """Return, for those of `files` that other checkpoints share by hard links, the `Links` of
+    the file: a text that identifies it, and the number of its names. Files that cannot be examined
+    are left out."""
     found = {}
     if isinstance(store, ListedStore):
         store = store.store
@@ -129,7 +135,8 @@ def shared_files(store: ReadStore, folder: str, files: Iterable[str]) -> dict[st
 
 
 def used_bytes(rows: Iterable[CheckpointRow]) -> int:
-    """Bytes of all checkpoints together. A file that several share counts once."""
+    """Return the bytes of all checkpoints together. A file that several of them share counts
+    once."""
     nbytes, seen = 0, set()
     for row in rows:
         nbytes += row.nbytes or 0
@@ -146,7 +153,7 @@ def survey(
     """List the checkpoints in a folder, oldest first, then those that only the fast tier has on
     this host, then unfinished saves and deletions.
 
-    `look_at` replaces `row_of`, for callers that cache its results.
+    `look_at`: function that describes one checkpoint, for callers that cache its results.
 
     Raises:
         NotFoundError: there is no such folder, or it holds no checkpoint.
@@ -161,7 +168,7 @@ def survey(
     for key in keys:
         row = look_at(listed, key)
         if row.state == "damaged":
-            # Another process may have replaced or deleted it since it was listed.
+            # Another process may have replaced or deleted the checkpoint since it was listed.
             if is_deleted(store, key):
                 continue
             row = look_at(store, key)
@@ -177,8 +184,8 @@ def survey(
 
 
 def local_rows(store: ReadStore, name: str, *, besides: Collection[int]) -> list[CheckpointRow]:
-    """The checkpoints of a run in its fast tier on this host, oldest first, except those of the
-    steps `besides`. Unreadable ones are left out."""
+    """Describe the checkpoints in the fast tier of a run on this host, oldest first. `name`:
+    durable folder of the run. The steps in `besides` and unreadable checkpoints are left out."""
     local = local_store(store, name)
     rows: list[CheckpointRow] = []
     if local is None:
@@ -221,7 +228,8 @@ def _marked(
 
 
 def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str:
-    """Hint for a folder that holds no checkpoints of a run. `names` are the entries in it."""
+    """Return the hint for folder `name`, in which no checkpoint of a run was found. `names`: files
+    and folders in it."""
     if is_checkpoint(store, name):
         return f"it is a checkpoint itself: holdfast verify {location(store, name)}"
     folders = [folder.rstrip("/") for folder in names if folder.endswith("/")]
@@ -237,6 +245,7 @@ def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str
 
 
 def resumable(rows: Sequence[CheckpointRow]) -> int | None:
-    """The step that a run would resume from, as far as known without reading data."""
+    """Return the newest step among `rows` that a run could resume from; None if there is none. Data
+    is not read for this."""
     steps = [row.step for row in rows if row.why_not is None and row.step is not None]
     return max(steps, default=None)

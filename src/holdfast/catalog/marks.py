@@ -1,7 +1,7 @@
 """Marks: small files beside checkpoints that say `pinned` or `damaged`.
 
-The name of the file is the mark. Its content is a note for people, which a power cut may truncate
-without harm.
+Only the name of the file counts. Its content is a note for people. A power cut may truncate the
+note, which does no harm.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ _NOTE_BYTES_MAX = 4096
 
 
 def marks_in(store: ReadStore, folder: str = "") -> list[Mark]:
-    """The marks in a folder of checkpoints."""
+    """Return the marks in folder `folder`. Each is about one of the checkpoints in this folder."""
     return [mark for mark in map(mark_of, store.list(folder)) if mark is not None]
 
 
 def pinned_steps(store: ReadStore, folder: str = "") -> set[int]:
-    """Steps that retention never deletes."""
+    """Return the steps with the mark `pinned`, which retention never deletes."""
     return {mark.step for mark in marks_in(store, folder) if mark.role == "pinned"}
 
 
 def damaged_steps(store: ReadStore, folder: str = "") -> dict[int, str]:
-    """Steps that were found damaged, each with a line that says how."""
+    """Return the steps with the mark `damaged`, each with one line about the damage."""
     damaged = {}
     for mark in marks_in(store, folder):
         if mark.role == "damaged":
@@ -34,9 +34,9 @@ def damaged_steps(store: ReadStore, folder: str = "") -> dict[int, str]:
 
 
 def _note(store: ReadStore, folder: str, mark: Mark) -> str:
-    """The note in a mark, or the reason why it cannot be read."""
+    """Return the note in a mark, or the reason why the note cannot be read."""
     try:
-        # The writer of this folder could link to a file that only its reader may read.
+        # In a folder from a stranger, a mark may be a link to a private file of the user.
         if store.leads_out(folder, str(mark)):
             return "a link to elsewhere"
         key = f"{folder}/{mark}" if folder else str(mark)
@@ -46,7 +46,8 @@ def _note(store: ReadStore, folder: str, mark: Mark) -> str:
 
 
 def pin(store: Store, step: int) -> None:
-    """Keep a checkpoint from retention, until its mark is deleted."""
+    """Mark a checkpoint as pinned, so that retention does not delete it until the mark is
+    deleted."""
     mark = Mark("pinned", step)
     if mark not in marks_in(store):
         with store.create(str(mark), 0):
@@ -55,7 +56,8 @@ def pin(store: Store, step: int) -> None:
 
 
 def mark_damaged(store: Store, step: int, note: str) -> None:
-    """Mark a checkpoint as damaged, until its step is saved again, or `clear_damaged`."""
+    """Mark a checkpoint as damaged. The mark stays until the step is saved again, or until
+    `clear_damaged` deletes it."""
     mark = Mark("damaged", step)
     if mark not in marks_in(store):
         data = note.encode(errors="replace")[:_NOTE_BYTES_MAX]

@@ -1,4 +1,4 @@
-"""Finds the checkpoint in a folder that another program made around it."""
+"""Finds the checkpoint inside a folder of another program, such as a log folder of Lightning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from holdfast.format.zero import UNIVERSAL_HINT
 from holdfast.storage.store import ReadStore
 
 DEPTH_MAX = 4
-"""Most folders to go down: Lightning's has `lightning_logs/version_0/checkpoints/last.ckpt`."""
+"""Most levels of folders to descend, as in Lightning's
+`lightning_logs/version_0/checkpoints/last.ckpt`."""
 
 _POINTER_BYTES_MAX = 1000
 
@@ -36,56 +37,58 @@ _TRAINER = re.compile(r"checkpoint[-_][0-9]+/", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Nested:
-    """Checkpoints in a folder that is none itself."""
+    """Checkpoints in a folder that is not a checkpoint itself."""
 
     kind: str
     """Kind of the folder, for messages."""
 
     paths: tuple[str, ...]
-    """The checkpoints, or folders around them, relative to the folder. The last is the newest."""
+    """Checkpoints, or folders around them, as paths below the folder. The last is the newest."""
 
     why_not: str = ""
-    """Reason why none of them can be read; empty if they can."""
+    """Reason why no checkpoint in the folder can be read; empty if they can be read."""
 
     hint: str | None = None
-    """Way on, if there is a reason."""
+    """Hint for the error that states `why_not`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A folder to look into."""
+    """A folder to search for checkpoints."""
 
     store: ReadStore
     name: str
     names: Collection[str]
-    """Names of its files and folders."""
+    """Names of the files and folders in it."""
 
     def text(self, file: str) -> str:
-        """The text of a file that names a folder."""
+        """Return the text of a small file, such as one that names a folder."""
         key = f"{self.name}/{file}"
         data = self.store.read(key, 0, min(self.store.size(key), _POINTER_BYTES_MAX))
         return data.decode(errors="replace").strip()
 
     def pointed_to(self, kind: str, pointer: str, newest: str) -> Nested:
-        """The checkpoint `newest`, which the file `pointer` names."""
+        """Return the checkpoint `newest`, which the file `pointer` names. If this folder lacks it,
+        the result has no checkpoint, and says so in `why_not`. `kind`: kind of this folder."""
         if f"{newest}/" in self.names:
             return Nested(kind, (newest,))
         return Nested(kind, (), f"`{pointer}` names `{newest[:200]}`, which is not in it")
 
     def has_model(self, inner: str) -> bool:
-        """Whether a folder in it is a checkpoint."""
+        """Return whether the folder `inner` in this one is a checkpoint."""
         return format_among(self.store.list(f"{self.name}/{inner}")) is not None
 
 
 def checkpoint_in(store: ReadStore, name: str) -> str:
-    """The checkpoint in folder `name`: `name` itself if it is one, or if nothing is known about it.
+    """Return the path of the checkpoint in folder `name`: `name` itself if it is a checkpoint, or
+    if no other program is recognised.
 
-    Follows the files in which a program names its newest checkpoint, and folders that hold a single
-    one.
+    Follows files in which a program names its newest checkpoint, and folders that hold a single
+    checkpoint.
 
     Raises:
         NotFoundError: the folder has several checkpoints, or one that cannot be read. The message
-            names its kind.
+            says which program wrote the folder.
     """
     for _ in range(DEPTH_MAX):
         parent, _, last = name.rpartition("/")
@@ -115,12 +118,12 @@ def _not_one(store: ReadStore, name: str, nested: Nested) -> NotFoundError:
 
 
 def _nested_in(folder: _Folder) -> Nested | None:
-    """The checkpoints in a folder of another program; None if no program is recognised."""
+    """Return the checkpoints in a folder of another program; None if no program is recognised."""
     for find in _FINDERS:
         try:
             nested = find(folder)
         except HoldfastError:
-            # A finder reads small files, which may be something else than their name says.
+            # A finder opens small files by name. A file of that name may hold something unrelated.
             continue
         if nested is not None:
             return nested
@@ -227,7 +230,8 @@ def _meta(folder: _Folder) -> Nested | None:
 
 
 def _hub_cache(folder: _Folder) -> Nested | None:
-    """The snapshot in a repository of Hugging Face's cache that its main branch had last."""
+    """Return the folder of a repository's newest revision in Hugging Face's local cache, or the
+    folders of all its revisions if the newest is unknown. None for other folders."""
     if not {"snapshots/", "blobs/"} <= {*folder.names}:
         return None
     kind = "a repository in the cache of Hugging Face"

@@ -1,4 +1,4 @@
-"""Check one checkpoint, or find the newest good one, of any program."""
+"""Checks one checkpoint, or finds the newest good one, whatever program wrote it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from holdfast.storage.store import ReadStore
 logger: logging.Logger = logging.getLogger("holdfast")
 
 CHECKPOINTS = "checkpoint-*"
-"""Names of the folders in which transformers' Trainer saves."""
+"""Pattern for the names of folders that transformers' Trainer saves."""
 
 
 def check(path: str | os.PathLike[str], *, quick: bool = False) -> list[Finding]:
-    """Compare every byte of a checkpoint with its checksums. An empty list means that it is good.
+    """Compare every byte of a checkpoint with its checksums. An empty list means that the
+    checkpoint is good.
 
     `path`: a sealed folder, a checkpoint of Holdfast or of stock DCP, a Hugging Face folder, or a
-    file. Formats without checksums are checked as far as their structure tells.
+    file. If a format has no checksums, only its structure is checked.
 
     `quick`: compare sizes and indices only.
 
     Raises:
         NotFoundError: there is no checkpoint at `path`.
-        FormatError: it is malformed, or refers to code.
+        FormatError: the checkpoint is malformed, or refers to code.
     """
     store, name = open_for_reading(checked_path(path, "path"))
     return [*verify(VerifyTarget(store, name, quick)).findings]
@@ -49,19 +50,20 @@ def newest_good(
 ) -> Path | None:
     """Return the newest good checkpoint among the folders in `root`; None if there is none.
 
-    The newest is the one with the highest last number in its name. Its files are compared with its
-    checksums; a damaged or incomplete one is passed over, with a warning, and the next one tried.
+    The newest folder is the one with the highest last number in its name. Its files are compared
+    with its checksums. A damaged or incomplete folder is skipped with a warning, and the next one
+    is tried.
 
-    Folders that are neither sealed nor checkpoints of Holdfast cannot be checked. They are passed
-    over too, unless `root` has no others: then the newest is returned whose structure is complete,
-    as far as its format is known.
+    Folders that are neither sealed nor checkpoints of Holdfast have no checksums. They are skipped
+    too, unless `root` has no other folders. Then the newest folder with a complete structure is
+    returned. The structure is checked only if Holdfast knows the format.
 
-    `pattern`: names of the folders, as in a shell, or a compiled regular expression. `quick`:
-    compare sizes and indices only. `last_file`: name of the file that the program writes last; a
-    folder without a seal is incomplete without it.
+    `pattern`: shell pattern for the names of the folders, or a compiled regular expression.
+    `quick`: compare sizes and indices only. `last_file`: name of the file that the program writes
+    last. An unsealed folder without this file is incomplete.
 
     Raises:
-        UsageError: `root` is no path of a folder on this machine.
+        UsageError: `root` is not the path of a folder on this machine.
         NotFoundError: `root` does not exist.
     """
     if not isinstance(pattern, str | re.Pattern):
@@ -100,7 +102,7 @@ def _why_not_good(store: ReadStore, name: str, *, quick: bool) -> str | None:
     try:
         report: VerifyReport = verify(target)
     except NotFoundError as error:
-        # A format that Holdfast does not know, such as DeepSpeed's. An empty folder is none.
+        # Holdfast does not know the format. Accept a folder with files, but not an empty one.
         return None if store.list(name) else error.what
     except HoldfastError as error:
         report = failed(target, error)

@@ -1,4 +1,4 @@
-"""Opens a checkpoint of any format. Reads its index, none of its data."""
+"""Opens a checkpoint of any format. Reads the index, but no data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from holdfast.format.torchfile import TorchFile
 from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
-"""Kinds of files, for messages."""
+"""Format of a single file, in the words of messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +34,20 @@ class OpenCheckpoint:
     format: Format
     source: Source
     strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Strides of the tensors in a `.pt` file that are not row-major."""
+    """Strides of the tensors that are not row-major. Only files of `torch.save` have such
+    tensors."""
 
     file: str = ""
-    """Name of the file in `source.folder`, if the checkpoint is a single file."""
+    """Name of the file in `source.folder`, if the checkpoint is a single file; else empty."""
 
     hf: HFFolder | None = None
-    """Configuration, if the checkpoint is a Hugging Face folder."""
+    """Contents of the folder, if the checkpoint is a Hugging Face folder; else None."""
 
     values: Mapping[str, object] = field(default_factory=dict)
     """Values of files of `torch.save`, by name: see `TorchFile.values`."""
 
     notes: tuple[str, ...] = ()
-    """Files and objects that are ignored, for messages."""
+    """Notes for the user, such as ignored files and objects."""
 
     @property
     def where(self) -> str:
@@ -60,7 +61,7 @@ class OpenCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Manifest of a checkpoint, and a fingerprint that shows whether it was replaced."""
+    """Manifest of a checkpoint, and a fingerprint that changes when the checkpoint is replaced."""
 
     folder: str
     """Folder of the checkpoint, below the root of the store."""
@@ -71,12 +72,12 @@ class Opened:
 
     @property
     def step(self) -> int | None:
-        """Step in the name of the folder."""
+        """Step number in the name of the folder; None if it has none."""
         return step_of_folder(self.folder.rpartition("/")[2])
 
     def source(self, store: ReadStore) -> Source:
-        """The checkpoint, to read its data. `store` is the one that it was opened in, on this
-        rank."""
+        """Return a `Source` to read data from. `store`: this rank's object for the store in which
+        the checkpoint was opened."""
         connect_rows(store, self.folder, self.manifest)
         return Source(store, self.folder, self.manifest)
 
@@ -88,8 +89,8 @@ class Opened:
 def open_in(
     store: ReadStore, name: str, read: Callable[[ReadStore, str], Manifest] = open_manifest
 ) -> Opened:
-    """Open the checkpoint `name` of a store by `read`. Tries again if another process replaces the
-    checkpoint meanwhile."""
+    """Open the checkpoint `name` of a store. `read`: function that reads its manifest. Try again if
+    another process replaces the checkpoint meanwhile."""
     try:
         return read_steadily(
             store, name, lambda folder, found: Opened(folder, read(store, folder), found)
@@ -103,16 +104,16 @@ def open_any(
     store: ReadStore, name: str, *, check_files: bool = False, entries: bool = True
 ) -> OpenCheckpoint:
     """Open the checkpoint `name` of a store: of Holdfast or stock DCP, a Hugging Face folder, a
-    folder of DeepSpeed's ZeRO, a safetensors file or a `.pt` file; or a folder that another program
-    made around one.
+    folder of DeepSpeed's ZeRO, a safetensors file or a `.pt` file; or a folder in which another
+    program keeps such a checkpoint.
 
-    `check_files`: check that the files of a Holdfast or stock DCP checkpoint are complete. Without
-    `entries`, the tensors and values in a manifest are not read.
+    `check_files`: whether to check that the files of a Holdfast or stock DCP checkpoint are
+    complete. `entries`: whether to read the entries in Holdfast's manifest too.
 
     Raises:
         NotFoundError: there is no such file or folder, or it is no checkpoint.
-        UsageError: a file that is a part of a checkpoint.
-        DamagedError, FormatError: its index cannot be read.
+        UsageError: `name` is a file that is a part of a checkpoint.
+        DamagedError, FormatError: the index cannot be read.
     """
     name = checkpoint_in(store, name)
     form = checked_format(store, name)
@@ -141,7 +142,7 @@ def _open_file(store: ReadStore, name: str, form: Format) -> OpenCheckpoint:
     where = location(store, name)
     folder, _, file = where.rpartition("/")
     fetch, nbytes = fetcher(store, name), store.size(name)
-    # A source reads files in a folder, but this file may be at the root of its store.
+    # A `Source` needs a folder above the file, but this file may be at the root of `store`.
     parent, name_in_parent = open_for_reading(folder)
     if form == "torch":
         content = torchfile.read_file(fetch, nbytes, file=file, where=where)
@@ -153,7 +154,7 @@ def _open_file(store: ReadStore, name: str, form: Format) -> OpenCheckpoint:
 
 
 def notes_on(content: TorchFile) -> tuple[str, ...]:
-    """Notes on the objects that were left out of a file, for messages."""
+    """Return a note on each object that was left out when the file was read."""
     return tuple(
         f"left out `{name}`: {title}, whose class would have to be imported"
         for name, title in content.left_out.items()
@@ -161,8 +162,8 @@ def notes_on(content: TorchFile) -> tuple[str, ...]:
 
 
 def checked_format(store: ReadStore, name: str) -> Format:
-    """The format of a checkpoint. Raises a NotFoundError if `name` is no checkpoint. Its hint names
-    the newest checkpoint below `name`, if there is one."""
+    """Return the format of a checkpoint. Raises a NotFoundError if `name` is not a checkpoint. The
+    hint of the error names the newest checkpoint below `name`, if there is one."""
     form = format_of(store, name)
     if form is None:
         raise no_checkpoint(store, name, hint=_hint_to_a_checkpoint(store, name))
@@ -170,7 +171,8 @@ def checked_format(store: ReadStore, name: str) -> Format:
 
 
 def _hint_to_a_checkpoint(store: ReadStore, name: str) -> str:
-    """The hint for `name`, which is no checkpoint: the newest one below it."""
+    """Return the hint for a `name` that is not a checkpoint. It names the newest checkpoint below
+    `name`."""
     if is_folder(store, name):
         if steps := steps_in(store, name):
             return f"its newest step: {location(store, steps[-1])}"
@@ -180,8 +182,8 @@ def _hint_to_a_checkpoint(store: ReadStore, name: str) -> str:
 
 
 def format_of(store: ReadStore, name: str) -> Format | None:
-    """The format of a folder or file; None if it is no checkpoint. Raises a NotFoundError if it
-    does not exist, and a UsageError if it is a file that is a part of a checkpoint."""
+    """Return the format of a folder or file; None if it is not a checkpoint. Raises a NotFoundError
+    if it does not exist, and a UsageError if it is a file that is a part of a checkpoint."""
     parent, _, last = name.rpartition("/")
     names = store.list(parent)
     if last in names:
@@ -196,8 +198,8 @@ def format_of(store: ReadStore, name: str) -> Format | None:
 
 
 def check_folder(store: ReadStore, name: str) -> None:
-    """Raise an error if a file was passed as a folder: its hint is the command for such a file.
-    Does nothing if `name` does not exist."""
+    """Raise an error if `name` is a file: the caller needs a folder. The hint names commands that
+    accept the file. Does nothing if `name` does not exist."""
     parent, _, last = name.rpartition("/")
     try:
         if last not in store.list(parent):
@@ -216,7 +218,7 @@ def check_folder(store: ReadStore, name: str) -> None:
 
 
 def is_checkpoint(store: ReadStore, name: str) -> bool:
-    """Whether `name` is a checkpoint of any format. False if it cannot be read."""
+    """Return whether `name` is a checkpoint of any format. False if it cannot be read."""
     try:
         return format_of(store, name) is not None
     except HoldfastError:
@@ -224,15 +226,16 @@ def is_checkpoint(store: ReadStore, name: str) -> bool:
 
 
 def other_checkpoints(store: ReadStore, name: str) -> list[str]:
-    """The checkpoints directly below folder `name` that are no steps of a run, by their folders'
-    names: copies under other names, exports, seeds. Hidden folders are left out."""
+    """Return the folders directly below `name` that are checkpoints but are not named after a step:
+    renamed copies, exports. Hidden folders are left out."""
     steps = {key.rpartition("/")[2] for key in steps_in(store, name)}
     others = []
     for folder in (entry.rstrip("/") for entry in store.list(name) if entry.endswith("/")):
         if folder in steps or folder.startswith("."):
             continue
         with suppress(HoldfastError):
-            # Not `format_of`, which lists the folder above too: that may be long.
+            # Not `format_of`: for each folder, it would list the folder above again, which may be
+            # long.
             names = store.list(f"{name}/{folder}")
             if format_among(names) is not None or SEAL in names:
                 others.append(folder)
@@ -240,6 +243,6 @@ def other_checkpoints(store: ReadStore, name: str) -> list[str]:
 
 
 def is_folder(store: ReadStore, name: str) -> bool:
-    """Whether `name` is a folder."""
+    """Return whether `name` is a folder."""
     parent, _, last = name.rpartition("/")
     return f"{last}/" in store.list(parent)

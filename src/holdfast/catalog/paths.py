@@ -14,7 +14,8 @@ from holdfast.storage.store import ReadStore
 
 
 def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
-    """Return the catalog in which to save the checkpoint at `path`, and its name there.
+    """Return the catalog of the folder above `path`, to save a checkpoint in, and the last part of
+    `path`, which is the name of the checkpoint.
 
     Raises:
         UsageError: `path` is a URL that Holdfast cannot write to, has no name, has a name that no
@@ -29,13 +30,15 @@ def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
 
 
 def open_folder_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
-    """Like `open_for_saving`, for a checkpoint that only a folder of this machine can hold."""
+    """Like `open_for_saving`, but refuse URLs, for checkpoints that need a folder of this
+    machine."""
     return open_for_saving(local_path(without_scheme(checked_path(path, "path"))))
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
-    """Return the store that holds the checkpoint at `path`, a folder, file or URL, and the name of
-    its folder there: see `folder_of`."""
+    """Return the store that holds the checkpoint at `path`, and the name of the checkpoint's folder
+    in it. This is the last part of `path`, or a `.replaced` folder if a save was killed while it
+    replaced the checkpoint. `path` is a folder, a file or a URL."""
     store, name = open_parent(path)
     return store, folder_of(store, name)
 
@@ -47,17 +50,18 @@ def open_parent(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
 
 
 def full_path(path: str | os.PathLike[str]) -> str:
-    """Return the absolute form of a path; of a URL, the one without a slash at its end.
+    """Return the absolute path, or the URL without a slash at its end.
 
     Raises:
-        UsageError: `path` is no path.
+        UsageError: `path` is not a path.
     """
     text = without_scheme(checked_path(path, "path"))
     return text.rstrip("/") if is_url(text) else local_path(text)
 
 
 def _check_replaceable(path: str) -> None:
-    """Refuse folders that no rename can replace, or whose replacement breaks this process."""
+    """Raise a UsageError if `path` is a mount point, which no rename can replace, or the current
+    folder of this process."""
     if not os.path.isdir(path):  # noqa: PTH112 - text, as all paths here
         return
     if os.path.ismount(path):
@@ -73,10 +77,10 @@ def _check_replaceable(path: str) -> None:
 
 
 def split_path(path: str) -> tuple[str, str]:
-    """Return the folder above a `full_path`, and its last part.
+    """Split an absolute path, or a URL, into the folder above it and its last part.
 
     Raises:
-        UsageError: it ends in a slash, or is a whole bucket.
+        UsageError: the path ends in a slash, or is a whole bucket.
     """
     folder, _, name = path.rpartition("/")
     if not name:

@@ -1,4 +1,4 @@
-"""Recognizes files that are no checkpoint: a part of one, or a file of another program."""
+"""Recognizes files that are not checkpoints: parts of a checkpoint, and files of other programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DATA = re.compile(r"__([0-9]+)_[0-9]+\.distcp", re.ASCII)
 _SHARD = re.compile(r".*-([0-9]{5})-of-([0-9]{5})\.(safetensors|bin)", re.ASCII)
 
 META_FILE = re.compile(r"consolidated\.([0-9]{2})\.pth", re.ASCII)
-"""File of one rank in a checkpoint of Meta."""
+"""Name of one rank's file in a checkpoint of Meta."""
 
 _BESIDE_WEIGHTS = (
     "config.json",
@@ -50,7 +50,7 @@ _NAMED_MAX = 5
 
 
 def format_among(names: Collection[str]) -> Format | None:
-    """The format of a folder that holds files of these names; None if it is no checkpoint."""
+    """Return the format of a folder with files of these names; None if it is not a checkpoint."""
     if MANIFEST in names:
         return "holdfast"
     if METADATA in names:
@@ -80,7 +80,7 @@ def check_whole_checkpoint(store: ReadStore, name: str) -> None:
 
 
 def note_on(store: ReadStore, name: str) -> str | None:
-    """A note on a shard of a model, which can be read alone; None for other files."""
+    """Return a note on a file that holds one shard of a model; None for other files."""
     folder, _, last = name.rpartition("/")
     if META_FILE.fullmatch(last):
         count = sum(META_FILE.fullmatch(file) is not None for file in store.list(folder))
@@ -94,7 +94,7 @@ def note_on(store: ReadStore, name: str) -> str | None:
 
 
 def no_checkpoint(store: ReadStore, name: str, *, hint: str) -> NotFoundError:
-    """The error for a file or folder that is no checkpoint."""
+    """Return the error for a file or folder that is not a checkpoint."""
     where = location(store, name)
     try:
         above, _, last = name.rpartition("/")
@@ -125,7 +125,8 @@ def _folder(store: ReadStore, folder: str) -> str:
 
 
 def _part(last: str, *, in_checkpoint: bool) -> str | None:
-    """The part of a checkpoint that has this file name, for messages; None if no part has it."""
+    """Return the role that a file named `last` has in a checkpoint, for messages; None if it has
+    none. `in_checkpoint`: whether the file is in the folder of a checkpoint."""
     data = _DATA.fullmatch(last)
     if data is not None:
         return f"the data that rank {data[1]} wrote"
@@ -144,12 +145,13 @@ def _part(last: str, *, in_checkpoint: bool) -> str | None:
 
 
 def _kind(start: bytes) -> str | None:
-    """The kind of a file, by its first bytes; None if they do not tell."""
+    """Return the kind of a file that begins with the bytes `start`, for messages; None if it is
+    unknown."""
     for magic, kind in _STARTS.items():
         if start.startswith(magic) or (magic == b"ustar" and start[257:262] == magic):
             return kind
     if not start:
         return "an empty file"
-    # The last character may be incomplete.
+    # `start` may end inside a character, which decodes to U+FFFD.
     text = start.decode(errors="replace").rstrip("\ufffd")
     return None if {"\0", "\ufffd"} & {*text} else "a text file"

@@ -20,10 +20,10 @@ _NATIVE = re.compile(
 """Names of all files of Holdfast's and stock DCP's checkpoints. Lightning adds `meta.pt`."""
 
 _OURS = b'{"holdfast":'
-"""First bytes of Holdfast's manifest, since other programs write a `manifest.json` too."""
+"""First bytes of Holdfast's manifest. Other programs write a `manifest.json` too."""
 
 _CONFIGS = ("config.json", "adapter_config.json", INDEX)
-"""Files of an export, which has at least one of them beside its weights."""
+"""Files of which an export has at least one beside its weights."""
 
 _EXPORTED = re.compile(
     rf".*({re.escape(SUFFIX)}|\.(jinja|json|md|model|model\.v[0-9].*|py|tiktoken|txt))"
@@ -36,9 +36,10 @@ _TEMPLATES = "additional_chat_templates/"
 
 
 def why_not_replaceable(store: ReadStore, name: str) -> str | None:
-    """Reason why a folder may not replace the folder or file `name`; None if it may.
+    """Return the reason why a folder may not replace the folder or file `name`; None if it may.
 
-    All of its files must belong to one checkpoint or one export: files of users would be lost.
+    All files in `name` must belong to one checkpoint or one export. Otherwise files of the user
+    would be lost.
     """
     if why := why_not_removable(store, name):
         return why
@@ -55,11 +56,11 @@ def why_not_replaceable(store: ReadStore, name: str) -> str | None:
 
 
 def why_not_removable(store: ReadStore, name: str) -> str | None:
-    """Reason why retention, or a run that saves a step again, may not delete `name`; None if it is
-    one checkpoint, good or damaged.
+    """Return the reason why retention, or a run that saves a step again, may not delete `name`;
+    None if `name` is one checkpoint or one export, good or damaged.
 
-    Files of users in its folder are deleted with it. Another checkpoint, or a run, in it is a
-    reason.
+    A folder that contains another checkpoint or a run may not be deleted. Other files of the user
+    in the folder are deleted with it.
     """
     if is_file(store, name):
         return special_file(store, name) or "it is a file"
@@ -85,9 +86,10 @@ def why_not_removable(store: ReadStore, name: str) -> str | None:
 
 
 def not_sealed(store: ReadStore, name: str) -> Iterator[str]:
-    """Files of a sealed folder that its seal does not list, and folders without a listed file.
+    """Yield the files of a sealed folder that its seal does not list, and the folders that contain
+    no listed file.
 
-    Nothing if the seal cannot be read: then the folder is a damaged checkpoint.
+    Yields nothing if the seal cannot be read: the folder then counts as a damaged checkpoint.
     """
     try:
         key = f"{name}/{SEAL}"
@@ -107,13 +109,14 @@ def not_sealed(store: ReadStore, name: str) -> Iterator[str]:
 
 
 def is_file(store: ReadStore, name: str) -> bool:
-    """Whether `name` is a file, or anything else but a folder."""
+    """Return whether `name` is a file, or anything else but a folder."""
     parent, _, last = name.rpartition("/")
     return last in store.list(parent)
 
 
 def special_file(store: ReadStore, name: str) -> str | None:
-    """Kind of a file that cannot be read: a broken link, a device, ...; None for a plain file."""
+    """Return why a file cannot be read: it is a broken link, a device, ...; None for a plain
+    file."""
     try:
         store.size(name)
     except NotFoundError:
@@ -130,8 +133,8 @@ def _is_step(name: str) -> bool:
 
 
 def _is_occupied(store: ReadStore, folder: str) -> bool:
-    """Whether a folder in a checkpoint's folder is a checkpoint or a run itself, or cannot be
-    listed and might be one."""
+    """Return whether a folder inside a checkpoint's folder is itself a checkpoint or the folder of
+    a run. True if it cannot be listed."""
     try:
         names = store.list(folder.rstrip("/"))
     except HoldfastError:
@@ -140,8 +143,8 @@ def _is_occupied(store: ReadStore, folder: str) -> bool:
 
 
 def _holds_native(store: ReadStore, name: str, files: Sequence[str]) -> bool:
-    """Whether these are files of Holdfast's or stock DCP's checkpoints. Data files suffice, since a
-    damaged checkpoint may lack its manifest."""
+    """Return whether folder `name`, which has these files, holds a checkpoint of Holdfast or stock
+    DCP. Data files are enough, since a damaged checkpoint may lack its manifest."""
     if any(map(_DATA.fullmatch, files)) or METADATA in files:
         return True
     if MANIFEST not in files:

@@ -1,4 +1,4 @@
-"""Publish and check folders that another program fills: no format is known, only files."""
+"""Publishes and checks folders that another program fills, whatever the format of their files."""
 
 from __future__ import annotations
 
@@ -35,27 +35,28 @@ from holdfast.storage.unsynced import UnsyncedStore
 _THREADS_MAX = 8
 
 _PIECE_BYTES = 32 << 20
-"""Bytes of a file that one thread hashes at a time: whole blocks."""
+"""Bytes of a file that one thread hashes at a time, a multiple of the block size."""
 
 _WINDOW_BYTES = 256 << 10
-"""Bytes that are read and hashed at a time: few, so that they are in the cache when hashed."""
+"""Bytes that are read and hashed at a time. Few enough to be still in the CPU cache when they are
+hashed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unsealed:
-    """A folder that is being filled. Readers ignore it."""
+    """A folder that another program fills with the files of a checkpoint. Readers ignore it."""
 
     catalog: Catalog
     attempt: HiddenFolder
     is_durable: bool
-    """Whether `publish` makes it durable."""
+    """Whether the folder is durable when `publish` returns."""
 
     @property
     def folder(self) -> Path:
         return Path(self.catalog.store.url) / str(self.attempt)
 
     def seal(self) -> None:
-        """Write the seal, and make all files durable if wanted.
+        """Write the seal, and make all files durable if `is_durable`.
 
         Raises:
             UsageError: the folder holds no file, or something that is neither file nor folder.
@@ -66,7 +67,7 @@ class Unsealed:
             sync_files(self.folder)
 
     def publish(self) -> None:
-        """Give the sealed folder its name.
+        """Rename the sealed folder to the name of its checkpoint.
 
         Raises:
             ExistsError: another checkpoint has taken the name meanwhile.
@@ -87,12 +88,14 @@ def begin(
     checks_name: bool = True,
     durable: bool = True,
 ) -> Unsealed:
-    """Make the folder to fill, beside `path`, and clean up after killed processes.
+    """Create a hidden folder beside `path` for another program to fill, and clean up after killed
+    processes.
 
-    `chosen_id`: eight hexadecimal digits for the folder's name; random ones by default.
-    `checks_name`: refuse to replace a checkpoint to which files were added, or a file. `durable`:
-    whether `publish` returns only once the checkpoint is durable. If it replaces another one, it
-    does so in any case: that one may be all there is to resume from.
+    `overwrite`: whether a checkpoint at `path` may be replaced. `chosen_id`: eight hexadecimal
+    digits for the folder's name; random by default. `checks_name`: whether to refuse to replace a
+    file, or a checkpoint to which files were added. `durable`: whether the checkpoint is durable
+    when `publish` returns. A checkpoint that replaces another one is always durable: the old one
+    may be the only checkpoint to resume from.
 
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is no checkpoint.
@@ -115,17 +118,20 @@ def begin(
 def sealed(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Publish the files that the `with` block writes, all or none, as the folder `path`.
 
-    The context gives an empty folder beside `path`, which readers ignore. At its end every file is
-    synced and hashed, a seal with sizes and checksums is added (`holdfast.seal`), and one rename
-    gives the folder its name. If the block raises, or the process dies, `path` is as it was.
+    The context gives an empty folder beside `path`, which readers ignore. At the end of the block,
+    every file is hashed, a seal with sizes and checksums is added (`holdfast.seal`), all files are
+    synced, and one rename gives the folder its name. If the block raises or the process dies,
+    `path` does not change.
 
-    One process calls this. In a job of several, that is rank 0, after the others have written.
+    Call this in one process only. In a job of several processes, call it on rank 0, and end the
+    block after the other ranks have written their files.
 
-    `overwrite`: replace the checkpoint at `path`; a folder with files of others is never replaced.
+    `overwrite`: whether to replace a checkpoint at `path`. A folder with other files is never
+    replaced.
 
     Raises:
         ExistsError: something exists at `path`, and may not be replaced.
-        UsageError: `path` is no path of a folder, or the block has written nothing.
+        UsageError: `path` is not the path of a folder, or the block has written nothing.
         StorageError: a file cannot be synced or read, or the folder cannot be renamed.
     """
     unsealed = begin(checked_path(path, "path"), overwrite=checked_flag(overwrite, "overwrite"))
@@ -161,7 +167,7 @@ def write_seal(folder: Path) -> Seal:
 def sync_files(folder: Path) -> None:
     """Make everything below `folder` durable: first the files, then the names in each folder.
 
-    What has been deleted meanwhile is left out.
+    Files that are deleted meanwhile are left out.
     """
     files, folders = [], []
 
@@ -194,7 +200,7 @@ def sync_path(path: Path) -> None:
 
 
 def _files_to_seal(folder: Path) -> list[str]:
-    """All files below a folder, by relative path."""
+    """Return the relative paths of all files below a folder."""
     files = []
     for parent, inner, names in os.walk(folder, onerror=partial(_fail_to_seal, folder)):
         for name in (*inner, *names):
@@ -216,7 +222,7 @@ def _files_to_seal(folder: Path) -> list[str]:
 
 
 def _hash_files(folder: Path, files: Sequence[str]) -> dict[str, SealedFile]:
-    """Size and checksums of each file. All cores share the work on a large file."""
+    """Return the size and the checksums of each file. All cores share the work on a large file."""
     threads = min(_THREADS_MAX, os.cpu_count() or 1)
     sizes = {file: (folder / file).stat().st_size for file in files}
     with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-seal") as pool:
@@ -234,7 +240,7 @@ def _hash_files(folder: Path, files: Sequence[str]) -> dict[str, SealedFile]:
 
 
 def _hash_piece(path: Path, start: int, stop: int) -> list[int]:
-    """Checksum of each block from `start` to `stop`."""
+    """Return the checksum of each block of a file from byte `start` to byte `stop`."""
     window = memoryview(bytearray(_WINDOW_BYTES))
     with _storage_errors(path), path.open("rb", buffering=0) as file:
         file.seek(start)
@@ -262,7 +268,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 
 def is_sealed(store: ReadStore, name: str) -> bool:
-    """Whether a folder has a seal."""
+    """Return whether a folder has a seal."""
     try:
         return SEAL in store.list(name)
     except HoldfastError:
@@ -273,8 +279,8 @@ def read_seal(store: ReadStore, name: str) -> Seal:
     """Read the seal of a folder.
 
     Raises:
-        NotFoundError: it has none.
-        DamagedError, FormatError: it cannot be read.
+        NotFoundError: the folder has no seal.
+        DamagedError, FormatError: the seal cannot be read.
     """
     key = f"{name}/{SEAL}"
     return seals.decode(
@@ -283,7 +289,7 @@ def read_seal(store: ReadStore, name: str) -> Seal:
 
 
 def open_sealed(store: ReadStore, name: str) -> Manifest:
-    """Open a sealed folder as its files. It has no entries, and every file has its size.
+    """Open a sealed folder. The manifest lists its files with their sizes, but no entries.
 
     Raises:
         DamagedError: a file is missing or has another size.
@@ -365,8 +371,8 @@ def _check_file(
 
 
 def matching(store: ReadStore, pattern: str | re.Pattern[str]) -> list[str]:
-    """Names of the folders at the root of a store that match, the newest first: by the last number
-    in their name, then by name."""
+    """Return the folders at the root of a store whose names match `pattern`, newest first. They are
+    sorted by the last number in their name, then by name."""
     folders = [n.rstrip("/") for n in store.list() if n.endswith("/")]
 
     def is_wanted(name: str) -> bool:
@@ -374,7 +380,7 @@ def matching(store: ReadStore, pattern: str | re.Pattern[str]) -> list[str]:
             return fnmatch.fnmatchcase(name, pattern)
         return pattern.fullmatch(name) is not None
 
-    # A save that was killed between two renames has left the good folder under a hidden name.
+    # A save that was killed between two renames has left the good folder under a `.replaced` name.
     names = {folder: name for folder in folders if (name := visible_name(folder)) is not None}
     taken = {name for folder, name in names.items() if folder == name}
     found = {

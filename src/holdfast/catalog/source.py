@@ -15,15 +15,15 @@ from holdfast.format.torchzip import StoredTensor, locate
 from holdfast.storage.store import Distant, FileReader, ReadStore
 
 WINDOW_BYTES = 2 << 20
-"""Most bytes that `ChunkData.window` returns. They stay in the CPU cache between
-their checksum and the copy to the target."""
+"""Most bytes that `ChunkData.window` returns. Few enough to stay in the CPU cache between the
+checksum and the copy to the target."""
 
 ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES_MAX
-"""Bytes of the buffer of each thread: a window, and the rest of the blocks at its ends."""
+"""Bytes of each thread's buffer: a window, extended to whole blocks at both ends."""
 
 CHECKED_BYTES = BLOCK_BYTES_MAX
-"""Bytes of a local file that are read before their checksums are computed, while they are in the
-CPU cache."""
+"""Bytes of a local file that are read before their checksums are computed. Few enough to be still
+in the CPU cache then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Source:
     folder: str
     manifest: Manifest
     tables: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
-    """Block checksums of each file that has been read from."""
+    """Block checksums of each file, filled when the file is first read from."""
 
     @property
     def url(self) -> str:
@@ -47,18 +47,18 @@ class Source:
 
     @property
     def request_bytes(self) -> int | None:
-        """Bytes of one request, if the store is distant."""
+        """Bytes to read in one request, if the store is reached over a network; else None."""
         return self.store.request_bytes if isinstance(self.store, Distant) else None
 
     def key(self, file: str) -> str:
         return f"{self.folder}/{file}"
 
     def checksums(self, chunk: Chunk, nbytes: int) -> tuple[int, ...] | None:
-        """Checksums of the blocks of a chunk of `nbytes`; None if the format has none."""
+        """Return the block checksums of a chunk of `nbytes` bytes; None if the format has none."""
         if chunk.first_block is None:
             return None
         if chunk.file not in self.tables:
-            # Two threads may both read the table, which costs less than a lock.
+            # Without a lock, two threads may both read the table. This costs less than a lock.
             try:
                 self.tables[chunk.file] = read_checksums(
                     self.store, self.folder, self.manifest, chunk.file
@@ -70,13 +70,14 @@ class Source:
 
 
 def fetcher(store: ReadStore, key: str) -> Fetch:
-    """A function that reads `nbytes` at `offset` of a file."""
+    """Return a function that reads `nbytes` at `offset` of a file."""
     return lambda offset, nbytes: store.read(key, offset, offset + nbytes)
 
 
 def locate_chunk(source: Source, name: str, chunk: Chunk) -> StoredTensor:
-    """Find the elements of a chunk of tensor `name`, of which only its container tells the offset
-    and the strides. Raises a DamagedError if it has another dtype or shape than in the index."""
+    """Find the bytes and the strides of a chunk of tensor `name` in its file. Reads the pickle of
+    the `torch.save` archive around them, since the index states neither. Raises a DamagedError if
+    the archive has another dtype or shape than the index."""
     dtype, shape = source.manifest.tensors[name].dtype, chunk.region.shape
     fetch = fetcher(source.store, source.key(chunk.file))
     stored = locate(fetch, chunk.item, where=f"{chunk.file}:{name}")
@@ -92,7 +93,7 @@ def locate_chunk(source: Source, name: str, chunk: Chunk) -> StoredTensor:
 
 
 def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
-    """Read the container of a value, and check it if there is a checksum."""
+    """Read the container of a value, and check its checksum if the manifest has one."""
     try:
         data = source.store.read(source.key(entry.file), entry.item.offset, entry.item.stop)
     except NotFoundError as error:
@@ -116,9 +117,9 @@ def read_value(source: Source, name: str, entry: ValueEntry) -> bytes:
 
 
 class ChunkData:
-    """Reads ranges of the raw data of one chunk, and checks every block that they touch.
+    """Reader of ranges of one chunk's raw data. Checks every block that a range touches.
 
-    Consecutive ranges read and check a block that they share only once.
+    If two consecutive ranges share a block, it is read and checked only once.
     """
 
     def __init__(
@@ -130,8 +131,9 @@ class ChunkData:
         reader: FileReader,
         room: memoryview,
     ) -> None:
-        """`location` is the file of the chunk, which `reader` reads, and the span of the raw data
-        in it. `room` is a buffer of `ROOM_BYTES`."""
+        """`name`: name of the tensor. `location`: file of the chunk, and span of the raw data in
+        that file. `checksums`: of the blocks of the chunk; None if the format has none. `reader`:
+        reader of that file. `room`: buffer of `ROOM_BYTES`."""
         self.name = name
         self._source, (self._file, self._span) = source, location
         self._checksums, self._reader, self._room = checksums, reader, room
@@ -142,7 +144,8 @@ class ChunkData:
         """Number of bytes read so far."""
 
     def with_crc32(self, expected: int) -> ChunkData:
-        """Let `finish` check the CRC-32 that `torch.save` wrote. Read all the data in order."""
+        """Let `finish` check the CRC-32 that `torch.save` wrote. The caller must then read all data
+        in order."""
         self._crc32 = (0, expected)
         return self
 
@@ -151,7 +154,8 @@ class ChunkData:
         if self._checksums is None:
             self._fill(start, target)
             return
-        # Whole blocks are read into the target, and the blocks at the ends into the buffer.
+        # The first and the last block may be needed only in part, but are checked as a whole: read
+        # them into the buffer. Read all other blocks straight into the target.
         block = self._source.manifest.block_bytes
         first = min(-(-start // block) * block, stop)
         last = stop if stop == self._span.nbytes else max(first, stop // block * block)
@@ -163,8 +167,8 @@ class ChunkData:
             target[last - start :] = self.window(last, stop)
 
     def window(self, start: int, stop: int, room: memoryview | None = None) -> memoryview:
-        """Read bytes `start` to `stop`, at most `WINDOW_BYTES`, into `room`, or where that is None
-        into the room of the call before. The next call with that room overwrites them."""
+        """Read bytes `start` to `stop`, at most `WINDOW_BYTES`, into the buffer `room`. None: the
+        buffer of the previous call. The next call with the same buffer overwrites the result."""
         before = self._room
         self._room = before if room is None else room
         first, last = start, stop
@@ -185,7 +189,8 @@ class ChunkData:
         return self._room[start - first : stop - first]
 
     def finish(self) -> None:
-        """Check the CRC-32, if there is one. Call this after all data is read."""
+        """Check the CRC-32 of the chunk's data, if `with_crc32` was called. Call this after all
+        data is read."""
         if self._crc32 and self._crc32[0] != self._crc32[1]:
             raise DamagedError(
                 f"`{self._source.url}/{self._file}`: `{self.name}` has CRC-32 "
@@ -196,8 +201,8 @@ class ChunkData:
             )
 
     def _fill(self, start: int, target: memoryview) -> None:
-        """Read from byte `start` until `target` is full, and check the data. With checksums, these
-        must be whole blocks."""
+        """Read from byte `start` until `target` is full, and check the data. If there are
+        checksums, the data must be whole blocks."""
         offset = self._span.offset + start
         nbytes = self._reader.read_into(offset, target)
         if nbytes != len(target):
@@ -215,8 +220,8 @@ class ChunkData:
 def check(
     source: Source, file: str, name: str, first: int, data: memoryview, expected: Sequence[int]
 ) -> None:
-    """Check consecutive blocks of a tensor, beginning with block `first`. Raises a DamagedError if
-    the checksum of a block differs."""
+    """Check `data`: consecutive blocks of a chunk of tensor `name`, beginning with the chunk's
+    block `first`. Raises a DamagedError if the checksum of a block is not the one in `expected`."""
     found = block_checksums(data, source.manifest.block_bytes)
     if found == [*expected]:
         return
@@ -232,7 +237,7 @@ def check(
 
 
 def ends_inside(source: Source, file: str, name: str, position: int) -> DamagedError:
-    """The error about a file that ends inside a tensor."""
+    """Return the error for a file that ends inside a tensor."""
     return DamagedError(
         f"`{source.url}/{file}` ends inside `{name}`, at byte {position}",
         hint=source.hint,

@@ -1,5 +1,5 @@
-"""Reads checkpoints that another process may replace meanwhile: an error counts only if the
-checkpoint has not changed."""
+"""Reads checkpoints that another process may replace meanwhile. A read that fails is repeated, up
+to a limit, if the checkpoint has been replaced."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def read_steadily(
     read: Callable[[str, object], T],
     is_good: Callable[[T], bool] = lambda _: True,
 ) -> T:
-    """Return `read(folder, fingerprint)` for checkpoint `name`: see `retry_if_replaced`."""
+    """Return `read(folder, fingerprint)` for the folder that has checkpoint `name` now. Call it
+    again if it fails, or `is_good` rejects its result, because another process has replaced the
+    checkpoint."""
 
     def find() -> tuple[str, object]:
         folder = folder_of(store, name)
@@ -70,9 +72,9 @@ def read_steadily(
 
 
 def fingerprint(store: ReadStore, name: str) -> object:
-    """A value that stays equal until the checkpoint `name` is replaced.
+    """Return a value that stays equal until the checkpoint `name` is replaced.
 
-    Cheap: reads the end of the manifest, or file sizes if there is none.
+    This is cheap: it reads the end of the manifest, or the file sizes if there is no manifest.
     """
     try:
         with suppress(HoldfastError):
@@ -88,10 +90,11 @@ def fingerprint(store: ReadStore, name: str) -> object:
 
 
 def folder_of(store: ReadStore, name: str) -> str:
-    """The folder that holds checkpoint `name`: see `folder_among`.
+    """Return the folder that has the files of checkpoint `name`: `name`, or a `.replaced` folder if
+    a save was killed while it replaced the checkpoint.
 
-    Returns `name` for a URL: object stores have no `.replaced` folders, and listing may be slow or
-    forbidden.
+    For a URL, the folder is `name`: object stores have no `.replaced` folders, and listing may be
+    slow or forbidden.
     """
     if is_url(store.url):
         return name
@@ -104,7 +107,7 @@ def folder_of(store: ReadStore, name: str) -> str:
 
 
 def is_deleted(store: ReadStore, name: str) -> bool:
-    """Whether neither a file nor a folder has the name of checkpoint `name`."""
+    """Return whether a checkpoint is gone: no file or folder is named `name`."""
     parent, _, last = name.rpartition("/")
     try:
         return not {last, f"{last}/"} & {*store.list(parent)}

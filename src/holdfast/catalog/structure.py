@@ -17,12 +17,12 @@ INDEX_BYTES_MAX = 1 << 30
 """Most bytes of an index that is read as a whole: enough for several million tensors."""
 
 _WINDOW_BYTES = 16 << 20
-"""Bytes of `.metadata` that are read at once. It may have gigabytes."""
+"""Bytes of `.metadata` that are read at once. The whole file may have gigabytes."""
 
 
 def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[Finding]:
-    """Find files that are missing, of another size or outside of the folder, and entries that reach
-    beyond the end of their file. Reads `.metadata` and file sizes only."""
+    """Find files that are missing, have another size or are links out of the folder, and entries
+    that reach beyond the end of their file. Reads `.metadata` and file sizes only."""
     findings = []
     for file, nbytes in manifest.sizes.items():
         try:
@@ -34,11 +34,13 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
             findings.append(Finding("file", file, f"cannot be read: {error.what}"))
             continue
         if store.leads_out(folder, file):
-            # A stranger's checkpoint could load private files of its reader into a model.
+            # A link in a checkpoint from a stranger could load a private file of the user into a
+            # model.
             findings.append(Finding("file", file, "is a link to a place outside of its folder"))
         if size != nbytes:
             findings.append(Finding("file", file, f"has {size} bytes, {nbytes} were written"))
-    # Decoding Holdfast's own manifest has checked this already, for millions of chunks.
+    # The decoder of Holdfast's own manifest has checked that no item reaches beyond its file. Do
+    # not check it again: there may be millions of items.
     for name, file, item in () if manifest.tables else items_of(manifest):
         if file not in manifest.files:
             findings.append(Finding("file", file, "is missing", name))
@@ -51,7 +53,7 @@ def check_structure(store: ReadStore, folder: str, manifest: Manifest) -> list[F
 
 
 def check_coverage(manifest: Manifest) -> Iterator[Finding]:
-    """Find tensors whose chunks do not hold each element exactly once."""
+    """Yield a finding for each tensor whose chunks do not hold every element exactly once."""
     index = MANIFEST if manifest.metadata else METADATA
     for name, entry in manifest.tensors.items():
         if len(entry.chunks) == 1 and entry.chunks[0].region.is_whole(entry.shape):
@@ -73,7 +75,8 @@ def check_coverage(manifest: Manifest) -> Iterator[Finding]:
 
 
 def items_of(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
-    """Yield name, file and span of every chunk and value."""
+    """For every chunk and value, yield the name of its entry, its file, and its span in the
+    file."""
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             yield name, chunk.file, chunk.item
@@ -84,7 +87,7 @@ def items_of(manifest: Manifest) -> Iterator[tuple[str, str, Span]]:
 def _check_metadata(store: ReadStore, folder: str, nbytes: int, expected: int) -> list[Finding]:
     state, num_read = xxh3_64(), 0
     try:
-        # One byte more than expected shows that the file is too long.
+        # Read up to one byte more than expected, to notice a file that is too long.
         for start in range(0, nbytes + 1, _WINDOW_BYTES):
             stop = min(start + _WINDOW_BYTES, nbytes + 1)
             data = store.read(f"{folder}/{METADATA}", start, stop)

@@ -1,7 +1,7 @@
-"""Where the fast tier of a run is: a record in its durable folder.
+"""Finds the fast tier of a run, by a record in the run's durable folder.
 
-`.tier.json` holds the identifier of the run's folders on the hosts, and their place there. The
-identifier keeps the checkpoints of two runs apart that use one disk.
+The record `.tier.json` holds the name of the folder that the run has on every host, and the path of
+the folder that contains it. The name is random, so that two runs can use one disk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from holdfast.storage.opening import folder_store
 from holdfast.storage.store import ReadStore, Store
 
 HOSTS_MAX = 1024
-"""Most hosts whose folders are looked at."""
+"""Most hosts whose folders are listed."""
 
 _BYTES_MAX = 1 << 16
 _ID = re.compile(r"run-[0-9a-f]{16}", re.ASCII)
@@ -38,15 +38,17 @@ class TierRecord:
     """Name of the run's folder below `local_folder`."""
 
     local_folder: str
-    """Absolute path. `{host}` in it is replaced by the name of the host."""
+    """Absolute path of the folder around the run's folder, on every host. `{host}` in the path
+    stands for the name of the host."""
 
     def folder_on(self, host: str) -> str:
-        """Path of the run's folder on a host."""
+        """Return the path of the run's folder on a host."""
         return f"{self.local_folder.replace('{host}', host).rstrip('/')}/{self.id}"
 
     def folders_here(self) -> dict[str, str]:
-        """The run's folders that this machine sees, by the name of their host: on its own disk,
-        and where `{host}` is the name of a folder, on the disks that are mounted beside it."""
+        """Return the run's folders that this machine can see, by host: the folder of this host and,
+        if `local_folder` contains `{host}`, those folders of other hosts that are mounted next to
+        it."""
         before, mark, after = self.local_folder.partition("{host}")
         hosts = [os.uname().nodename]
         if mark:
@@ -60,7 +62,7 @@ class TierRecord:
 
 
 def read_tier(store: ReadStore, folder: str = "") -> TierRecord | None:
-    """The record in the durable folder of a run; None if the run has no fast tier.
+    """Return the record in the durable folder of a run; None if the run has no fast tier.
 
     Raises:
         FormatError: the record is malformed.
@@ -86,7 +88,8 @@ def read_tier(store: ReadStore, folder: str = "") -> TierRecord | None:
 
 
 def claim_tier(store: Store, local_folder: str) -> TierRecord:
-    """Return the record of a run, after writing one if there is none, or if its place has changed.
+    """Return the record of a run's fast tier. Write a new record if the stored one is missing, is
+    malformed or has another `local_folder`. `store`: durable folder of the run.
 
     Only the run that has locked the durable folder may call this.
     """
@@ -106,7 +109,8 @@ def claim_tier(store: Store, local_folder: str) -> TierRecord:
 
 
 def local_store(store: ReadStore, folder: str = "") -> ReadStore | None:
-    """The checkpoints of a run on this host, given its durable folder; None if there are none."""
+    """Return the store of the checkpoints in a run's fast tier on this host; None if there is none.
+    `folder`: durable folder of the run."""
     try:
         record = read_tier(store, folder)
         if record is None:
@@ -119,8 +123,8 @@ def local_store(store: ReadStore, folder: str = "") -> ReadStore | None:
 
 
 def host_stores(record: TierRecord) -> dict[str, LocalStore]:
-    """The checkpoints of a run on each host: see `TierRecord.folders_here`. Folders that cannot be
-    listed are left out."""
+    """Return, by host name, the store of a run's checkpoints on each host whose folder this machine
+    can see. Folders that cannot be listed are left out."""
     stores = {}
     for host, folder in record.folders_here().items():
         with suppress(HoldfastError):
@@ -135,23 +139,25 @@ class TierView:
     """The fast tier of a run, as far as this machine sees it."""
 
     hosts: Sequence[str]
-    """Hosts whose folder is seen."""
+    """Hosts whose folder this machine sees."""
 
     step: int | None = None
-    """Newest step that one of them has published, and so all hosts have written."""
+    """Newest step that one of `hosts` has published. A host publishes a step only after all hosts
+    have written it."""
 
     num_files: int = 0
-    """Number of data files of that step, on all hosts."""
+    """Number of data files of `step`, on all hosts."""
 
     num_seen: int = 0
-    """Number of those that the hosts seen have."""
+    """Number of data files of `step` that are on `hosts`."""
 
     copies: int = 0
-    """Number of the hosts seen that have each file, at least."""
+    """Number of copies on `hosts` of the data file with the fewest copies."""
 
 
 def view_tier(stores: Mapping[str, ReadStore]) -> TierView:
-    """Describe the newest step on these hosts: see `host_stores`."""
+    """Describe the newest checkpoint of a run's fast tier. `stores`: store of the run's folder on
+    each host, by host name."""
     hosts = sorted(stores)
     folders: dict[str, dict[int, str]] = {}
     for host in hosts:
@@ -165,7 +171,7 @@ def view_tier(stores: Mapping[str, ReadStore]) -> TierView:
     for host, steps in folders.items():
         if step in steps:
             with suppress(HoldfastError):
-                # The manifest is the same on every host.
+                # Every host has the same manifest, so take the expected files from any of them.
                 files = read_manifest(stores[host], steps[step], entries=False).files
                 expected = expected or [*files]
                 counts.update(files.keys() & {*stores[host].list(steps[step])})

@@ -62,7 +62,7 @@ class VerifyTarget:
     """Folder or file below the root of the store."""
 
     quick: bool = False
-    """Check sizes and indices only, no data."""
+    """Whether to check sizes and indices only, not data."""
 
     advance: Advance = lambda _: None
 
@@ -82,7 +82,7 @@ def verify(target: VerifyTarget) -> VerifyReport:
 
     Raises:
         NotFoundError: there is no such folder or file, or it is no checkpoint.
-        FormatError: it is malformed, or refers to code.
+        FormatError: the checkpoint is malformed, or refers to code.
         StorageError: the store failed before anything could be reported.
     """
     sealed = is_folder(target.store, target.name) and is_sealed(target.store, target.name)
@@ -123,7 +123,7 @@ def _with_name(target: VerifyTarget, name: str) -> VerifyTarget:
 
 
 def failed(target: VerifyTarget, error: HoldfastError) -> VerifyReport:
-    """The report on a checkpoint whose index cannot be read."""
+    """Return the report on a checkpoint whose index cannot be read."""
     index = MANIFEST if isinstance(error, DamagedError) else METADATA
     if isinstance(error, DamagedError) and error.file:
         index = error.file.rpartition("/")[2]
@@ -272,7 +272,8 @@ def _verify_torch_file(target: VerifyTarget) -> VerifyReport:
 
 
 def _verify_torch_folder(target: VerifyTarget) -> VerifyReport:
-    """Verify a folder of files of `torch.save`: one with `.bin` weights, or of DeepSpeed's ZeRO."""
+    """Verify a folder of `.bin` weights, or of DeepSpeed's ZeRO. Both consist of files of
+    `torch.save`."""
     store, name = target.store, target.name
     names = store.list(name)
     chosen = weights_in(store, name)
@@ -282,7 +283,7 @@ def _verify_torch_folder(target: VerifyTarget) -> VerifyReport:
         files = [f for f in names if ZERO_OPTIMIZER.fullmatch(f) or ZERO_MODEL.fullmatch(f)]
     findings: list[Finding] = []
     notes: list[str] = [] if is_zero else [*chosen.notes]
-    # An index names all files itself.
+    # Without an index, the file names tell which shards are missing.
     unnamed = [] if chosen.index else safetensors.missing_shards(files)
     for file in [*files, *unnamed]:
         if file not in names:
@@ -294,7 +295,7 @@ def _verify_torch_folder(target: VerifyTarget) -> VerifyReport:
         notes += (f"`{file}`: {note}" for note in checked.notes)
     manifest = Manifest({}, {})
     if not findings:
-        # Its errors are about files that contradict each other.
+        # Opening the whole folder raises errors about files that contradict each other.
         if is_zero:
             manifest, _ = open_zero_folder(store, name)
         else:
@@ -310,11 +311,12 @@ class _TorchFileCheck:
     findings: Sequence[Finding]
     notes: Sequence[str] = ()
     is_read: bool = True
-    """Whether its pickle could be read."""
+    """Whether the file's pickle could be read."""
 
 
 def _check_torch_file(target: VerifyTarget, file: str) -> _TorchFileCheck:
-    """Check a file in the folder of the target; the target itself if `file` is empty."""
+    """Check the `torch.save` file `file` in the target's folder. If `file` is empty, the target
+    itself is the file."""
     reader = target.reader(file)
     nbytes = target.store.size(reader.key)
     where = f"{target.where}/{file}".rstrip("/")

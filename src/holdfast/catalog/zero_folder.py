@@ -1,4 +1,4 @@
-"""Opens folders of DeepSpeed's ZeRO, in which each rank has its parts of flat vectors."""
+"""Opens folders of DeepSpeed's ZeRO, which divides flattened parameters among the ranks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from holdfast.storage.store import ReadStore
 
 
 def open_zero_folder(store: ReadStore, name: str) -> tuple[Manifest, tuple[str, ...]]:
-    """Read the pickles of all files of a folder. Returns a manifest of its parameters and buffers,
-    and notes.
+    """Read the pickles of all files in a folder. Return a manifest of the parameters and buffers in
+    the files, and notes.
 
     Raises:
         FormatError: a file is malformed, or the model is divided in a way that the files do not

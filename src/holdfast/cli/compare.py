@@ -16,17 +16,18 @@ from holdfast.tensors.lazy import Tensors
 from holdfast.tensors.numbers import Array
 
 State = Literal["equal", "differs", "dtype", "shape", "only in a", "only in b"]
-"""Result of a comparison. equal: dtype, shape and elements are equal. dtype: equal numbers in
-different dtypes. shape: different shapes."""
+"""Result of a comparison. equal: dtype, shape and elements are equal. differs: some elements
+differ. dtype: equal numbers in different dtypes. shape: different shapes. only in a, only in b: the
+other checkpoint has no tensor of this name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComparedTensor:
-    """One of the two tensors to compare."""
+    """Tensor of one checkpoint, to compare with a tensor of another."""
 
     tensors: Tensors
     name: str
-    """Name in `tensors`."""
+    """Name of the tensor in `tensors`."""
 
     source: Source | None = None
     """Checkpoint with the tensor's checksums; None if the tensor is converted as it is read."""
@@ -43,10 +44,10 @@ class Difference:
     num_elements: int = 0
     num_differing: int = 0
     max_abs: float = 0.0
-    """Largest absolute difference of two elements; infinite if only one of the two is NaN."""
+    """Largest absolute difference of two elements at one index; infinite if only one is NaN."""
 
     max_rel: float = 0.0
-    """Largest difference of two elements, relative to the larger absolute value of the two."""
+    """Largest difference of two elements at one index, relative to the larger absolute value."""
 
     by_checksum: bool = False
     """Whether all checksums are equal, so that no element was read."""
@@ -60,7 +61,8 @@ def compare(
 ) -> Difference:
     """Compare two tensors. None stands for a tensor that a checkpoint lacks.
 
-    If both have checksums and the same chunks, read only the chunks whose checksums differ.
+    If both have checksums and the same chunks, read only the chunks whose checksums differ. `name`
+    is only for the result. `advance` gets the number of bytes compared since its last call.
     """
     a_held = a.tensors.infos[a.name] if a else None
     b_held = b.tensors.infos[b.name] if b else None
@@ -99,7 +101,7 @@ def compare(
 
 
 def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
-    """Return how many bytes `compare` will report to `advance` in total."""
+    """Return the total of the numbers of bytes that `compare` will pass to its `advance`."""
     a_held, b_held = a.tensors.infos[a.name], b.tensors.infos[b.name]
     if a_held.shape != b_held.shape:
         return 0
@@ -109,9 +111,10 @@ def nbytes_to_read(a: ComparedTensor, b: ComparedTensor) -> int:
 
 
 def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Iterator[Region]:
-    """Yield the regions to compare element by element: all chunks but those with equal checksums.
+    """Yield the regions of all chunks whose checksums are not known to be equal in `a` and `b`.
 
-    If the two tensors are not divided into the same chunks, yield the whole tensor.
+    If only whole tensors can be compared, since they differ in dtype or chunks, or one of them is
+    converted as it is read, yield `whole`: the region of the whole tensor.
     """
     if a.source is None or b.source is None:
         yield whole
@@ -132,7 +135,7 @@ def _regions_to_read(a: ComparedTensor, b: ComparedTensor, whole: Region) -> Ite
 def _differences(
     a: Array, b: Array, dtypes: tuple[str | None, str | None]
 ) -> tuple[int, float, float]:
-    """Return how many elements differ, and the largest absolute and relative differences."""
+    """Return how many elements differ, and the largest absolute and relative difference."""
     if dtypes[0] == dtypes[1]:
         if np.array_equal(_bits(a), _bits(b)):
             return 0, 0.0, 0.0

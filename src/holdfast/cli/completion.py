@@ -24,7 +24,7 @@ class CompletionArguments(Options):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the script, and exit the process."""
+    """Run `holdfast completion`: print the script for the shell, and exit the process."""
     from holdfast.cli import main, skills
 
     options = parsed(CompletionArguments, "completion", arguments)
@@ -43,7 +43,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def options_of_commands() -> dict[str, type[Any]]:
-    """Return the dataclass of options of each command except `train`, and of those of `skills`."""
+    """Return command -> dataclass of its options, for all commands except `train`.
+
+    The commands of `holdfast skills` have keys such as `skills sync`.
+    """
     from holdfast.cli import main, skills
 
     kinds = {}
@@ -56,7 +59,10 @@ def options_of_commands() -> dict[str, type[Any]]:
 
 
 def _one_of(kinds: Mapping[str, Any], summaries: Mapping[str, str]) -> Any:
-    """Return the type of a command line that begins with one of these commands."""
+    """Return a type that tells tyro that a command line begins with one of several commands.
+
+    `kinds`: dataclass of options, by command. `summaries`: text for the help, by command.
+    """
     members = [
         Annotated[kinds[name], tyro.conf.subcommand(name, description=summary)]
         for name, summary in summaries.items()

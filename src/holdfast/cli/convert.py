@@ -95,7 +95,7 @@ class ConvertArguments(JsonOptions):
     """Replace an existing TARGET."""
 
     def convert_options(self) -> ConvertOptions:
-        """Return the options of the conversion."""
+        """Check that the options fit each other, and return them as a `ConvertOptions`."""
         to = target_format(self.source, self.target, self.to)
         if self.push_to_hub is not None and to != "hf":
             raise UsageError("`--push-to-hub` uploads a Hugging Face folder, and needs `--to hf`")
@@ -123,7 +123,7 @@ class ConvertArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Convert, and print size and rate. Return the exit status."""
+    """Run `holdfast convert`: convert, and print size and rate. Return the exit status."""
     options = parsed(ConvertArguments, "convert", arguments)
     planned = plan(options.source, options.convert_options())
     if options.push_to_hub is not None:
@@ -154,7 +154,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _uploaded(folder: str, name: str | None) -> str | None:
-    """Upload an export to the repository `name`. Return the commit's URL; None without a name."""
+    """Upload an export to the repository `name` on the Hugging Face hub.
+
+    Return the URL of the commit. If `name` is None, upload nothing and return None.
+    """
     if name is None:
         return None
     try:

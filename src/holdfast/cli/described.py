@@ -41,14 +41,14 @@ _NAMES = {
 
 
 def config_of(checkpoint: OpenCheckpoint) -> Mapping[str, Any] | None:
-    """Return the `config.json` of a Hugging Face folder, or the one in a manifest; else None."""
+    """Return the `config.json` in a Hugging Face folder or in a manifest; None if there is none."""
     if checkpoint.hf is not None:
         return checkpoint.hf.config
     return checkpoint.manifest.model or None
 
 
 def description(checkpoint: OpenCheckpoint) -> list[str]:
-    """Return lines about the model's class, sizes and tensor names, as far as they are known."""
+    """Return lines of text on the model: class, sizes, tensor names, as far as they are known."""
     lines = []
     config = config_of(checkpoint)
     adapter = None if checkpoint.hf is None else checkpoint.hf.adapter

@@ -56,7 +56,7 @@ class DiffArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Compare, and print the differences. Return the exit status."""
+    """Run `holdfast diff`: print the differences of two checkpoints. Return the exit status."""
     options = parsed(DiffArguments, "diff", arguments)
     opened = open_any(*open_for_reading(options.a)), open_any(*open_for_reading(options.b))
     a, b = comparable_tensors(opened, options)
@@ -102,9 +102,10 @@ def comparable_tensors(
 
 
 def _names(manifest: Manifest, *, model_only: bool) -> dict[str, str]:
-    """Return stored name -> name to compare by.
+    """Return stored name -> name under which to compare the tensor.
 
-    A tensor of the model is compared by its name in the state dict of the model.
+    A tensor of the model is compared under its name in the state dict of the model. `model_only`:
+    leave out tensors of other components.
     """
     names, components = {}, components_of(manifest)
     for name, entry in manifest.tensors.items():
@@ -121,15 +122,19 @@ def _under(names: Mapping[str, str], checkpoint: OpenCheckpoint) -> dict[str, Co
 
 
 def _converted(path: str, assets: str | None) -> dict[str, ComparedTensor]:
-    """Return a Hugging Face model's tensors by Meta's names. They are converted when read."""
+    """Return the tensors of the Hugging Face model at `path`, by Meta's names.
+
+    They are converted when read. `assets`: folder with `config.json`, if `path` has none.
+    """
     outputs = plan(path, ConvertOptions(to="dcp", names="meta", hf_assets=assets)).outputs
     return {name: ComparedTensor(output.tensors, output.name) for name, output in outputs.items()}
 
 
 def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:
-    """Compare the stored bytes of values. Return name of the value -> result.
+    """Compare the values of two checkpoints by their stored bytes.
 
-    The result is empty if a checkpoint is a file of `torch.save`, or has no values.
+    Return name of the value -> `equal`, `differs`, `only in a` or `only in b`. The result is empty
+    if one of the checkpoints is a file of `torch.save`, or has no values.
     """
     a, b = (checkpoint.manifest.values for checkpoint in opened)
     if opened[0].values or opened[1].values or not a or not b:

@@ -46,7 +46,7 @@ Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use",
 WITHOUT_MEND = {
     "damaged": "no command repairs it: restore it from a copy, or start from other weights"
 }
-"""Advice for problems that no command fixes, by their `concern`."""
+"""Advice for problems that no command fixes, by kind of problem: see `Trouble.concern`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,12 @@ class ExaminedFolder:
         return location(self.store, self.name)
 
     def command(self, command: str, below: str = "") -> str:
-        """Return the command line that runs `holdfast command` on this folder or a path below."""
+        """Return the command line `holdfast COMMAND FOLDER`. `below` is appended to FOLDER."""
         return f"holdfast {command} {shlex.quote(self.where + below)}"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Examine the folder, and print its problems. Return the exit status."""
+    """Run `holdfast doctor`: print the problems of a folder. Return the exit status."""
     options = parsed(DoctorArguments, "doctor", arguments)
     folder = _examined(options.folder, quick=not options.verify)
     troubles, resume = [*examine(folder)], folder.resume
@@ -219,7 +219,8 @@ def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None
     """Return the command that fixes a damaged checkpoint; None if no command does.
 
     If Holdfast can load the checkpoint, the command converts it to a new one. Else, if a resume can
-    load another checkpoint, the command removes this one. Else it copies an undamaged model.
+    load another checkpoint, the command removes this one. Else it copies only the model, if that is
+    undamaged.
     """
     if report.loads:
         # Holdfast can load it: only bytes that stock torch needs are damaged. A conversion to a new
@@ -227,7 +228,8 @@ def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None
         copy = shlex.quote(f"{folder.where}-rescued/{name}")
         return f"{folder.command('convert', f'/{name}')} {copy}"
     if report.format == "sealed":
-        # A sealed folder cannot be used in part. `prune` reads no data, so it may miss the damage.
+        # A sealed folder cannot be used in part, so delete it: by `rm`, since `prune` reads no data
+        # and may miss the damage.
         return None if folder.resume is None else f"rm -r {shlex.quote(report.where)}"
     refused = any(finding.concern in ("index", "file") for finding in report.findings)
     if folder.resume is None:
@@ -244,7 +246,7 @@ def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None
 
 
 def _marked(folder: ExaminedFolder, name: str, step: int) -> Trouble:
-    """Return the problem of a checkpoint that is marked as damaged, but has no findings."""
+    """Return the problem of a checkpoint that is marked as damaged, but has no known damage."""
     # This command reads all data, and deletes the mark if nothing is damaged.
     mend = f"{folder.command('verify', f'/{name}')} --mark"
     if not folder.read:
@@ -270,7 +272,7 @@ def _space(folder: ExaminedFolder, store: LocalStore) -> Iterator[Trouble]:
 
 
 def _own_bytes(store: LocalStore, report: VerifyReport) -> int:
-    """Return the bytes of a checkpoint's files that no other checkpoint shares."""
+    """Return the total size of the files that a checkpoint shares with no other checkpoint."""
     shared = 0
     folder = os.path.relpath(report.where, store.url)
     with suppress(HoldfastError):
@@ -288,7 +290,10 @@ def _rights(folder: ExaminedFolder) -> Iterator[Trouble]:
 
 
 def _left_over(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
-    """Yield leftovers of killed saves, and the lock. While a run holds it, yield only the lock."""
+    """Yield a problem for each leftover of a killed save, and for a lock that is held or was left.
+
+    While a run holds the lock of the folder, yield only the lock.
+    """
     lock = f"{folder.name}/{LOCK}"
     holder = store.holder(lock) if LOCK in folder.names else None
     actions = plan_cleanup(folder.names)
@@ -315,9 +320,10 @@ def _left_over(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
 
 
 def _local(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
-    """Yield folders of the fast tier that no restart needs, or that only other hosts can find.
+    """Yield a problem for each folder of the fast tier that no restart needs, or that another host
+    has written: a restart finds that folder only on that host.
 
-    Search the folders that this machine sees. While a run holds the lock, yield nothing.
+    Search only the folders that this machine sees. While a run holds the lock, yield nothing.
     """
     if LOCK in folder.names and store.holder(f"{folder.name}/{LOCK}") is not None:
         return
@@ -342,7 +348,10 @@ def _deletion(path: str) -> str | None:
 
 
 def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
-    """Yield folders that are not named like a checkpoint. Resumes and retention ignore them."""
+    """Yield a problem for each folder that resumes and retention ignore because of its name.
+
+    Sealed folders, and other folders of checkpoints, are left out.
+    """
     for name in folder.names:
         if not name.endswith("/") or step_of(name[:-1]) is not None or hidden_folder_of(name[:-1]):
             continue

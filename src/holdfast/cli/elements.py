@@ -33,7 +33,7 @@ def is_integer(dtype: str | None) -> bool:
 
 
 def numbers(elements: Array, dtype: str) -> NDArray[np.float64 | np.complex128]:
-    """Convert elements to float64 or complex128."""
+    """Convert elements to float64 or complex128. `dtype`: their dtype in torch."""
     if dtype in WITHOUT_NUMBERS:
         raise UsageError(f"statistics and values of `{dtype}` tensors are not supported")
     if dtype.startswith("complex"):
@@ -52,7 +52,7 @@ class Statistics:
     num_nan: int
     num_inf: int
     least: float
-    """Minimum of the finite elements. The three fields below also count only finite elements. All
+    """Minimum of the finite elements. The three fields below also use only finite elements. All
     four are NaN if no element is finite."""
 
     greatest: float
@@ -64,6 +64,8 @@ def statistics(
     tensors: Tensors, name: str, advance: Callable[[int], None] = lambda _: None
 ) -> Statistics:
     """Compute the statistics of one tensor, reading at most `WINDOW_BYTES` at a time.
+
+    `advance`: function that takes the number of bytes read since its last call.
 
     Raises:
         DamagedError: elements do not match their checksum.
@@ -107,7 +109,8 @@ def statistics(
 
 
 def corner(tensors: Tensors, name: str) -> list[list[int | float | str]]:
-    """Read the first elements along the last two dims, at index 0 of all other dims.
+    """Return rows of a tensor's first elements: at most `CORNER` along each of the last two dims,
+    at index 0 of all other dims.
 
     Complex elements are returned as text.
     """

@@ -12,18 +12,22 @@ from holdfast.spelling import counted
 
 @dataclass(frozen=True, slots=True)
 class CheckedExport:
-    """Result of checking one folder."""
+    """Result of checking one Hugging Face folder."""
 
     wrong: tuple[str, ...]
     """Reasons why a loader would fail, or would load a model that computes something else."""
 
     notes: tuple[str, ...]
     logits: str | None
-    """How much the logits differ from those of another folder; None if they were not compared."""
+    """Text on how much the logits differ from those of another model; None if not compared."""
 
 
 def checked_export(path: str, against: str | None) -> CheckedExport:
-    """Check a folder. If `against` is given, compare the logits of the two models too."""
+    """Check the Hugging Face folder at `path`.
+
+    If there is no mistake, and `against` is the path of another folder, compare the logits of the
+    two models too.
+    """
     from holdfast.convert.export_check import check_export
 
     if against is not None and not Path(against).exists():
@@ -52,7 +56,7 @@ def checked_export(path: str, against: str | None) -> CheckedExport:
 
 
 def say_export(export: CheckedExport, path: str) -> None:
-    """Print the result of the check."""
+    """Print the result of checking the Hugging Face folder at `path`."""
     if not export.wrong:
         say(f"{path}: loaders find everything in place")
     for line in export.wrong:

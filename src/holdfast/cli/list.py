@@ -38,7 +38,7 @@ class ListArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the list. Return the exit status."""
+    """Run `holdfast list`: print the list of checkpoints. Return the exit status."""
     options = parsed(ListArguments, "list", arguments)
     store, name = open_for_reading(options.folder)
     check_folder(store, name)
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
-    """Return the row, updated with the result of verifying its checkpoint."""
+    """Return the row of a checkpoint, updated with the report on it, if there is one."""
     if row.state != "good" or report is None or report.good:
         return row
     problem = summary_of(report.findings)

@@ -1,7 +1,7 @@
 """Run `holdfast COMMAND ...`: import the module of the command, and print its errors.
 
-Results go to stdout, everything else to stderr. The class of an error in `holdfast.errors` sets the
-exit status.
+Results go to stdout, everything else to stderr. If a command fails, the class of its error in
+`holdfast.errors` sets the exit status.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(given: Sequence[str], error: HoldfastError) -> int:
-    """Print an error. Return the exit status."""
+    """Print an error, with its traceback if `given` has `--debug`. Return the exit status."""
     if "--debug" in given:
         import traceback  # Imported here, since only failed commands need it.
 

@@ -13,7 +13,7 @@ WIDTH_MAX, HEIGHT_MAX = 48, 12
 LETTERS = ascii_uppercase + ascii_lowercase
 
 OTHERS = "#"
-"""Character for all chunks beyond the last letter."""
+"""Character for each chunk whose number is too high for a letter."""
 
 
 def letter(index: int) -> str:
@@ -43,7 +43,7 @@ def draw(shape: Sequence[int], regions: Sequence[Region]) -> list[str]:
 
 
 def _dims(shape: Sequence[int], regions: Sequence[Region]) -> tuple[int | None, int | None]:
-    """Return the dims to draw vertically and horizontally."""
+    """Return the dims to draw vertically and horizontally; None for one that the tensor lacks."""
     if len(shape) < 2:
         return None, 0 if shape else None
     cuts = [len({region.start[dim] for region in regions}) for dim in range(len(shape))]

@@ -96,7 +96,9 @@ class Decision:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the plan and, without `--dry-run`, carry it out. Return the exit status."""
+    """Run `holdfast prune`: print which folders stay and, without `--dry-run`, delete the others.
+    Return the exit status.
+    """
     options = parsed(PruneArguments, "prune", arguments)
     store, name = open_parent(options.folder)
     check_folder(store, name)
@@ -119,9 +121,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _folders(catalog: Catalog) -> dict[int, str]:
-    """Return the folder of each step of a run.
+    """Return step -> folder, for all checkpoints of a run.
 
-    If there is none, return number -> sealed folder, without numbers that several folders have.
+    If there are none, return number -> folder, for all sealed folders. The number is the last one
+    in the folder's name. Leave out a number that several sealed folders have.
     """
     folders = catalog.folders()
     if folders:
@@ -132,7 +135,10 @@ def _folders(catalog: Catalog) -> dict[int, str]:
 
 
 def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
-    """Decide which folders stay: checkpoints, oldest first, then leftovers of killed saves."""
+    """Return for each folder whether it stays.
+
+    Checkpoints come first, from the oldest to the newest, then leftovers of killed saves.
+    """
     store, folders, retention = catalog.store, _folders(catalog), options.retention
     # List the folder once. Otherwise it would be listed again for each of thousands of checkpoints.
     listed = ListedStore(store)
@@ -168,8 +174,8 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
 def _why_not_decided_by_rules(store: ReadStore, step: int, folder: str) -> str | None:
     """Return the reason why a folder stays regardless of the rules; None if the rules decide.
 
-    A folder stays if it holds several checkpoints, a checkpoint of another step, or a Hugging Face
-    model, or if it cannot be read now.
+    A folder stays if it contains another checkpoint or a run, if its checkpoint has another step
+    than the folder's name, if it holds a Hugging Face model, or if it cannot be read now.
     """
     try:
         if why := why_not_removable(store, folder):
@@ -209,10 +215,10 @@ def _say(store: Store, decisions: Sequence[Decision], options: PruneArguments) -
 
 
 def _kept_bytes(store: Store, going: Sequence[Decision]) -> int:
-    """Return how many bytes of these folders their removal does not free.
+    """Return how many bytes of the folders in `going` are not freed when these are deleted.
 
-    A file that a remaining checkpoint shares is not freed. A file that several of these folders
-    share is counted in each folder, but freed only once.
+    A file that a remaining checkpoint shares is not freed. A file that several folders in `going`
+    share is counted in the size of each, but freed only once.
     """
     names: Counter[Links] = Counter()
     sizes: dict[Links, int] = {}
@@ -229,7 +235,7 @@ def _kept_bytes(store: Store, going: Sequence[Decision]) -> int:
 
 
 def _execute(catalog: Catalog, decisions: Sequence[Decision]) -> None:
-    """Rename all checkpoints to be removed first, then delete their files.
+    """Carry out the decisions: first rename all checkpoints that do not stay, then delete files.
 
     If the process is killed in between, no checkpoint is left with only half of its files.
     """

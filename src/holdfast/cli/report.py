@@ -16,7 +16,7 @@ from holdfast.errors import ExistsError, StorageError
 from holdfast.storage.opening import local_path
 
 HEAD_BYTES = 4096
-"""Bytes at the start of a report that contain `GENERATOR`."""
+"""Number of bytes at the start of a file that are searched for `GENERATOR`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class ReportArguments(Options):
 
 
 def check_replaceable(target: Path) -> None:
-    """Check that the file to write does not exist, or is an earlier report."""
+    """Raise an ExistsError if `target`, the file to write, exists and is not an earlier report."""
     try:
         with target.open("rb") as file:
             is_report = GENERATOR.encode() in file.read(HEAD_BYTES)
@@ -51,7 +51,7 @@ def check_replaceable(target: Path) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Write the page, and print its path. Return the exit status."""
+    """Run `holdfast report`: write the page, and print its path. Return the exit status."""
     options = parsed(ReportArguments, "report", arguments)
     local_path(options.out)
     target = Path(options.out)

@@ -67,7 +67,7 @@ class ServeArguments(Options):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Serve until SIGINT or SIGTERM. Return the exit status."""
+    """Run `holdfast serve`: serve until SIGINT or SIGTERM. Return the exit status."""
     options = parsed(ServeArguments, "serve", arguments)
     check(options)
     token = token_of(options, os.environ)

@@ -68,7 +68,7 @@ class ShowArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the contents of the checkpoint. Return the exit status."""
+    """Run `holdfast show`: print the contents of a checkpoint. Return the exit status."""
     options = parsed(ShowArguments, "show", arguments)
     checkpoint = open_any(*open_for_reading(options.path))
     tensors = chosen(checkpoint, options.name)
@@ -97,7 +97,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def chosen(checkpoint: OpenCheckpoint, name: str) -> Mapping[str, TensorEntry]:
-    """Return the tensor called `name`, or all below that name; all tensors if `name` is empty."""
+    """Return the entry of tensor `name`, or of all tensors below that name, by name of the tensor.
+
+    If `name` is empty, return the entries of all tensors.
+    """
     tensors = checkpoint.manifest.tensors
     if not name:
         return tensors
@@ -115,6 +118,8 @@ def _data(
     options: ShowArguments, checkpoint: OpenCheckpoint, entry: TensorEntry | None
 ) -> dict[str, Any]:
     """Return the statistics and the first elements of a tensor, if the options request them.
+
+    `entry`: entry of that tensor; None if the options do not name a tensor.
 
     The element of a one-element tensor is always returned, since such tensors are often step
     counters.
@@ -145,7 +150,7 @@ def _data(
 
 
 def _say_values(checkpoint: OpenCheckpoint, names: Sequence[str]) -> None:
-    """Print each value with its name, the bytes of its container and its file."""
+    """Print each value with its name, the size of its container and its file."""
     for name, value in values.read(checkpoint, names[:VALUES_MAX]):
         entry = checkpoint.manifest.values[name]
         nbytes = "" if name in checkpoint.values else f"{spelled_bytes(entry.item.nbytes)}  "
@@ -201,7 +206,7 @@ def _say_checkpoint(checkpoint: OpenCheckpoint) -> None:
 
 
 def summarized_components(manifest: Manifest) -> dict[str, dict[str, int]]:
-    """Return the number of tensors, elements, bytes and values of each component.
+    """Return the numbers of tensors, elements, bytes and values in each component, by component.
 
     Elements and bytes of tied tensors count once.
     """

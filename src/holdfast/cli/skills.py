@@ -42,7 +42,7 @@ class CopiesOptions(Options):
 
     @property
     def copies(self) -> Copies:
-        """Copies in the folder that `--to` and `--project` name."""
+        """The user's copies, in the folder that `--to` and `--project` select."""
         here = Path(local_path("."))
         return target_of(self.to, project=self.project, environment=os.environ, here=here)
 

@@ -48,7 +48,7 @@ class JsonOptions(Options):
 def parsed(kind: type[T], command: str, arguments: Sequence[str]) -> T:
     """Parse the arguments of a command into its dataclass `kind`.
 
-    After printing help or an error, exit the process.
+    If the arguments ask for help or are wrong, print help or an error, and exit the process.
     """
     simple = parsed_without_tyro(kind, arguments)
     if simple is not None:
@@ -65,7 +65,7 @@ def parsed(kind: type[T], command: str, arguments: Sequence[str]) -> T:
 
 
 def with_tyro(kind: type) -> type:
-    """Annotate the positional fields of `kind` for tyro. Return `kind`."""
+    """Tell tyro which fields of a dataclass are positional arguments. Return `kind`."""
     import tyro
 
     assert is_dataclass(kind)
@@ -77,10 +77,10 @@ def with_tyro(kind: type) -> type:
 
 
 def parsed_without_tyro(kind: type[T], arguments: Sequence[str]) -> T | None:
-    """Parse a command line that has only positional texts and switches. Return None for any other.
+    """Parse a command line of only positional strings and boolean flags; None for any other.
 
     This saves the import of tyro, which takes longer than the rest of `holdfast list`. A test
-    compares the two parsers for every command.
+    compares this parser with tyro for every command.
     """
     assert is_dataclass(kind)
     positional = [field for field in fields(kind) if field.metadata == POSITIONAL]
@@ -111,7 +111,11 @@ def command_in(
 ) -> str | None:
     """Return the command that the arguments begin with. For `--help`, print help and return None.
 
-    `commands` maps each command to its summary.
+    `commands` maps each command to its summary. `about` (a description of the program) and
+    `example` (a command line) are printed in the help.
+
+    Raises:
+        UsageError: the arguments do not begin with a command.
     """
     command = arguments[0] if arguments else ""
     if command in ("-h", "--help"):
@@ -208,7 +212,7 @@ def say_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def spelled_resume(step: int | None) -> str:
-    """Return a phrase for messages that says which step a resume would load."""
+    """Return text for a message: which step a resume would load, or that there is none."""
     return f"a resume takes step {step}" if step is not None else "no step to resume from"
 
 
@@ -223,10 +227,11 @@ def spelled_shape(shape: Sequence[int]) -> str:
 
 @contextmanager
 def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """Show progress on stderr. Yield a function that takes the bytes done since its last call.
+    """Context that shows the progress of work on `nbytes` bytes on stderr.
 
-    A terminal gets a bar with rate and time left. A log gets a line every `LINE_S` seconds, to show
-    that the command is not stuck.
+    It yields a function that takes the number of bytes done since its last call. A terminal gets
+    a bar with rate and time left. A log gets a line every `LINE_S` seconds, to show that the
+    command is not stuck.
     """
     if not nbytes:
         yield lambda _: None
@@ -245,7 +250,10 @@ def progress(label: str, nbytes: int) -> Iterator[Callable[[int], None]]:
 
 
 def _line_printer(label: str, nbytes: int) -> Callable[[int], None]:
-    """Return a function that prints progress lines to a log. Any thread may call the function."""
+    """Return a function that takes the number of bytes done since its last call.
+
+    It prints a line about the progress every `LINE_S` seconds. Any thread may call it.
+    """
     done, started = 0, time.monotonic()
     printed, mutex = started, threading.Lock()
 

@@ -25,19 +25,24 @@ Example: holdfast train --training.steps 200
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Replace this process by the launcher of the run. The exit status is that of the launcher."""
+    """Run `holdfast train`: replace this process by one that starts the workers, and whose exit
+    status is then that of the command.
+    """
     if {"-h", "--help"} & {*arguments}:
         say(HELP)
     elif not any(argument.startswith("--job.config") for argument in arguments):
         arguments = ["--job.config_file", _config_file(os.environ), *arguments]
     sys.stdout.flush()
-    # Start a new interpreter, without threads and imported modules: the launcher forks its workers.
+    # The launcher forks its workers, so run it in a new interpreter, which has no threads yet.
     launcher = [sys.executable, "-m", "holdfast.trainer.launch", *arguments]
     os.execv(sys.executable, launcher)
 
 
 def _config_file(environment: os._Environ[str]) -> str:
-    """Return the path of the settings file. Search the current folder, then the project."""
+    """Return the path of the settings file: `CONFIG_FILE` in the environment, or the default.
+
+    Search for it in the current folder, then in the root of Holdfast's repository.
+    """
     file = environment.get("CONFIG_FILE", CONFIG_FILE)
     for path in (Path(file), Path(__file__).parents[3] / file):
         if path.exists():

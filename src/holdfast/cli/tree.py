@@ -44,7 +44,10 @@ def tree_of(tensors: Mapping[str, TensorEntry]) -> TreeNode:
 
 
 def lines(node: TreeNode, *, each: bool = False, depth: int = 0) -> Iterator[str]:
-    """Yield the lines of the tree, one per node. `each`: whether equal layers have a line each."""
+    """Yield lines of text that show the tree below a node.
+
+    `each`: whether each of several equal layers has its own line. `depth`: levels to indent.
+    """
     for names, child in _grouped(node, each):
         name, below = _joined(names, child)
         yield f"{INDENT * depth}{name}{_spelled(names, below)}"
@@ -52,16 +55,17 @@ def lines(node: TreeNode, *, each: bool = False, depth: int = 0) -> Iterator[str
 
 
 def count(entries: list[TensorEntry]) -> tuple[int, int]:
-    """Return the number of elements and bytes of tensors. Tied tensors count once."""
+    """Return how many elements and bytes the tensors have together. Tied tensors count once."""
     distinct = {tuple((c.file, c.item) for c in entry.chunks): entry for entry in entries}
     elements = sum(prod(entry.shape) for entry in distinct.values())
     return elements, sum(entry.nbytes for entry in distinct.values())
 
 
 def _grouped(node: TreeNode, each: bool) -> Iterator[tuple[list[str], TreeNode]]:
-    """Yield the children of a node in groups, each as the names and the first child of the group.
+    """Group the children of a node. Yield the names in each group, and its first child.
 
-    Neighbours that have numbers as names and are equal form a group, unless `each` is true.
+    Adjacent children form a group if their names are numbers, and the tensors below them have equal
+    names, dtypes and shapes, as in equal layers. If `each` is true, each child is a group.
     """
     members = list(node.children.items())
     if all(name.isdecimal() for name in node.children):
@@ -74,13 +78,18 @@ def _grouped(node: TreeNode, each: bool) -> Iterator[tuple[list[str], TreeNode]]
 
 
 def _signature(node: TreeNode) -> tuple[object, ...]:
-    """Return a value that is equal for nodes whose tensors have equal names, dtypes and shapes."""
+    """Return a value that is equal for two nodes if the tensors below them have equal names,
+    dtypes and shapes."""
     leaves = tuple((entry.dtype, entry.shape) for entry in node.leaves)
     return leaves, tuple((name, _signature(child)) for name, child in node.children.items())
 
 
 def _joined(names: list[str], node: TreeNode) -> tuple[str, TreeNode]:
-    """Follow a chain of nodes with one child each. Return its joined name and its last node."""
+    """Follow the chain of nodes that begins with `node`, while each has one child and no tensor.
+
+    Return the joined name of the chain and its last node. `names`: names of the equal nodes for
+    which `node` stands.
+    """
     name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
     while len(node.children) == 1 and not node.leaves:
         ((below, node),) = node.children.items()

@@ -16,7 +16,8 @@ MEMBERS_MAX = 100_000
 
 
 def below(checkpoint: OpenCheckpoint, name: str) -> list[str]:
-    """Return the names of the values at or below `name`; empty if `name` is empty."""
+    """Return a list: `name` if it names a value, else the names of all values below it. It is empty
+    if `name` is empty."""
     values = checkpoint.manifest.values
     if not name:
         return []

@@ -66,7 +66,7 @@ class VerifyArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Verify, and print the findings. Return the exit status."""
+    """Run `holdfast verify`: check the data, and print the findings. Return the exit status."""
     options = parsed(VerifyArguments, "verify", arguments)
     if options.mark and options.quick:
         raise UsageError("`--mark` needs all data read: no `--quick`")
@@ -129,10 +129,11 @@ def _raise_if_damaged(reports: Sequence[VerifyReport], *, in_folder: bool, marke
 
 
 def verified(store: ReadStore, names: Sequence[str], quick: bool) -> dict[str, VerifyReport]:
-    """Verify checkpoints, with progress on stderr. Return the report of each, by name.
+    """Verify the checkpoints `names`, with progress on stderr. Return name -> report.
 
-    An error becomes a finding of the report. A checkpoint that another process deletes meanwhile is
-    left out, with a note on stderr.
+    `quick`: check only indices and file sizes. If a checkpoint cannot be verified, the error
+    becomes a finding of its report. A checkpoint that another process deletes meanwhile is left
+    out, with a note on stderr.
     """
     reports = {}
     listed = ListedStore(store)
@@ -171,7 +172,10 @@ def _check_markable(where: str, checkpoints: Sequence[str]) -> None:
 
 
 def _mark(reports: Sequence[VerifyReport]) -> None:
-    """Mark each damaged checkpoint, and delete the mark of each one that loads."""
+    """Mark as damaged each checkpoint with an entry that Holdfast cannot load.
+
+    Delete the marks of the other checkpoints.
+    """
     for report in reports:
         folder, _, name = report.where.rpartition("/")
         step = step_of(name)
@@ -184,7 +188,7 @@ def _mark(reports: Sequence[VerifyReport]) -> None:
 
 
 def stored_bytes(store: ReadStore, name: str) -> int:
-    """Return the bytes of all files of a checkpoint. Skip files whose size cannot be read."""
+    """Return the size of a checkpoint in bytes. Skip files whose size cannot be read."""
     try:
         listed = read_seal(store, name).files if is_sealed(store, name) else store.list(name)
         files = [f"{name}/{file}" for file in listed if not file.endswith("/")]
@@ -198,9 +202,10 @@ def stored_bytes(store: ReadStore, name: str) -> int:
 
 
 def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int | None:
-    """Return the newest step that a resume would load; None if there is none.
+    """Return the step that a resume would load; None if there is none.
 
-    `marked`: steps that are marked as damaged, which a resume skips.
+    `reports`: on all checkpoints of the folder. `marked`: steps that are marked as damaged, which a
+    resume skips.
     """
     steps = [
         report.step

@@ -21,7 +21,7 @@ class VersionArguments(JsonOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Print the versions. Return the exit status."""
+    """Run `holdfast version`: print the installed versions. Return the exit status."""
     options = parsed(VersionArguments, "version", arguments)
     versions = {"holdfast": _installed("holdfast"), "python": platform.python_version()}
     versions |= {package: _installed(package) for package in PACKAGES}

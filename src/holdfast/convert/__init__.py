@@ -1,1 +1,1 @@
-"""Conversion between all formats, tensor by tensor, in bounded memory, without model or ranks."""
+"""Conversion between all formats, tensor by tensor, in bounded memory, in one process."""

@@ -1,4 +1,4 @@
-"""PEFT adapters in conversions: to native names, to a folder of PEFT, or merged into their base."""
+"""Conversion of PEFT adapters: to native names, to a PEFT folder, or merged into their base."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _LORA = re.compile(
     r"(?P<module>.+)\.(?P<kind>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
     r"(?:\.(?P<adapter>(?!weight$)\w+))?(?P<end>\.weight|\.bias)?"
 )
-"""Name of an adapter's tensor, in memory (with the adapter's name) or in a folder of PEFT."""
+"""Name of an adapter's tensor, in a live model (with the adapter's name) or in a PEFT folder."""
 
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<adapter>\w+)\.(?P<end>.+)")
-"""Name in memory of a weight that is trained in full."""
+"""Name, in a live model, of a weight that is trained in full."""
 
 _BASE = re.compile(r"(?P<module>.+)\.(?:base_layer|original_module)\.(?P<end>.+)")
-"""Name in memory of a weight of the base beside an adapter."""
+"""Name, in a live model, of a base weight that has an adapter."""
 
 
 def has_adapter(tensors: Tensors) -> bool:
@@ -38,13 +38,13 @@ def has_adapter(tensors: Tensors) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSource:
-    """An adapter in a checkpoint, by the names that a folder of PEFT has."""
+    """An adapter in a checkpoint, under the names of a PEFT folder."""
 
     tensors: Tensors
-    """Factors and weights trained in full."""
+    """Low-rank factors, and weights trained in full."""
 
     base: Tensors
-    """Weights of the base that the checkpoint has too, by the base's names; may be empty."""
+    """Base weights in the same checkpoint, under the names of the base model; may be empty."""
 
     config: Mapping[str, Any]
     """Contents of `adapter_config.json`."""
@@ -55,10 +55,11 @@ class AdapterSource:
 
 
 def adapter_config_of(opened: ConvertSource, path: str | None) -> Mapping[str, Any]:
-    """Return the `adapter_config.json` at `path`, a file or its folder, or beside the weights.
+    """Return the contents of `adapter_config.json`. `path`: path of this file, or of its folder;
+    None: the file is beside the weights.
 
     Raises:
-        UsageError: there is none, or it is not of LoRA.
+        UsageError: there is no such file, or the adapter is of another kind than LoRA.
     """
     hf = opened.checkpoint.hf
     config = hf.adapter if hf is not None else None
@@ -80,7 +81,10 @@ def adapter_config_of(opened: ConvertSource, path: str | None) -> Mapping[str, A
 def open_adapter(
     opened: ConvertSource, model: Tensors, config: Mapping[str, Any], table: TensorMapping | None
 ) -> AdapterSource:
-    """Return the adapter of a checkpoint. `table`: of its base, needed for native names."""
+    """Return the adapter of a checkpoint, under PEFT's names. `model`: tensors of the adapter, and
+    of its base if the checkpoint has them. `config`: contents of `adapter_config.json`. `table`:
+    mapping between native and Hugging Face tensors of the base, needed if the tensors have native
+    names; else None."""
     if opened.dialect in ("meta", "titan"):
         if table is None:
             raise UsageError(
@@ -97,7 +101,7 @@ def open_adapter(
     for name in model.infos:
         short = name.removeprefix(PREFIX)
         if lora := _LORA.fullmatch(short):
-            # Folders of PEFT have the vector of magnitudes without an end.
+            # PEFT folders name a vector of DoRA's magnitudes without `.weight` at the end.
             end = "" if lora["kind"] == "lora_magnitude_vector" else lora["end"] or ""
             adapter[name] = f"{PREFIX}{lora['module']}.{lora['kind']}{end}"
         elif saved := _SAVED.fullmatch(short):
@@ -122,7 +126,8 @@ def open_adapter(
 def base_of(
     adapter: AdapterSource, opened: ConvertSource, hf_assets: str | None
 ) -> ConvertSource | None:
-    """Return the base of an adapter, from the folder `hf_assets`; None: the checkpoint has it."""
+    """Open the base model of an adapter, in the folder or hub repository `hf_assets`. Return None
+    if the checkpoint has the base weights itself."""
     targets = {
         f"{match['module'].removeprefix(PREFIX)}.weight"
         for name in adapter.tensors.infos
@@ -139,16 +144,18 @@ def base_of(
 
 
 def merged(adapter: AdapterSource, base: ConvertSource | None) -> Tensors:
-    """Return a base with the adapter added. `base`: see `base_of`."""
+    """Return the base weights with the adapter added. `base`: the base model; None: the checkpoint
+    has the base weights itself."""
     if base is None:
         return Merged(adapter.base, adapter.tensors, adapter.config)
-    # Buffers and other tensors of the checkpoint are newer than those of the folder.
+    # Base tensors in the checkpoint, such as buffers, are newer than those of the base model.
     newer = Joined(adapter.tensors, adapter.base)
     return Merged(base.model, newer, adapter.config)
 
 
 def notes_on(adapter: AdapterSource, *, is_merged: bool) -> Iterator[str]:
-    """Yield the notes on a conversion of an adapter."""
+    """Yield notes for the user on the export of an adapter. `is_merged`: whether the export has the
+    base weights with the adapter added, not the adapter alone."""
     config = adapter.config
     scale = f"r is {config.get('r')}, lora_alpha {config.get('lora_alpha')}"
     if is_merged:
@@ -165,7 +172,8 @@ def encoded_config(config: Mapping[str, Any]) -> bytes:
 
 
 def _is_saved(name: str, config: Mapping[str, Any]) -> bool:
-    """Return whether the configuration lists the module of a tensor as trained in full."""
+    """Return whether `config`, an `adapter_config.json`, lists the module of tensor `name` as
+    trained in full."""
     modules = config.get("modules_to_save")
     module = name.rpartition(".")[0]
     return isinstance(modules, list) and any(

@@ -38,18 +38,19 @@ class ConvertResult:
     """Path of the target."""
 
     nbytes: int
-    """Bytes of the target's files."""
+    """Bytes of the target; for an export, bytes of its weights."""
 
     kept_bytes: int
-    """Bytes among them that an earlier, killed conversion had already written."""
+    """Bytes of the target that an earlier, killed conversion had already written."""
 
     seconds: float
     num_tensors: int
 
 
 def convert(planned: ConvertPlan, target: str, advance: Advance = lambda _: None) -> ConvertResult:
-    """Convert to the path `target`: see `convert_to`."""
-    # Encode values first: if one cannot be converted, no folder has been created.
+    """Carry out a planned conversion, to the path `target`: see `convert_to`. `advance`: called
+    with the number of bytes written since its last call."""
+    # Encode values before a folder is created, since a value may be impossible to convert.
     values = values_of(planned)
     if planned.options.to == "dcp":
         check_number(target, _kind(planned), planned.opened.checkpoint.manifest.step)
@@ -90,7 +91,7 @@ def convert_to(
 
 
 def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance) -> int:
-    """Write the target. Returns its bytes."""
+    """Write the target. Returns its size in bytes; for an export, the size of the weights."""
     outputs, options = planned.outputs, planned.options
     if options.to == "hf":
         infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
@@ -112,8 +113,8 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
 
 
 def _facts(target: ConvertTarget, planned: ConvertPlan) -> Manifest:
-    """Return the manifest without entries and files. A step number in the target's name overrides
-    the source's."""
+    """Return the manifest of the checkpoint to write, without entries and files. A step number in
+    the target's name overrides the step of the source."""
     manifest = planned.opened.checkpoint.manifest
     step = step_of(target.name)
     components = manifest.components
@@ -130,7 +131,7 @@ def _facts(target: ConvertTarget, planned: ConvertPlan) -> Manifest:
 
 
 def _kind(planned: ConvertPlan) -> Kind:
-    """Return the kind of the target."""
+    """Return the kind of the checkpoint to write: `full`, or `model` for the model alone."""
     if not planned.complete:
         return "model"
     opened = planned.opened
@@ -138,7 +139,8 @@ def _kind(planned: ConvertPlan) -> Kind:
 
 
 def _structure(planned: ConvertPlan, values: Values) -> dict[Path, Node] | None:
-    """Return the source's structure without the containers from which an entry is left out."""
+    """Return the source's structure; None if it has none. Leave out the nodes of dicts and lists
+    from which the conversion leaves out an entry."""
     manifest = planned.opened.checkpoint.manifest
     if manifest.structure is None:
         return None
@@ -155,7 +157,8 @@ def _structure(planned: ConvertPlan, values: Values) -> dict[Path, Node] | None:
 
 
 def values_of(planned: ConvertPlan) -> Values:
-    """Return the values of the source in the form that the target needs."""
+    """Return the path and bytes of each value of the source, in the form that the target needs;
+    empty if the target gets no values."""
     opened, options = planned.opened, planned.options
     if options.to == "hf" or options.model_only or not opened.checkpoint.manifest.values:
         return {}

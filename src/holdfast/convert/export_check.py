@@ -1,8 +1,8 @@
 """Check of a Hugging Face folder by the rules of the programs that load it.
 
 transformers, vLLM and SGLang read `config.json`, the index, the headers and the tokenizer;
-llama.cpp's converter reads the tokenizer's own files too. Each accepts some mistakes in silence and
-fails late, or computes something else, at others.
+llama.cpp's converter reads the tokenizer's own files too. Each program ignores some mistakes. Other
+mistakes make it fail late or compute wrong results.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TOKENIZERS = (
     ("vocab.txt",),
     ("spiece.model",),
 )
-"""Sets of files, any of which is a tokenizer."""
+"""Sets of files. Each set is a complete tokenizer."""
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/")
 
@@ -57,17 +57,17 @@ class ExportReport:
     """Result of checking an export."""
 
     wrong: tuple[str, ...]
-    """Reasons for a loader to fail, or to compute something else."""
+    """Mistakes that make a loader fail or compute wrong results."""
 
     notes: tuple[str, ...]
-    """Missing parts that some uses need."""
+    """Remarks that are not mistakes: ignored files, missing files that some uses need."""
 
 
 def check_export(path: str) -> ExportReport:
-    """Check a Hugging Face folder. Reads headers and small files, no data of weights.
+    """Check a Hugging Face folder. Reads headers and small files, but not the data of the weights.
 
     Raises:
-        UsageError: there is something else at `path`.
+        UsageError: `path` is not a Hugging Face folder of a whole model.
         DamagedError, FormatError: the weights cannot be opened at all.
     """
     store, name = open_for_reading(path)
@@ -91,7 +91,8 @@ def check_export(path: str) -> ExportReport:
 
 
 class _Folder:
-    """A folder, open for checks. Lists its files and reads its configuration once."""
+    """A Hugging Face folder that is being checked. Its files and configuration are read only
+    once."""
 
     def __init__(self, store: ReadStore, name: str, checkpoint: OpenCheckpoint) -> None:
         self.store, self.name, self.checkpoint = store, name, checkpoint
@@ -108,7 +109,7 @@ class _Folder:
 
     @cached_property
     def num_words(self) -> int | None:
-        """Number of rows of the embedding, as far as it is known."""
+        """Number of rows of the embedding; None if unknown."""
         for name, entry in self.checkpoint.manifest.tensors.items():
             if name.endswith((HF_EMBEDDING, "embed_tokens.weight", "word_embeddings.weight")):
                 return entry.shape[0] if entry.shape else None
@@ -119,7 +120,8 @@ class _Folder:
         return read_config(self.store, self.name)
 
     def json(self, file: str) -> Any:
-        """Return the contents of a file of JSON. Raises a FormatError if it is none."""
+        """Return the contents of a JSON file. Raises a FormatError if the file is not valid
+        JSON."""
         size = self.store.size(f"{self.name}/{file}")
         try:
             if size > JSON_BYTES_MAX:
@@ -130,13 +132,13 @@ class _Folder:
 
 
 def _config(folder: _Folder) -> Iterator[str]:
-    """Yield mistakes of `config.json`."""
+    """Yield mistakes in `config.json`."""
     if CONFIG not in folder.files:
         yield f"`{CONFIG}` is missing: no loader knows the class of the model"
         return
     config = folder.config
     if is_of_diffusers(config):
-        return  # None of these keys is its.
+        return  # Configurations of diffusers have other keys.
     text = of_language_model(config)
     if not isinstance(config.get("model_type"), str):
         yield f"`{CONFIG}` has no `model_type`"
@@ -164,7 +166,7 @@ def _config(folder: _Folder) -> Iterator[str]:
 
 
 def _dtype(folder: _Folder, config: Config) -> Iterator[str]:
-    """Yield a line if `config.json` has another dtype than the weights."""
+    """Yield one line, a mistake, if `config.json` states another dtype than most weights have."""
     text = config.get("text_config")
     places = [config, text] if isinstance(text, dict) else [config]
     declared = next((p[k] for p in places for k in ("dtype", "torch_dtype") if p.get(k)), None)
@@ -175,7 +177,7 @@ def _dtype(folder: _Folder, config: Config) -> Iterator[str]:
 
 
 def _weights(folder: _Folder) -> Iterator[str]:
-    """Yield mistakes of index, headers and tensor names."""
+    """Yield mistakes in the index, the headers and the names of tensors."""
     if INDEX in folder.files:
         index = folder.json(INDEX)
         metadata = index.get("metadata") if isinstance(index, dict) else None
@@ -204,7 +206,8 @@ def _weights(folder: _Folder) -> Iterator[str]:
 
 
 def _fused(folder: _Folder) -> Iterator[str]:
-    """Yield a note on experts in the form that transformers has in memory."""
+    """Yield a note if the experts of a layer are fused into one tensor, as transformers has them in
+    memory."""
     config = of_language_model(folder.config)
     family = table_of(config)
     if family is not None and fused_experts(mapping_of(family, config), folder.tensors):
@@ -216,7 +219,8 @@ def _fused(folder: _Folder) -> Iterator[str]:
 
 
 def _format_of(folder: _Folder, file: str) -> object:
-    """Return `format` in the metadata of a file of safetensors, which has been opened already."""
+    """Return the key `format` in the metadata of a safetensors file. The caller has checked the
+    file's header."""
     key = f"{folder.name}/{file}"
     nbytes = int.from_bytes(folder.store.read(key, 0, 8), "little")
     metadata = json.loads(folder.store.read(key, 8, 8 + nbytes)).get("__metadata__") or {}
@@ -224,7 +228,7 @@ def _format_of(folder: _Folder, file: str) -> object:
 
 
 def _tokenizer(folder: _Folder) -> Iterator[str]:
-    """Yield mistakes of the tokenizer."""
+    """Yield mistakes in the tokenizer."""
     for file in ("tokenizer_config.json", "special_tokens_map.json", *PROCESSORS):
         if file in folder.files:
             folder.json(file)
@@ -251,13 +255,15 @@ def _list(value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _generation(folder: _Folder) -> Iterator[str]:
-    """Yield mistakes of `generation_config.json`, or of what takes its place in `config.json`."""
+    """Yield mistakes in `generation_config.json`; without this file, in `eos_token_id` of
+    `config.json`."""
     file, rows = GENERATION_CONFIG, folder.num_words
     keys: Sequence[str] = TOKEN_IDS
     if file in folder.files:
         config = folder.json(file)
     elif CONFIG in folder.files:
-        # Tokens that it has besides are defaults of its class, often beyond the vocabulary.
+        # Check only this token: for others, `config.json` may have defaults of the configuration
+        # class, which are often beyond the vocabulary.
         file, config = CONFIG, of_language_model(folder.config)
         keys = ("eos_token_id",)
     else:

@@ -1,4 +1,4 @@
-"""Logits of an export compared with those of its source, both opened by transformers."""
+"""Compares the logits of an export with those of its source. transformers opens both."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from holdfast.catalog.hf_folder import CONFIG
 from holdfast.errors import MismatchError, UsageError
 
 NUM_TOKENS = 32
-"""Tokens of the input, drawn at random."""
+"""Number of random input tokens."""
 
 EXACT = 1e-5
-"""Largest difference of equal weights in float32, as a share of the largest logit: sums may have
-another order."""
+"""Largest difference between the logits of equal weights in float32, as a share of the largest
+logit. The difference may exceed 0, since the order of sums may differ."""
 
 ROUNDED, DIVERGENCE_MAX = 0.1, 0.01
-"""Largest difference, and KL divergence per token, of weights that were rounded to another dtype.
-The divergence alone is small for any two models that are sure of nothing."""
+"""Largest difference, and largest KL divergence per token, if weights were rounded to another
+dtype. A small divergence alone proves nothing: it is also small between two unrelated models whose
+predictions are almost uniform."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +38,19 @@ class LogitsReport:
 
     @property
     def good(self) -> bool:
-        """Whether the difference is one of rounding only."""
+        """Whether rounding alone can explain the difference."""
         is_rounded = self.difference <= ROUNDED and self.divergence <= DIVERGENCE_MAX
         return self.difference <= EXACT or is_rounded
 
 
 def compare_logits(folder: str, source: str) -> LogitsReport:
-    """Run both models in float32 on the same tokens. Both must be local folders.
+    """Compare the logits of the models in two local folders. Both run in float32 on the same random
+    tokens.
 
     Raises:
         UsageError: transformers is not installed.
-        MismatchError: transformers does not open a folder, misses tensors or finds others; the
-            shapes of the logits differ; or the model gives no logits for tokens alone.
+        MismatchError: transformers cannot open a folder, or finds missing or unexpected tensors;
+            the shapes of the logits differ; or the model needs other inputs than tokens.
     """
     first, second = _logits(folder), _logits(source)
     if first.shape != second.shape:

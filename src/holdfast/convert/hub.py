@@ -1,4 +1,4 @@
-"""Upload of an export to the Hugging Face hub, with a model card that says where it comes from."""
+"""Upload of an export to the Hugging Face hub, with a model card that states its origin."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _HEADER = re.compile(rb"---\r?\n(.*?)^---", re.DOTALL | re.MULTILINE)
 _LICENSE = re.compile(r"^license(?:_name|_link)?: *\S.*$", re.MULTILINE)
 
 _SOURCE_PARTS = 3
-"""Last parts of a path that a card shows: the folders above them may name people."""
+"""Number of last parts of the source path that a card shows. Folders above them may contain names
+of people."""
 
 
 def open_repository(name: str) -> None:
-    """Create the repository `name` on the hub, private, unless it exists.
+    """Create the private repository `name` on the hub, unless it exists.
 
-    Done before a conversion, so that a missing token is known before hours of work.
+    Call this before a conversion, so that a missing token is noticed before hours of work.
 
     Raises:
         UsageError: `name` is not `org/name`, or huggingface_hub is not installed.
-        StorageError: the hub refuses it or cannot be reached.
+        StorageError: the hub refuses the request or cannot be reached.
     """
     if not HUB_NAME.fullmatch(name):
         raise UsageError(
@@ -51,8 +52,8 @@ def open_repository(name: str) -> None:
 def upload(folder: str, name: str) -> str:
     """Upload a complete export to the repository `name`. Returns the URL of the commit.
 
-    Weights of an earlier upload that the export does not have are deleted. Files that the hub has
-    already are not sent again.
+    Weight files of an earlier upload are deleted if the export does not have them. Files that the
+    hub already has are not sent again.
 
     Raises:
         StorageError: the upload failed; the folder is complete.
@@ -72,20 +73,22 @@ def upload(folder: str, name: str) -> str:
 
 
 def again_hint(folder: str, name: str) -> str:
-    """Hint how to repeat an upload that did not end."""
+    """Return the hint on how to complete an upload that failed."""
     return f"`{folder}` is complete: `hf upload {name} {folder}` sends the rest"
 
 
 def _on_hub(name: str, action: Callable[[], T], hint: str | None) -> T:
-    """Return the result of an action on the hub. Raises a StorageError of one line if it fails."""
+    """Run an action on the hub and return its result. If it fails, raise a StorageError with one
+    line. `name`: name of the repository. `hint`: hint of the error."""
     from huggingface_hub import errors
 
-    # Versions before 1 raise errors of requests, which are OSErrors; later ones those of httpx.
+    # Before version 1, huggingface_hub raises exceptions of `requests`, which are OSErrors. Since
+    # version 1, it raises those of `httpx`.
     http_error: type[Exception] = getattr(errors, "HTTPError", OSError)
     try:
         return action()
     except (OSError, ValueError, RuntimeError, http_error) as raised:
-        # The upload of a single file that fails is wrapped in a RuntimeError.
+        # If the upload of a single file fails, the error is wrapped in a RuntimeError.
         error = raised.__cause__ or raised if isinstance(raised, RuntimeError) else raised
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0]
@@ -103,9 +106,10 @@ def _on_hub(name: str, action: Callable[[], T], hint: str | None) -> T:
 def with_card(
     contents: Iterable[tuple[str, bytes]], planned: ConvertPlan, dtype: str
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the files of an export besides its weights, which are in `dtype`, with a model card.
+    """Yield the files of an export besides its weights, with a new model card.
 
-    The card replaces that of the assets, which describes other weights, and keeps its license.
+    `contents`: name and bytes of each of these files. `dtype`: dtype of the weights. The new card
+    replaces the card in `contents`, which describes other weights, but keeps its license.
     """
     replaced, last = b"", list[tuple[str, bytes]]()
     for file, data in contents:
@@ -120,7 +124,7 @@ def with_card(
 
 
 def card(planned: ConvertPlan, dtype: str, replaced: bytes = b"") -> str:
-    """Return the model card of an export in `dtype`. `replaced`: the card of its base model."""
+    """Return the model card of an export in `dtype`. `replaced`: model card of the base model."""
     manifest = planned.opened.checkpoint.manifest
     base = _base_name(planned)
     source = planned.opened.given
@@ -160,7 +164,7 @@ def _title(planned: ConvertPlan) -> str:
 
 
 def _base_name(planned: ConvertPlan) -> str | None:
-    """Return the name on the hub of the model that the weights started from; None if unknown."""
+    """Return the name of the base model on the hub; None if unknown."""
     names = [planned.options.hf_assets, planned.opened.given]
     if planned.adapter is not None:
         names.insert(0, planned.adapter.get("base_model_name_or_path"))

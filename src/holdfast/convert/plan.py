@@ -67,10 +67,11 @@ class ConvertOptions:
     """Whether to leave out everything but the model."""
 
     names: Literal["meta", "titan"] | None = None
-    """Dialect of native names; None: as in the source, and Meta's for a Hugging Face folder."""
+    """Dialect of native names in the target; None: the source's, or Meta's for a Hugging Face
+    source."""
 
     skip: tuple[str, ...] = ()
-    """Patterns of tensors to leave out."""
+    """Shell patterns for the names of tensors to leave out."""
 
     renames: tuple[str, ...] = ()
     """Rules `theirs=ours` for the names of the model's tensors."""
@@ -79,13 +80,15 @@ class ConvertOptions:
     """Whether to replace an existing target."""
 
     adapter_config: str | None = None
-    """`adapter_config.json` of the adapters in the source, or its folder, for an export."""
+    """Path of the `adapter_config.json` for the adapters in the source, or of its folder. Used by
+    exports."""
 
     merge: bool = False
-    """Whether an export adds the adapters to their base."""
+    """Whether an export merges the adapters into their base."""
 
     push_to_hub: str | None = None
-    """Name of the repository on the hub that an export is for: it gets a model card."""
+    """Name of the hub repository to upload the export to, or None. An uploaded export gets a model
+    card."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ def plan(source: str, options: ConvertOptions) -> ConvertPlan:
     if config is not None and opened.dialect is not None and not keeps_names:
         both = _both_dialects(opened, model, of_language_model(config), config_from)
         notes += both.notes
-    # After the tensors: a configuration of another model differs in both, and they say it better.
+    # Values come after tensors, since errors about tensors show a wrong configuration better.
     notes += value_notes(opened, config, config_from, to_hf=to_hf)
     if keeps_names and config is not None:
         outputs, complete = _with_own_names(opened, model, config, options)
@@ -203,13 +206,13 @@ def _no_names(
 
 
 def _keeps_names(opened: ConvertSource, config: Config) -> bool:
-    """Return whether the tensors have the names of a model without a table, which they keep."""
+    """Return whether the tensors keep their names, since no family has a table for the model."""
     if table_of(config) is not None:
         return False
     if opened.checkpoint.hf is not None or opened.dialect not in ("meta", "titan"):
         return True
-    # Native names need a table to become those of Hugging Face, unless the checkpoint itself says
-    # that its model has none: some published models have names like the native ones.
+    # The names look native, but a model without a table may have such names too. Assume such a
+    # model only if the checkpoint has a configuration of its own, and that has no table either.
     stored = opened.checkpoint.manifest.model
     return bool(stored) and table_of(stored) is None
 
@@ -217,7 +220,8 @@ def _keeps_names(opened: ConvertSource, config: Config) -> bool:
 def _with_own_names(
     opened: ConvertSource, model: Tensors, config: Config, options: ConvertOptions
 ) -> tuple[Outputs, bool]:
-    """Return outputs under the names that the tensors have, and whether they are complete."""
+    """Return the tensors to write, under the names that they have in the source, and whether the
+    target gets the whole source, not only the model."""
     if options.names is not None:
         raise UsageError(
             f"`--names {options.names}` needs a table: {no_table(config)}",
@@ -233,7 +237,8 @@ def _with_own_names(
 
 
 def _packed_notes(outputs: Outputs) -> list[str]:
-    """Return a note if matrices of an export are quantized: its configuration does not say so."""
+    """Return a note if an export has quantized matrices, which its configuration does not
+    mention."""
     packed = [
         output
         for output in outputs.values()
@@ -248,7 +253,8 @@ def _packed_notes(outputs: Outputs) -> list[str]:
 
 
 def _first_names(opened: ConvertSource, model: Tensors) -> list[str]:
-    """Return the names of the tensors without the second names of tied ones, which exports lack."""
+    """Return the first name of each tensor. Exports do not have the further names of tied
+    tensors."""
     first_names = dict[object, str]()
     for name in model.infos:
         first_names.setdefault(_stored(opened, opened.originals.get(name)) or name, name)
@@ -256,26 +262,27 @@ def _first_names(opened: ConvertSource, model: Tensors) -> list[str]:
 
 
 def _stored(opened: ConvertSource, original: str | None) -> object | None:
-    """Return a key that is equal for all names of one stored tensor; None: it has one name."""
+    """Return a key that is equal for all names of one stored tensor; None if the tensor cannot
+    have several names. `original`: one of the names, in the manifest."""
     entry = opened.checkpoint.manifest.tensors.get(original or "")
     if entry is None or not entry.chunks or 0 in entry.shape:
         return None
-    # Files of torch may store a matrix and its transpose once.
+    # Shape and strides are in the key: a matrix and its transpose may share data in files of torch.
     return entry.chunks, entry.shape, entry.dtype, opened.checkpoint.strides.get(original or "")
 
 
 @dataclass(frozen=True, slots=True)
 class _BothDialects:
-    """A model that matches the table of its family, by native and by Hugging Face names."""
+    """A model that matches its family's table, under native and under Hugging Face names."""
 
     family: Family
     mapping: TensorMapping
     native: Tensors
-    """Tensors by Meta's names."""
+    """Tensors under Meta's names."""
 
     hf: Tensors
     towers: Tensors | None
-    """Other parts of a multimodal model, by their own names; None: there are none."""
+    """Tensors of a multimodal model besides its language model's; None: there are none."""
 
     notes: Sequence[str]
 
@@ -283,7 +290,8 @@ class _BothDialects:
 def _both_dialects(
     opened: ConvertSource, model: Tensors, config: Config, config_from: str
 ) -> _BothDialects:
-    """Check the model against its family's table. All differences are listed in one error."""
+    """Check the model against its family's table, and return it in both dialects. All differences
+    are listed in one error. `config_from`: origin of `config`, for messages."""
     family = family_of(config, where=config_from)
     mapping = mapping_of(family, config)
     others = other_names(family, [*model.infos], hf=opened.dialect == "hf")
@@ -309,7 +317,8 @@ def _both_dialects(
 
 
 def _with_fixed_dtypes(model: Tensors, mapping: TensorMapping) -> Tensors:
-    """Return the Hugging Face tensors; those whose dtype the table fixes are marked so."""
+    """Return the tensors of a model that has Hugging Face names. A tensor whose dtype the mapping
+    fixes is written in this dtype, whatever the user requests."""
     tensors = only(model, mapping.names("hf"))
     for name in tensors.infos:
         dtype = mapping.dtype("hf", name)
@@ -319,7 +328,8 @@ def _with_fixed_dtypes(model: Tensors, mapping: TensorMapping) -> Tensors:
 
 
 def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
-    """Return one output per tensor, without nesting."""
+    """Return one output per tensor, by name. Its path is only its name: if the target has nested
+    dicts, all these tensors are in the outermost dict."""
     return {
         name: Output(tensors, name, dtype_for(tensors, name, options.dtype), (name,))
         for name in tensors.infos
@@ -327,12 +337,13 @@ def _outputs(tensors: Tensors, options: ConvertOptions) -> dict[str, Output]:
 
 
 def _kept(towers: Tensors | None, options: ConvertOptions) -> dict[str, Output]:
-    """Return the outputs of the other parts of a multimodal model."""
+    """Return one output per tensor of `towers`, the parts of a multimodal model besides its
+    language model. None: there are no such parts."""
     return {} if towers is None else _outputs(towers, options)
 
 
 def _from_hf(both: _BothDialects, options: ConvertOptions) -> dict[str, Output]:
-    """Return the outputs of a Hugging Face model under native names."""
+    """Return a Hugging Face model's tensors to write, under native names."""
     outputs = _outputs(both.native, options)
     for name, first in both.mapping.aliases["native"].items():
         outputs[name] = replace(outputs[first], path=(name,), same_as=first)
@@ -342,8 +353,9 @@ def _from_hf(both: _BothDialects, options: ConvertOptions) -> dict[str, Output]:
 def _in_dialect(
     outputs: Outputs, dialect: Literal["meta", "titan"], model: Tensors
 ) -> dict[str, Output]:
-    """Return outputs under the names of another native dialect, with the balancing biases that
-    TorchTitan expects."""
+    """Return the outputs under the names of native dialect `dialect`. For `titan`, add the biases
+    by which TorchTitan balances experts, as zeros, where they are missing. `model`: tensors of the
+    model, under native names."""
     keys = {str(key) for output in outputs.values() for key in output.path}
     new_names = renamed([*outputs, *keys], dialect)
     added: dict[str, Output] = {}
@@ -373,7 +385,8 @@ def _adapter_plan(
     assets: str | None,
     options: ConvertOptions,
 ) -> ConvertPlan | None:
-    """Return the plan for a source with adapters, if they are treated differently from a model."""
+    """Return the plan for a source with adapters; None if the source is converted like any model.
+    `base`: configuration of the base model, and its origin for messages."""
     hf, (config, config_from) = opened.checkpoint.hf, base
     is_adapter = hf is not None and hf.adapter is not None
     if options.merge and options.to != "hf":
@@ -419,8 +432,9 @@ def _adapter(
     base: tuple[Config | None, str],
     options: ConvertOptions,
 ) -> tuple[Outputs, str]:
-    """Return the tensors to write for a PEFT adapter, and a note. The tensors have native names if
-    the base model is known."""
+    """Return the tensors to write for a PEFT adapter, and a note for the user. The tensors have
+    native names if the configuration of the base model is known. `base`: this configuration, and
+    its origin for messages."""
     config, config_from = base
     base_option = f"--hf-assets {adapter.get('base_model_name_or_path') or 'FOLDER'}"
     if options.to == "hf":
@@ -450,7 +464,8 @@ def _adapter(
 
 
 def _native(opened: ConvertSource, model: Tensors, options: ConvertOptions) -> dict[str, Output]:
-    """Return outputs nested as in the source, renamed if requested, of all components."""
+    """Return the tensors of all requested components as outputs, nested as in the source. They are
+    renamed if the user requests a native dialect."""
     if options.names is not None and opened.dialect is None:
         raise UsageError(
             f"`--names {options.names}`: the tensors of `{opened.checkpoint.where}` have the names "

@@ -1,4 +1,5 @@
-"""Configuration of a model: from `config.json` or a flavor, and whether they agree."""
+"""Finds the configuration of a model in `config.json` or from a flavor. If both are given, checks
+that they agree."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ _COMPARED_AXES = {
     "e": "the number of experts",
     "m": "moe_intermediate_size",
 }
-"""Names of the sizes that are compared, by axis in `decoder_axes`."""
+"""Names of the sizes that are compared, by axis letter of `decoder_axes`."""
 
 _COMPARED_KEYS = (
     "q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim n_shared_experts "
@@ -38,7 +39,9 @@ _COMPARED_KEYS = (
 def config_of_model(
     opened: ConvertSource, model: Tensors, assets: str | None, name: str | None, flavor: str | None
 ) -> tuple[Config | None, str]:
-    """Return the complete configuration of the model and its origin, or None if it is unknown."""
+    """Return the complete configuration of the model, or None if it is unknown, and its origin for
+    messages. `assets`: folder that may have a `config.json`. `name`, `flavor`: TorchTitan's names
+    of the family and of the size."""
     found: list[tuple[Config, str]] = []
     for path in filter(None, (opened.where if opened.has_config else None, assets)):
         if (config_there := config_at(path)) is not None:
@@ -66,7 +69,9 @@ def config_at(folder: str) -> dict[str, Any] | None:
 def _config_by_name(
     model: Tensors, name: str, flavor: str | None, found: Sequence[tuple[Config, str]]
 ) -> dict[str, Any] | None:
-    """Check name and flavor. Returns the configuration of the flavor, or None without one."""
+    """Check `name` and `flavor`, TorchTitan's names of the family and of the size. Return the
+    configuration of the flavor; None if no flavor is given. `found`: other configurations of the
+    model, with their origins."""
     hint = f"family and sizes are read from `{CONFIG}` if you leave out this option"
     if name not in TYPES:
         raise UsageError(
@@ -93,7 +98,8 @@ def _config_by_name(
 
 
 def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
-    """Check that two configurations, each with its origin, are of models of the same shapes."""
+    """Check that two configurations describe models with the same shapes. Each comes with its
+    origin."""
     origins = one[1], other[1]
     configs = of_language_model(one[0]), of_language_model(other[0])
     if None in (table_of(one[0]), table_of(other[0])):
@@ -122,7 +128,8 @@ def check_alike(one: tuple[Config, str], other: tuple[Config, str]) -> None:
 
 
 def _check_alike_without_table(configs: tuple[Config, Config], origins: tuple[str, str]) -> None:
-    """Check the model types, and the sizes that both configurations have."""
+    """Check that two configurations agree on the model type, and on the sizes that both have.
+    `origins`: their origins, for messages."""
     wrong = [
         f"{key} is {shortened(configs[0][key])} and {shortened(configs[1][key])}"
         for key in ("model_type", *_COMPARED_AXES.values(), *_COMPARED_KEYS.split())
@@ -140,7 +147,8 @@ def _different(origins: tuple[str, str], wrong: Sequence[str]) -> MismatchError:
 
 
 def _used_axes(family: Family, config: Config) -> Iterator[str]:
-    """Yield the axes of tensors that exist: a configuration has sizes of missing layers too."""
+    """Yield the name of each axis that tensors of the model have, such as `d`. The configuration
+    may have sizes of other axes too, for kinds of layers that the model lacks."""
     rows, axes = rows_and_axes(family, config)
     for row in rows:
         if all(len(axes[axis]) for axis in row.native.name_axes if axis in axes):

@@ -29,7 +29,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 ASSETS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "README*")
-"""Files to download from the hub besides `WEIGHTS`; others are weights in other formats."""
+"""Files to download from the hub besides `WEIGHTS`. All others are weights in other formats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,10 @@ class ConvertSource:
     """All tensors as stored, by their names in the manifest."""
 
     originals: Mapping[str, str]
-    """Names in the manifest of the model's tensors, by their names in `model`."""
+    """Name in the manifest of each tensor of the model, by its name in `model`."""
 
     others: tuple[str, ...]
-    """Names in the manifest of the tensors that do not belong to the model."""
+    """Manifest names of the tensors that do not belong to the model."""
 
     notes: tuple[str, ...]
     fingerprint: object
@@ -65,7 +65,8 @@ class ConvertSource:
         return self.checkpoint.source.url
 
     def path_of(self, name: str) -> Path:
-        """The path of a tensor of the model in the target: that in the source, unless renamed."""
+        """Return the path of a model tensor in the target: the path in the source, unless
+        renamed."""
         original = self.originals.get(name)
         if original is None:
             return (name,)
@@ -73,7 +74,7 @@ class ConvertSource:
         own_name = name_in_model(path)
         if name == own_name:
             return path
-        # Below `model`, or another key of the model, if the source is nested so.
+        # If the source nests the model below a key such as `model`, keep that key.
         above = path[:1] if own_name != ".".join(map(str, path)) else ()
         return (*above, name)
 
@@ -84,21 +85,22 @@ class ConvertSource:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the checkpoint has been replaced or removed since it was opened."""
+        """Whether the checkpoint has been replaced or deleted since it was opened."""
         source, file = self.checkpoint.source, self.checkpoint.file
         key = f"{source.folder}/{file}" if file else source.folder
         return fingerprint(source.store, key) != self.fingerprint
 
 
 def hub_name(path: str) -> str | None:
-    """Return `path` if it names a repository on the hub, and does not exist here; else None."""
+    """Return `path` if it names a repository on the hub, and does not exist locally; else None."""
     if is_url(path) or LocalPath(local_path(path)).exists():
         return None
     return path if HUB_NAME.fullmatch(path) else None
 
 
 def check_is_no_file(path: str, option: str) -> None:
-    """Raise a UsageError if `path`, given as `option`, is a file in place of its folder."""
+    """Raise a UsageError if `path`, the value of `option`, is a file. The file's folder is
+    expected."""
     if not is_url(path) and LocalPath(local_path(path)).is_file():
         raise UsageError(
             f"`{option} {path}` must be a folder, found: a file",
@@ -107,9 +109,9 @@ def check_is_no_file(path: str, option: str) -> None:
 
 
 def fetched(path: str, *, assets_only: bool = False) -> str:
-    """Return `path` if it exists or is a URL, else the local copy of that repository on the hub.
+    """Return `path` if it exists or is a URL, else the local copy of the hub repository `path`.
 
-    The copy is downloaded if need be; `assets_only`: without the weights.
+    Files that the copy lacks are downloaded. `assets_only`: whether to leave out the weights.
     """
     if is_url(path) or LocalPath(local_path(path)).exists():
         return path
@@ -138,7 +140,8 @@ def fetched(path: str, *, assets_only: bool = False) -> str:
 
 
 def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
-    """Open a checkpoint of any format. `renames`: rules for the names of the model's tensors."""
+    """Open a checkpoint of any format, for conversion. `renames`: rules `theirs=ours` for the names
+    of the model's tensors."""
     store, opened_name = open_for_reading(fetched(path))
     name = checkpoint_in(store, opened_name)
     found = () if name == opened_name else (f"the checkpoint in it is `{location(store, name)}`",)
@@ -146,7 +149,8 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
     checkpoint = open_any(store, name, check_files=True)
     names, others = _names_in_model(checkpoint)
     stored_names = [*names.values()]
-    # PEFT's own names begin like those of a wrapper.
+    # Names of PEFT begin with `base_model.`, as if a wrapper had added it: do not suggest to drop
+    # it.
     is_adapter = any(".lora_A." in name for name in stored_names) or (
         checkpoint.hf is not None and checkpoint.hf.adapter is not None
     )
@@ -176,9 +180,10 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
 
 
 def _names_in_model(checkpoint: OpenCheckpoint) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the names of the model's tensors in its own state dict, and the other tensors.
+    """Return the names of the model's tensors in the model's own state dict, by their names in the
+    manifest; and the manifest names of all other tensors.
 
-    Both are by their names in the manifest. In a Hugging Face folder all tensors are the model's.
+    In a Hugging Face folder, all tensors belong to the model.
     """
     tensors = checkpoint.manifest.tensors
     if checkpoint.hf is not None:

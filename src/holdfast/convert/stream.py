@@ -23,11 +23,11 @@ BLOCK_BYTES = 32 << 20
 """Bytes of one block, in the wider of the source's and the target's dtype."""
 
 AHEAD = 2
-"""Blocks that are read while another is written. All blocks, with copies in another dtype, take
-less than 400 MB."""
+"""Number of blocks that are read while another is written. All blocks, with copies in another
+dtype, take less than 400 MB."""
 
 Advance = Callable[[int], None]
-"""Function that is told the number of bytes written since its last call."""
+"""Callback that gets the number of bytes written since its last call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Output:
     """A tensor to write."""
 
     tensors: Tensors
-    """Tensors from which it is read."""
+    """Tensors to read from."""
 
     name: str
     """Name in `tensors`."""
@@ -44,10 +44,11 @@ class Output:
     """Dtype in the target."""
 
     path: Path
-    """Keys from the root of the state to the tensor, for targets that nest."""
+    """Keys from the root of the state to the tensor, for targets with nested dicts."""
 
     same_as: str = ""
-    """Name of the output with the same tensor, if this is a second name of it; else empty."""
+    """Name of another output with the same tensor, if this output is only a further name; else
+    empty."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,7 +72,7 @@ class Output:
         """Read the row-major bytes of a block, in the target's dtype.
 
         Raises:
-            MismatchError: a number is too large for that dtype.
+            MismatchError: a number is too large for the target's dtype.
         """
         read, source = self.tensors.read(self.name, region), self.tensors.infos[self.name].dtype
         elements = convert(read, source, self.dtype)
@@ -89,7 +90,7 @@ Outputs = Mapping[str, Output]
 
 
 def dtype_for(tensors: Tensors, name: str, requested: str | None) -> str:
-    """Return the dtype to write a tensor in: `requested`, unless that must not change."""
+    """Return the dtype to write a tensor in: `requested`, unless the tensor must keep its dtype."""
     info = tensors.infos[name]
     if requested is None or info.fixed or not is_floating(info.write_dtype):
         return info.write_dtype

@@ -42,10 +42,10 @@ class ConvertTarget:
     """A folder or file to convert to."""
 
     catalog: Catalog
-    """Checkpoints of the folder that contains the target."""
+    """Catalog of the folder that contains the target."""
 
     store: Store
-    """Store of that folder."""
+    """Store of the folder that contains the target."""
 
     name: str
     overwrite: bool
@@ -55,8 +55,8 @@ class ConvertTarget:
     """Whether the target is a file, not a folder."""
 
     files: Continuing | None
-    """Creator of files in `store`, which continues those that a killed conversion left; None if the
-    files of that store never change."""
+    """Creator of files in `store` that completes files of a killed conversion; None if the store
+    cannot change files."""
 
     @property
     def where(self) -> str:
@@ -64,7 +64,7 @@ class ConvertTarget:
 
     @property
     def creating(self) -> Creating:
-        """Creator of files."""
+        """Creator of the target's files: `files` or, without it, `store`."""
         return self.store if self.files is None else self.files
 
     @property
@@ -75,7 +75,7 @@ class ConvertTarget:
 def open_target(
     path: str, *, overwrite: bool, sources: Sequence[str] = (), file: bool = False
 ) -> ConvertTarget:
-    """Prepare the target at `path`: see `target_in`.
+    """Prepare to write a conversion to `path`: see `target_in`.
 
     `sources`: paths that the conversion reads. The target must not be, contain or be inside any of
     them.
@@ -89,10 +89,12 @@ def open_target(
 
 
 def target_in(store: Store, name: str, *, overwrite: bool, file: bool = False) -> ConvertTarget:
-    """Prepare the target `name` in a store. `file`: it is to be a file, not a folder.
+    """Prepare to write a conversion to the file or folder `name` in a store: clean up, and check
+    that the name is free or may be replaced. `overwrite`: whether an existing checkpoint may be
+    replaced. `file`: whether the target is a file, not a folder.
 
-    Attempts of killed conversions are kept, for the next one to continue, if files of the store can
-    be changed.
+    If the store can change files, attempts of killed conversions are kept, so that this conversion
+    can continue them.
     """
     catalog = Catalog(store)
     store.make_folder("")
@@ -110,7 +112,7 @@ def target_in(store: Store, name: str, *, overwrite: bool, file: bool = False) -
 
 
 def _why_not_replaceable_by_file(store: ReadStore, name: str) -> str | None:
-    """Reason why a file may not replace the folder or file `name`; None if it may."""
+    """Return the reason why a file may not replace the folder or file `name`; None if it may."""
     if not is_file(store, name):
         return "it is a folder, and a file was to take its place"
     if is_checkpoint(store, name):
@@ -136,9 +138,11 @@ def _check_apart(target: str, source: str) -> None:
 
 @contextmanager
 def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[HiddenFolder]:
-    """Yield the attempt to write files of these sizes into: new, or left by a killed conversion.
+    """Yield the attempt into which files of these sizes are written: a new one, or one that a
+    killed conversion has left.
 
-    The attempt is aborted if the block raises an `Exception`, but not if it is interrupted.
+    The attempt is aborted if the `with` block raises an `Exception`, but not if the process is
+    interrupted.
     """
     store, catalog = target.store, target.catalog
     attempt = _taken_over(target, sizes)
@@ -164,16 +168,16 @@ def _attempt(target: ConvertTarget, sizes: Mapping[str, int]) -> Iterator[Hidden
 
 
 def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> HiddenFolder | None:
-    """Return the attempt of a killed conversion to this target, or None.
+    """Take over the attempt of a killed conversion to this target. Return None if there is none.
 
-    Files with other names or sizes are deleted from it, and so are further attempts.
+    Files in the attempt with other names or sizes are deleted. Further attempts are deleted too.
     """
     store, catalog, taken = target.store, target.catalog, None
     for attempt in _attempts(store, target.name) if target.files else ():
         try:
             is_held = catalog.hold(attempt, replace=target.replaces_folder and taken is None)
         except NotFoundError:
-            continue  # Its conversion has just finished.
+            continue  # The conversion that wrote the attempt has just finished.
         if is_held is False:
             if taken is not None:
                 catalog.release(taken)
@@ -192,7 +196,7 @@ def _taken_over(target: ConvertTarget, sizes: Mapping[str, int]) -> HiddenFolder
 
 
 def _attempts(store: Store, name: str) -> list[HiddenFolder]:
-    """Return the unfinished conversions to a target."""
+    """Return the attempts that unfinished conversions and saves to the target `name` have left."""
     asides = [
         hidden_folder_of(folder.rstrip("/")) for folder in store.list() if folder.endswith("/")
     ]
@@ -206,9 +210,10 @@ def write_hf(
     contents: Iterable[tuple[str, bytes]],
     advance: Advance,
 ) -> int:
-    """Write a Hugging Face folder. Returns the bytes of its weights.
+    """Write a Hugging Face folder. Returns the size of its weights in bytes.
 
-    `contents`: name and bytes of each file besides the weights.
+    `outputs`: tensors to write. `export`: the files to divide them among. `contents`: name and
+    bytes of each file besides the weights.
     """
     order = [outputs[name] for layout in export.files.values() for name in layout.tensors]
     sizes = {file: layout.nbytes for file, layout in export.files.items()}
@@ -228,7 +233,8 @@ def write_hf(
 def _write_tensor(
     writer: FileWriter, offset: int, output: Output, take: Callable[[], Buffer]
 ) -> int:
-    """Write a tensor, block by block. Returns its CRC-32."""
+    """Write a tensor at `offset` of a file, block by block. Returns its CRC-32. `take`: function
+    that returns the next block."""
     crc32 = 0
     for _ in output.regions():
         block = take()
@@ -241,7 +247,8 @@ def _write_tensor(
 def write_torch_file(
     target: ConvertTarget, outputs: Outputs, values: Values, advance: Advance
 ) -> int:
-    """Write a `.pt` file, nested as `torch.save` does. Returns its bytes."""
+    """Write a `.pt` file, with dicts that are nested by the paths of the tensors and values.
+    Returns its size in bytes."""
     tensors = {
         name: torchfile.NewTensor(output.path, output.dtype, output.shape, output.same_as)
         for name, output in outputs.items()
@@ -258,7 +265,7 @@ def write_torch_file(
                 name: _write_tensor(writer, span.offset, outputs[name], take)
                 for name, span in layout.tensors.items()
             }
-            # Write the frames last: they contain the checksums of the elements.
+            # Write the bytes around the tensors last: they contain the checksums of the tensors.
             for offset, frame in layout.frames(crc32s):
                 writer.write(offset, [frame])
         store.sync(str(attempt))
@@ -280,7 +287,8 @@ def write_checkpoint(
     *,
     structure: Mapping[Path, Node] | None,
 ) -> int:
-    """Write a checkpoint as a save does, with checksums and `.metadata`. Returns its bytes."""
+    """Write a checkpoint as a save does, with checksums and `.metadata`. Returns its size in bytes.
+    `facts`: manifest without entries and files."""
     plan = replace(_plan(outputs, values), structure=structure)
     regions = [(placed, region) for placed in plan.tensors for region in placed.regions_of(0)]
     items = lay_out([(placed.name, placed.tensor.dtype, region) for placed, region in regions])
@@ -294,7 +302,8 @@ def write_checkpoint(
 
 
 def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
-    """Return the plan of a single rank, with one chunk for each block that is read."""
+    """Return the global plan for a single rank, which writes everything. Each block that is read
+    becomes a chunk."""
     placed, aliases = [], {}
     for name, output in outputs.items():
         if output.same_as:
@@ -311,7 +320,7 @@ def _plan(outputs: Outputs, values: Values) -> GlobalPlan:
 
 def check_number(path: str, kind: Kind, step: int | None) -> None:
     """Check that `path` does not give a full checkpoint the number of another step: a resume would
-    take it for that step. A model-only checkpoint may have any number."""
+    load the checkpoint as that step. A model-only checkpoint may have any number."""
     folder, name = split_path(full_path(path))
     if kind != "full" or step is None or step_of(name) in (None, step):
         return

@@ -11,10 +11,11 @@ from holdfast.storage.opening import is_url, without_scheme
 TargetFormat = Literal["dcp", "hf", "torch"]
 
 TORCH = (".pt", ".pth")
-"""Suffixes that only files of `torch.save` have; its files may also have any other name."""
+"""Suffixes that only files of `torch.save` have. Such files may have any other suffix too."""
 
 TORCH_OR_OTHER = (".bin", ".ckpt", ".tar")
-"""Suffixes of torch's files and of other programs' files: these need `--to torch`."""
+"""Suffixes of both torch's and other programs' files. A target with such a name needs `--to
+torch`."""
 
 OTHER = (
     ".gguf .ggml .llamafile .onnx .tflite .pb .keras .h5 .hdf5 .npz .npy .msgpack .pdparams "
@@ -25,7 +26,8 @@ OTHER = (
 
 
 def target_format(source: str, target: str, to: TargetFormat | None) -> TargetFormat:
-    """Return the format to write: `to` if given, else torch for its suffixes, else dcp."""
+    """Return the format to write: `to` if given, else `torch` if the name of the target ends in
+    `.pt` or `.pth`, else `dcp`."""
     suffix = PurePath(target).suffix.lower()
     if suffix == ".safetensors":
         raise UsageError(

@@ -1,7 +1,7 @@
-"""Other parts of a multimodal model than its language model: kept, copied or left out.
+"""Towers, the parts of a multimodal model besides its language model: kept, copied or left out.
 
-A loader gives random values to tensors that a folder lacks, so an export never lacks a part that
-its `config.json` has, unless a note says so.
+A loader gives random values to tensors that a folder lacks. So an export has every part that its
+`config.json` describes, or a note says which part is missing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from holdfast.hf.family import Config, Family
 from holdfast.tensors.lazy import Joined, Tensors, only
 
 _PARTS = {"vision_config": ("vis", "image", "patch"), "audio_config": ("audio", "speech")}
-"""Keys of parts in `config.json`, and words, some of which the names of their tensors have in all
-architectures of transformers 5.24."""
+"""Keys of parts in `config.json`, and words that occur in the names of their tensors. In every
+architecture of transformers 5.24, some names of a part contain one of its words."""
 
 _NATIVE = re.compile(r"(?:tok_embeddings|layers\.\d+|norm|output|lm_head|rope)\..*|freqs_cis")
 """Native names, and Hugging Face's name of the head, which some native dialects share."""
@@ -30,7 +30,7 @@ class Export:
     """Contents of an export besides the tensors of the language model."""
 
     towers: Tensors | None
-    """Tensors of the other parts; None: there are none."""
+    """Tensors of the parts besides the language model; None: there are none."""
 
     prefix: str
     """Prefix that is removed from the Hugging Face names of the language model."""
@@ -58,9 +58,10 @@ def completed(
     assets: str | None,
     skipped: Sequence[str],
 ) -> Export:
-    """Return other parts, names and configuration for an export of a multimodal model.
+    """Return what an export of a multimodal model has besides the tensors of its language model.
 
-    `towers`: the other parts in the source; `skipped`: names of such tensors that were left out.
+    `towers`: other parts in the source. `assets`: folder to copy missing tensors of other parts
+    from. `skipped`: names of tensors of other parts that the user left out.
     """
     if not family.prefix:
         return Export(None, "", config)
@@ -84,9 +85,11 @@ def completed(
 
 
 def absent_parts(config: Config, names: Collection[str]) -> Iterator[str]:
-    """Yield a line for each part that a configuration has, and that none of the tensors is of.
+    """Yield a line for each part that a configuration describes although no tensor belongs to the
+    part.
 
-    Classes for text alone have no such tensors, whatever their configuration has.
+    Nothing is yielded for text-only classes: their configuration may describe parts that they
+    ignore.
     """
     classes = config.get("architectures")
     kind = str(classes[0]) if isinstance(classes, list) and classes else ""
@@ -98,7 +101,8 @@ def absent_parts(config: Config, names: Collection[str]) -> Iterator[str]:
 
 
 def _towers_in(folder: str, family: Family) -> Tensors | None:
-    """Return the tensors of the other parts in a folder, or None if it has none."""
+    """Return the tensors in a folder that belong to other parts than the language model, or None if
+    the folder has none."""
     try:
         opened = open_source(folder)
     except NotFoundError:
@@ -110,7 +114,8 @@ def _towers_in(folder: str, family: Family) -> Tensors | None:
 
 
 def _alone(family: Family, config: Config) -> dict[str, Any]:
-    """Return the configuration of the language model alone."""
+    """Return the configuration for an export of only the language model. `config`: configuration of
+    the multimodal model."""
     assert family.alone is not None, "checked by the caller"
     text = config.get("text_config")
     model_type, architecture = family.alone

@@ -1,4 +1,5 @@
-"""Values that a checkpoint's model was trained with, compared with those of a configuration."""
+"""Compares the values that a checkpoint's model was trained with, such as epsilon, with a
+configuration."""
 
 from __future__ import annotations
 
@@ -12,21 +13,21 @@ from holdfast.hf.family import Config
 from holdfast.hf.values import no_class, untrained_positions, value_differences
 
 SEQ_LEN = "seq_len"
-"""Name of the value, in the state of the reference run's data loader, that says how many tokens a
-sequence has."""
+"""Name of the sequence length, in tokens, in the state of the reference run's data loader."""
 
 
 def value_notes(
     opened: ConvertSource, config: Config | None, config_from: str, *, to_hf: bool
 ) -> list[str]:
-    """Compare the values that the checkpoint's model was trained with and those of `config`, which
-    the target gets. Returns a note on each difference.
+    """Compare the values that the checkpoint's model was trained with and the values in `config`,
+    the configuration of the target. Returns a note on each difference.
 
-    `to_hf`: the target is an export. Then there are notes on positions that the run did not train,
-    and on a missing class.
+    `to_hf`: whether the target is an export. An export also gets notes if its configuration
+    allows longer inputs than the run trained on, or names no class.
 
     Raises:
-        MismatchError: an export would compute something else than the model that was trained.
+        MismatchError: the target is an export, and would compute something else than the trained
+            model.
     """
     trained = opened.checkpoint.manifest.model
     nameless = no_class(config) if to_hf and config is not None else None
@@ -59,6 +60,6 @@ def _seq_len(opened: ConvertSource) -> int | None:
                     read_value(checkpoint.source, name, entry), where=where
                 )
             except FormatError:
-                return None  # Not a number, so not what is looked for.
+                return None  # The stored value is not a number.
             return found if type(found) is int else None
     return None

@@ -1,4 +1,5 @@
-"""Conversion of values (entries that are not tensors): the only part that needs torch."""
+"""Conversion of values (entries that are not tensors). No other part of a conversion needs
+torch."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _HINT = "`--model-only` leaves out everything but the model"
 
 
 def encoded_values(checkpoint: OpenCheckpoint, *, pickled: bool) -> Values:
-    """Return every value in a container of its own or, `pickled`, as a fragment of a pickle."""
+    """Return the path and the bytes of every value, by name. The bytes are a pickle if `pickled`,
+    else a container."""
     entries, source = checkpoint.manifest.values, checkpoint.source
     if not checkpoint.values and not pickled:
         return {n: (e.path, read_value(source, n, e)) for n, e in entries.items()}
@@ -65,7 +67,8 @@ def _pickled(name: str, value: Any) -> bytes:
 
 
 def _built(value: object) -> Any:
-    """Build a value of a `.pt` file. `Other` and `DtypeName` stand for objects of torch."""
+    """Build a value that was read from a `.pt` file. For each `Other` or `DtypeName` in it, build
+    the object that this describes, such as a set, a device or a dtype."""
     import torch
 
     match value:
@@ -108,4 +111,4 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch.device": _device,
     "_codecs.encode": _encode,
 }
-"""Makers of values, by the name that a pickle gives them. `torchfile.SAFE` has the same names."""
+"""Functions that build values, by their name in a pickle. `torchfile.SAFE` has the same names."""

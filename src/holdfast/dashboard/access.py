@@ -39,7 +39,7 @@ ASKING = (
 
 
 class Guard:
-    """Middleware that checks the host name, method and token of requests, and adds `HEADERS`.
+    """Middleware that checks host name, method and token of requests, and adds headers to answers.
 
     The check of the host name prevents DNS rebinding, in which the web page of an attacker lets its
     own host name resolve to this machine, and then reads the answers.

@@ -10,10 +10,10 @@ from itertools import pairwise
 
 WIDTH, HEIGHT = 440, 180
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 24
-"""Margins for the labels."""
+"""Margins around the lines or bars of a chart, in which the labels are."""
 
 POINTS_MAX = 400
-"""Maximum number of points to draw of one line. If it has more, neighbours are averaged."""
+"""Maximum number of points to draw of a line. If a line has more, neighbours are averaged."""
 
 BAR_WIDTH_MAX = 36
 
@@ -58,7 +58,7 @@ def line(points: Sequence[Point], *, spell: Spell) -> str:
 
 
 def bars(points: Sequence[Point], *, spell: Spell, spell_x: Spell = _whole) -> str:
-    """Draw one bar per point, from zero, side by side. `x` is used only for the labels."""
+    """Draw one bar per point, from zero, side by side. The `x` of points is only for the labels."""
     shown = _finite(points)
     if not shown:
         return ""
@@ -129,7 +129,7 @@ class _Frame:
         return f"{self.x(point.x):.1f},{self.y(point.y):.1f}"
 
     def rows(self, spell: Spell) -> list[str]:
-        """Draw the grid lines and their labels."""
+        """Return the grid lines and their labels, as SVG elements."""
         drawn = []
         for tick in range(round((self.high[1] - self.low[1]) / self.step) + 1):
             value = self.low[1] + self.step * tick
@@ -142,7 +142,7 @@ class _Frame:
         return drawn
 
     def around(self, drawn: Sequence[str], spell: Spell, spell_x: Spell) -> str:
-        """Draw the whole chart: grid, `drawn`, and labels at both ends of x."""
+        """Return the chart as SVG: the grid, the elements `drawn`, labels at both ends of x."""
         ends = ((self.low[0], "start"), (self.high[0], "end"))
         labels = [_label(self.x(value), anchor, spell_x(value)) for value, anchor in ends]
         return _svg([*self.rows(spell), *drawn, *labels])
@@ -173,7 +173,7 @@ def _frame(points: Sequence[Point], *, zero: bool) -> _Frame:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Return minimum and maximum. If they are almost equal, raise the maximum."""
+    """Return minimum and maximum. If they are almost equal, return a larger maximum."""
     low, high = min(values), max(values)
     room = max(abs(low), abs(high)) * 1e-6 or 1.0
     return (low, high) if high - low >= room else (low, low + room)

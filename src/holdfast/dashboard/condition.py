@@ -35,13 +35,13 @@ STATES: tuple[State, ...] = get_args(State)
 """All states, the worst first."""
 
 WRITING_S = 120.0
-"""Seconds since the last change up to which an unfinished save counts as being written."""
+"""Seconds since its last change for which an unfinished save counts as being written."""
 
 HANG_S = 60.0
-"""Minimum seconds without a read after which a folder counts as hanging."""
+"""Seconds without a read after which a folder counts as hanging; more if its reads are rare."""
 
 _FOLDER = re.compile(r"^`[^`]*` is damaged:")
-"""Beginning of a message, which repeats the path of the checkpoint."""
+"""Beginning of a message about damage. It only names the checkpoint, which the table shows."""
 
 STALE_MIN_S = 10.0
 """Minimum age of a stale checkpoint, since commit times have a precision of a second."""
@@ -121,7 +121,11 @@ def _alarms(figures: Figures) -> list[str]:
 def _state(
     latest: ReadResult, time: float, *, age_s: float | None, stale_s: float | None, is_writing: bool
 ) -> tuple[State, str]:
-    """Return the state and its reason."""
+    """Return the state of a run and the reason for it.
+
+    `time`: current Unix time. `age_s` and `stale_s`: see `Condition`. `is_writing`: whether a save
+    is being written.
+    """
     figures = latest.figures
     if latest.time and time - latest.time > max(HANG_S, 3 * latest.pause_s):
         return "unreadable", f"the folder hangs: not read for {spelled_age(time - latest.time)}"
@@ -177,7 +181,7 @@ def _replicas(tier: TierView) -> str:
 
 
 def _verification(figures: Figures, time: float) -> str:
-    """Return a note on the time at which the newest good checkpoint was last verified."""
+    """Return a note that says when the newest good checkpoint was last verified."""
     if figures.checked_at is not None:
         return f"verified by a resume {spelled_age(time - figures.checked_at)} ago"
     if figures.saved_at is None:

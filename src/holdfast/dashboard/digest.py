@@ -57,7 +57,10 @@ def digest(run: WatchedFolder, now: datetime, limits: Limits, *, full: bool) -> 
 def unhealthy(
     runs: Sequence[WatchedFolder], now: datetime, max_age_s: float | None
 ) -> dict[str, str]:
-    """Return folder -> problem for each run that has no recent good checkpoint."""
+    """Return folder -> problem for each run that has no recent good checkpoint.
+
+    `max_age_s`: age in seconds up to which a checkpoint is recent; None for any age.
+    """
     return {run.folder: why for run in runs if (why := _unhealthy(run, now, max_age_s))}
 
 
@@ -110,7 +113,7 @@ class _Metrics(Collector):
 
 Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
 Sample = tuple[Kind, str, str, float, dict[str, str]]
-"""Kind, name, help text, value, labels."""
+"""Sample of a metric: kind, name, help text, value and labels."""
 
 UP = "Whether the folder can be read and holds checkpoints."
 
@@ -151,7 +154,7 @@ def _samples(run: WatchedFolder, now: datetime, limits: Limits) -> Iterator[Samp
 
 
 def _tiers(tier: TierView, behind: int | None) -> Iterator[Sample]:
-    """Yield samples of the fast tier."""
+    """Yield samples of the metrics on the fast tier. `behind`: see `Figures`."""
     gauge, seen = GaugeMetricFamily, "Hosts whose part of the fast tier this machine sees."
     yield gauge, "local_hosts", seen, len(tier.hosts), {}
     if tier.step is None or behind is None:
@@ -164,7 +167,10 @@ def _tiers(tier: TierView, behind: int | None) -> Iterator[Sample]:
 
 
 def _reported(figures: Figures, step: int) -> Iterator[Sample]:
-    """Yield samples of the metrics that the run wrote, summed over its starts and resumes."""
+    """Yield samples of the metrics that the run wrote, summed over its starts and resumes.
+
+    `step`: step that the run has reached.
+    """
     counter, totals = CounterMetricFamily, figures.totals
     yield GaugeMetricFamily, "step", "Step that the run has reached.", step, {}
     if figures.blocked_share is not None:
@@ -186,6 +192,6 @@ def _reported(figures: Figures, step: int) -> Iterator[Sample]:
 
 
 def _counts(figures: Figures) -> dict[str, int]:
-    """Return the number of folders in each state."""
+    """Return the number of a run's folders in each state: good, damaged, or an attempt."""
     num_damaged = len(figures.damaged)
     return {"good": figures.num_good, "damaged": num_damaged, "attempt": figures.num_unfinished}

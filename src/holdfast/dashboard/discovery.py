@@ -29,7 +29,7 @@ class FoundRuns:
     """Runs at or below a folder."""
 
     folders: Sequence[str]
-    """Folders of checkpoints, by path."""
+    """Paths or URLs of folders of checkpoints, sorted."""
 
     is_complete: bool
     """Whether everything was searched: False if a limit ended the search."""

@@ -1,7 +1,7 @@
-"""Figures of a run for the table of runs and for metrics, independent of the current time.
+"""Facts about a run, such as its newest checkpoint, for the table of runs and for Prometheus.
 
-They are computed once after each change of the run, so that no request has to process the whole
-history.
+They do not depend on the current time. They are computed once after each change of the run, so
+that no request has to process the whole history.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAVES = 10
 """Number of latest saves from which the median interval and rate are computed."""
 
 LOSSES = 400
-"""Maximum number of latest losses in the curve."""
+"""Maximum number of latest losses in `Figures.losses`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Totals:
 
     saved_bytes: int = 0
     save_s: float = 0.0
-    """Seconds from plan to durable."""
+    """Seconds that saves took, each from its plan until it was durable."""
 
     stage_s: Mapping[str, float] = field(default_factory=dict)
     """Seconds that the slowest rank of each save spent in each stage."""
@@ -51,7 +51,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures of a run as of one read of its folder."""
+    """Facts about a run that one read of its folder has shown."""
 
     newest: CheckpointRow | None = None
     """Checkpoint that a resume would load."""
@@ -63,13 +63,13 @@ class Figures:
     """Unix time of the last resume that loaded `newest` and verified its checksums, if any."""
 
     interval_s: float | None = None
-    """Median of the seconds between two saves; None before the second save."""
+    """Median of the seconds between two of the latest saves; None before the second save."""
 
     save_rate: float | None = None
-    """Median of the bytes per second of saves."""
+    """Median rate of the latest saves, in bytes per second."""
 
     save_bytes: int | None = None
-    """Bytes of the latest save."""
+    """Bytes that the latest save has written."""
 
     num_good: int = 0
     damaged: Sequence[CheckpointRow] = ()
@@ -80,17 +80,17 @@ class Figures:
     """Unix time of the last change in an unfinished save; None without such a save."""
 
     nbytes: int = 0
-    """Bytes of all checkpoints."""
+    """Size of all checkpoints together, in bytes."""
 
     is_finished: bool = False
     """Whether the run has ended as planned: its newest checkpoint holds the model alone, or
     transformers' Trainer has reached its last step."""
 
     last: MetricsRow | None = None
-    """Latest line of the metrics."""
+    """Last line of `metrics.jsonl`; None without metrics."""
 
     losses: Sequence[tuple[int, float]] = ()
-    """Latest steps with their losses, by step."""
+    """Step and loss of the latest steps, sorted by step."""
 
     blocked_share: float | None = None
     """Share of the running time that training waited for saves; None without metrics."""
@@ -106,11 +106,12 @@ class Figures:
 
 
 NO_FIGURES = Figures()
-"""Figures of a run about which nothing is known."""
+"""The `Figures` of a run about which nothing is known."""
 
 
 def figures_of(history: History) -> Figures:
-    """Compute the figures of a run."""
+    """Compute the numbers that the dashboard shows for a run, such as its newest step and save
+    rate."""
     rows, newest, saves = history.rows, history.newest, history.saves
     timed = [save for save in saves if save.seconds > 0 and save.nbytes][-SAVES:]
     blocked_s, share = blocked(history)
@@ -145,8 +146,8 @@ def _behind(history: History) -> int | None:
 
 
 def _is_last(row: CheckpointRow, history: History) -> bool:
-    """Whether a run has ended with this checkpoint: it holds the model alone, and no step came
-    after it."""
+    """Whether the run has ended with the checkpoint `row`, which then holds the model alone, and
+    after which there was no step."""
     if row.kind not in ("model", "hf") or not row.step:
         return False
     return not history.reports or history.reports[-1].step <= row.step
@@ -173,7 +174,7 @@ def _checked_at(history: History, step: int | None) -> float | None:
 def _latest_losses(history: History) -> list[tuple[int, float]]:
     pairs = history.trainer.losses
     if history.reports:
-        # Take twice as many rows as losses, since a resume repeats steps.
+        # Read twice as many rows as are shown: a step that a resume repeated has several rows.
         pairs = [(row.step, row.loss) for row in history.reports[-2 * LOSSES :]]
     latest: list[tuple[int, float]] = []
     for step, loss in reversed(pairs):

@@ -115,24 +115,26 @@ class History:
 
     @property
     def current(self) -> list[MetricsRow]:
-        """Last row of each step, sorted by step."""
+        """Metrics of each step, sorted by step: the last line of that step in `metrics.jsonl`."""
         last = {report.step: report for report in self.reports}
         return [last[step] for step in sorted(last)]
 
     @property
     def distinct(self) -> list[MetricsRow]:
-        """Rows in file order, without repetitions.
+        """Metrics in file order, without repetitions.
 
-        A run may write its last row twice, the second time with more saves. The second one counts.
+        A run may write its last line twice, the second time with more saves. Then only the second
+        line counts.
         """
         last = {(report.step, report.time): report for report in self.reports}
         return [*last.values()]
 
     @property
     def saves(self) -> list[Times]:
-        """Last save of each step, sorted by step.
+        """Times of the last save of each step, sorted by step.
 
-        If the run did not report a save, use the timings in its manifest, which lack the commit.
+        If a save is not in `metrics.jsonl`, use the timings in the manifest of its checkpoint,
+        which lack the commit.
         """
         last = {}
         for row in self.rows:
@@ -144,7 +146,7 @@ class History:
 
     @property
     def loads(self) -> list[Times]:
-        """Loads in `metrics.jsonl`, in file order."""
+        """Times of the loads in `metrics.jsonl`, in file order."""
         return [load for report in self.distinct for load in report.loads]
 
     @property
@@ -158,7 +160,7 @@ class History:
 def blocked(history: History) -> tuple[float, float]:
     """Return the seconds that training waited for saves, and their share of the running time.
 
-    The time between the last row before a resume and the first row after it does not count.
+    The time between the last metrics before a resume and the first ones after it does not count.
     """
     blocked_s, running_s = 0.0, 0.0
     for before, record in pairwise(history.reports):
@@ -178,7 +180,7 @@ def commit_time(row: CheckpointRow) -> float | None:
 
 
 def slowest(times: Times) -> int:
-    """Return the rank for which the others waited: the slowest in the longest stage.
+    """Return the rank for which the others waited: the slowest rank of the longest stage.
 
     Ignore the commit, in which the fastest rank spends the most time waiting for the others.
     """
@@ -206,7 +208,7 @@ class HistoryReader:
         self._tier: tuple[object, TierView | None] = (None, None)
 
     def read(self) -> History:
-        """Read the current history, without tensors. Return the same object if nothing has changed.
+        """Read the history, without tensors. Return the last object again if nothing has changed.
 
         Raises:
             NotFoundError: no such folder, or no checkpoint in it.
@@ -260,7 +262,10 @@ class HistoryReader:
         return survey(store, name, cached_row)
 
     def _tier_of(self, store: ReadStore, name: str) -> TierView | None:
-        """Describe the fast tier. Read its manifests again only after a change."""
+        """Describe the fast tier of a run; None if it has none, or cannot be read.
+
+        Manifests are read again only after a change.
+        """
         try:
             record = read_tier(store, name)
             if record is None:
@@ -276,7 +281,7 @@ class HistoryReader:
     def _trainer_log(
         self, store: ReadStore, name: str, rows: Sequence[CheckpointRow]
     ) -> TrainerLog:
-        """Read the log in the newest checkpoint that has one.
+        """Read the log of transformers' Trainer in the newest checkpoint that has one.
 
         Return the log of the last call if that checkpoint is damaged, or if none has a log.
         """
@@ -330,7 +335,10 @@ def _stamp(store: ReadStore, key: str) -> object:
 
 
 class _MetricsReader:
-    """Reads the metrics file beside or in a folder repeatedly, each time only its new lines."""
+    """Reads the metrics of a run repeatedly, each time only the new lines of the file.
+
+    The file is beside the folder of checkpoints, or in it.
+    """
 
     def __init__(self) -> None:
         self._records: list[MetricsRow] = []

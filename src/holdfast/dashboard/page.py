@@ -74,7 +74,7 @@ def page(history: History, now: datetime) -> str:
 
 
 def body(history: History, now: datetime) -> str:
-    """Return the content of the page, without the frame around it."""
+    """Return the content of the page about a run as HTML, without the frame around it."""
     return (
         f"<h1>{escape(history.where)}</h1>"
         f"<p>{escape(summary(history))}; as of {now:%Y-%m-%d %H:%M} UTC</p>"
@@ -236,7 +236,7 @@ def _legend(history: History) -> str:
 
 
 def _steps_over_time(history: History) -> str:
-    """Draw steps over time, with the checkpoints as dots."""
+    """Draw the steps of a run over time, with its checkpoints as dots."""
     # If the index of a checkpoint cannot be read, use the time at which the run reported its step.
     reported = {record.step: record.time for record in history.current}
     committed = [

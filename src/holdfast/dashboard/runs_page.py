@@ -74,7 +74,7 @@ def runs_page(
     *,
     incomplete: Sequence[str] = (),
 ) -> tuple[str, str]:
-    """Return the title of the page as text, and its content as HTML.
+    """Return the title of the page about all runs as text, and its content as HTML.
 
     `incomplete`: given folders that were searched only in part.
     """
@@ -106,8 +106,8 @@ def runs_page(
 def short_names(folders: Sequence[str]) -> dict[str, str]:
     """Return a short name for each folder.
 
-    It lacks the parts at the beginning that all folders have in common. It also lacks a last part
-    `checkpoint`, if all names are still different without it.
+    The name lacks the first components of the path that all folders have in common. It also lacks
+    a last component `checkpoint`, if all names are still different without it.
 
     >>> short_names(["runs/a/checkpoint", "runs/b/checkpoint"])
     {'runs/a/checkpoint': 'a', 'runs/b/checkpoint': 'b'}

@@ -27,7 +27,7 @@ SEARCH_BUCKET_S = 120.0
 """Minimum seconds between two searches in a bucket."""
 
 READ_SHARE = 0.05
-"""Maximum share of its time that a thread reads. Slow folders are therefore read less often."""
+"""Maximum share of a thread's time in which it reads. So slow folders are read less often."""
 
 CPU_SHARE = 0.08
 """Maximum share of one CPU core for reading all runs."""
@@ -51,7 +51,7 @@ class ReadResult:
     """Unix time of the read."""
 
     figures: Figures = NO_FIGURES
-    """Figures of the history. Without a history: of the last one, or else of the metrics alone."""
+    """Facts from `history`; if that is None, from the last history, or else the metrics alone."""
 
     is_missing: bool = False
     """Whether `history` is None because the folder does not exist or has no checkpoints."""
@@ -114,7 +114,10 @@ class WatchedFolder:
             return replace(failed, problem=f"{type(error).__name__}: {error}")
 
     def _figures_of_metrics(self) -> Figures:
-        """Return the figures of a run that trains and has not saved yet."""
+        """Return the `Figures` of a run that has not saved yet, from its metrics alone.
+
+        If the metrics cannot be read, return `NO_FIGURES`.
+        """
         try:
             return figures_of(self._reader.read_metrics())
         except HoldfastError:
@@ -181,7 +184,10 @@ class Fleet:
             run.stop()
 
     def add(self, number: int, folder: str, found: FoundRuns) -> None:
-        """Watch the runs that were found in a given folder, whose position is `number`."""
+        """Watch the runs that a search has found at or below a given folder.
+
+        `number`: position of the folder among the given ones.
+        """
         root = full_path(folder)
         # Leave out folders that were given themselves. Their own searches add them with their own
         # numbers, no matter which search ends first.

@@ -40,7 +40,7 @@ CONNECTIONS_MAX = 200
 """Maximum number of open connections. One more closes the connection that is idle for longest."""
 
 IDLE_S = 30.0
-"""Seconds after which a connection is dropped if it has completed no answer."""
+"""Seconds without a completed answer after which a connection is dropped."""
 
 SHUTDOWN_S = 3
 """Seconds for which a server that stops continues to send answers."""
@@ -81,7 +81,7 @@ def server_of(
 
 
 def app_of(fleet: Fleet, names: Collection[str], limits: Limits, token: str | None) -> ASGIApp:
-    """Return the ASGI application that `server_of` serves."""
+    """Return the ASGI application that `server_of` serves. The parameters are the same."""
     table = _Table(fleet, limits)
 
     def of_run(
@@ -197,7 +197,7 @@ class TimedProtocol(H11Protocol):
     """
 
     since: float = 0.0
-    """Event-loop time of the latest answer; before the first answer, of the connection."""
+    """Event-loop time of the latest answer; before the first, of the start of the connection."""
 
     _timer: asyncio.TimerHandle | None = None
 

@@ -6,9 +6,9 @@
     Writer      saves into a hidden folder, and publishes it complete, with checksums
     Reader      checks every block that it reads, and runs no code of the checkpoint
     install     makes `FileSystemWriter` and `FileSystemReader` do the same, in this process
-    uninstall   takes `install` back
+    uninstall   undoes `install`
 
-DCP plans, stages and calls; Holdfast lays out, writes, publishes and reads. `dcp.async_save` works
+DCP plans and stages. It calls Holdfast to lay out, write, publish and read. `dcp.async_save` works
 too, with threads and with a process. Stock DCP reads what `Writer` saved, and `Reader` reads what
 stock DCP saved.
 """

@@ -20,7 +20,8 @@ from holdfast.dcp.writer import Writer
 logger: logging.Logger = logging.getLogger("holdfast")
 
 _OURS = "_holdfast"
-"""Attribute of a stock object: the object that works in its place, or None."""
+"""Name of an attribute of stock objects. Its value is the object of Holdfast that does their work,
+or None."""
 
 _WRITER_METHODS = ("reset", "prepare_local_plan", "prepare_global_plan", "write_data", "finish")
 _READER_METHODS = ("reset", "prepare_local_plan", "prepare_global_plan", "read_data")
@@ -30,15 +31,15 @@ def install() -> None:
     """Let every `FileSystemWriter` and `FileSystemReader` of this process use Holdfast, for callers
     that make these objects themselves, and for `dcp.save(state, checkpoint_id=path)`.
 
-    Not affected, and saved or loaded by stock DCP as before:
+    Stock DCP still saves and loads in these cases:
 
-    * subclasses of the two classes;
-    * writers with `_extensions` or a `serialization_format`, and saves without collectives. A
-      warning says so;
-    * other processes. `async_save` with a process saves by Holdfast if it was given a
-      `FileSystemWriter`, not if it was given a `checkpoint_id` alone.
+    * for subclasses of the two classes;
+    * for writers with `_extensions` or with a `serialization_format` other than `TORCH_SAVE`, and
+      for saves without collectives. A warning says so;
+    * in other processes. `async_save` with a process uses Holdfast if you pass a
+      `FileSystemWriter`, but not if you pass only a `checkpoint_id`.
 
-    Calling it again changes nothing.
+    A second call changes nothing.
     """
     if _OURS in FileSystemWriter.__dict__:
         return
@@ -55,7 +56,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Take `install` back. Does nothing if it was not called."""
+    """Undo `install`. Do nothing if `install` was not called."""
     for cls in (FileSystemWriter, FileSystemReader):
         if _OURS in cls.__dict__:
             delattr(cls, _OURS)
@@ -68,7 +69,7 @@ def uninstall() -> None:
 
 
 _originals: dict[tuple[type, str], Any] = {}
-"""Patched methods; None for those that the class inherited."""
+"""Original methods, keyed by class and name; None for methods that the class inherited."""
 
 
 def _patch(cls: type, name: str, method: Callable[..., Any]) -> None:
@@ -77,14 +78,15 @@ def _patch(cls: type, name: str, method: Callable[..., Any]) -> None:
 
 
 def _stock(cls: type, name: str) -> Callable[..., Any]:
-    """The method of a stock class, whether patched or not."""
+    """Return the original method of a stock class, even if the method is patched."""
     original = _originals.get((cls, name))
     method: Callable[..., Any] = original or getattr(cls.__mro__[1], name)
     return method
 
 
 def _forwarded(cls: type, name: str) -> Callable[..., Any]:
-    """A method that calls the same one of Holdfast's object, where there is one."""
+    """Return a method for the stock class `cls` that calls the method `name` of Holdfast's object,
+    if there is one, else that of `cls`."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         ours = getattr(self, _OURS)
@@ -111,7 +113,7 @@ def _set_up_storage_writer(self: Any, is_coordinator: bool, *args: Any, **kwargs
 
 
 def _why_stock(writer: Any, *, use_collectives: bool) -> str | None:
-    """Reason why stock DCP must save; None if Holdfast can."""
+    """Return the reason why stock DCP must save; None if Holdfast can save."""
     if type(writer) is not FileSystemWriter:
         return "by a subclass of FileSystemWriter"
     if writer.serialization_format != SerializationFormat.TORCH_SAVE:
@@ -122,7 +124,7 @@ def _why_stock(writer: Any, *, use_collectives: bool) -> str | None:
 
 
 def _reduce(self: Any) -> Any:
-    # In another process nothing is installed, so Holdfast's own writer goes there.
+    # The other process has not called `install`, so send Holdfast's own writer instead.
     if _why_stock(self, use_collectives=True) is None:
         ours = Writer(self.path, overwrite=self.overwrite)
         return Writer, (ours.checkpoint_id,), ours.__getstate__()
@@ -130,7 +132,7 @@ def _reduce(self: Any) -> Any:
 
 
 def _read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
-    # An index per rank comes from a save without collectives, which stock DCP alone reads.
+    # A save without collectives makes an index per rank, which only stock DCP can read.
     if type(self) is not FileSystemReader or kwargs.get("rank") is not None:
         setattr(self, _OURS, None)
         metadata: Metadata = _stock(FileSystemReader, "read_metadata")(self, *args, **kwargs)

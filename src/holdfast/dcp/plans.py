@@ -24,7 +24,7 @@ Chunk = tuple[str, str, Region]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Written:
-    """What one rank has written."""
+    """Write result of one rank, and the chunks that the rank has written."""
 
     rank: int
     result: WriteResult
@@ -36,12 +36,12 @@ class Written:
 
 
 def is_value(item: WriteItem) -> bool:
-    """Whether an item is anything else than a tensor."""
+    """Whether an item is a value, not a tensor."""
     return item.type == WriteItemType.BYTE_IO
 
 
 def chunk_of(item: WriteItem) -> Chunk:
-    """Name, dtype and region of a tensor item."""
+    """Return the name, dtype and region of a tensor item."""
     data = item.tensor_data
     assert data is not None, f"DCP plans `{item.index.fqn}` as a tensor, without its size"
     start, sizes = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
@@ -50,13 +50,14 @@ def chunk_of(item: WriteItem) -> Chunk:
 
 
 def layouts_of(plans: Sequence[SavePlan]) -> Iterator[tuple[TensorItem, ...]]:
-    """Places of each rank's tensors."""
+    """For each rank, yield the regions of tensors that it writes, with their places in its file."""
     for plan in plans:
         yield lay_out([chunk_of(item) for item in plan.items if not is_value(item)])
 
 
 def global_plan(metadata: Metadata, written: Sequence[Written]) -> tuple[GlobalPlan, list[Ints]]:
-    """What all ranks have written, and the places of each rank's chunks in the order of the plan.
+    """Return the global plan of what all ranks have written, and the places of each rank's chunks.
+    The chunks are in the order of the plan.
 
     Raises:
         UsageError: the chunks of a tensor do not hold all of its elements.

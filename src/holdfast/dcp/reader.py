@@ -1,4 +1,4 @@
-"""Load by the plan of `torch.distributed.checkpoint`: ranges of bytes, each block checked."""
+"""Load by a plan of `torch.distributed.checkpoint`: read only its byte ranges, and check them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from holdfast.storage.opening import is_url
 from holdfast.storage.store import ReadStore
 
 BATCH_BYTES = 1 << 30
-"""Bytes of tensors that are read before the planner takes them over. It bounds the memory of
-planners that give temporary tensors."""
+"""About how many bytes of tensors are read before they are passed to the planner. This limits the
+memory that is needed if the planner gives temporary tensors to read into."""
 
 
 class Reader(StorageReader):
@@ -54,7 +54,7 @@ class Reader(StorageReader):
         that torchrun has started on it.
 
         Raises:
-            UsageError: `path` is no path.
+            UsageError: `path` is not a path.
         """
         self._path = checked_path(path, "path")
         if not is_url(self._path):
@@ -95,10 +95,11 @@ class Reader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Nothing to prepare: `read_metadata` has opened the checkpoint."""
+        """Do nothing: `read_metadata` has opened the checkpoint."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Add the fingerprint of the checkpoint that this rank has opened."""
+        """Add to the plan the fingerprint of the checkpoint that this rank has opened, which
+        `prepare_global_plan` compares."""
         assert self._opened is not None, "DCP calls `read_metadata` before"
         return replace(plan, storage_data=self._opened[1].fingerprint)
 
@@ -106,7 +107,7 @@ class Reader(StorageReader):
         """Check that all ranks have opened the same checkpoint.
 
         Raises:
-            MismatchError: they have not.
+            MismatchError: ranks have opened different checkpoints.
         """
         for rank, plan in enumerate(plans):
             if plan.storage_data != plans[0].storage_data:
@@ -124,7 +125,7 @@ class Reader(StorageReader):
             DamagedError: bytes are missing, or are not the bytes that were written. The message
                 names file, tensor and block.
             FormatError: reading a value would run code that the checkpoint names.
-            NotFoundError: another save has replaced the checkpoint meanwhile.
+            NotFoundError: another save has replaced the checkpoint during the read.
         """
         assert self._opened is not None, "DCP calls `read_metadata` before"
         store, opened = self._opened
@@ -146,7 +147,7 @@ class Reader(StorageReader):
 
 
 def _metadata(manifest: Manifest, path: str) -> Metadata:
-    """DCP's view of a manifest."""
+    """Convert a manifest to the metadata that DCP expects."""
     entries: dict[str, Any] = {n: _tensor_metadata(e) for n, e in manifest.tensors.items()}
     entries |= dict.fromkeys(manifest.values, BytesStorageMetadata())
     paths = {name: entry.path for name, entry in manifest.tensors.items()}
@@ -187,7 +188,7 @@ def _read_values(source: Source, plan: LoadPlan, planner: LoadPlanner) -> None:
 
 
 def _batches(manifest: Manifest, plan: LoadPlan) -> Iterator[list[ReadItem]]:
-    """Tensor items of the plan, in lists of about `BATCH_BYTES`."""
+    """Yield the tensor items of the plan in lists of about `BATCH_BYTES`."""
     batch: list[ReadItem] = []
     nbytes = 0
     for item in plan.items:
@@ -224,7 +225,7 @@ def _read_batch(
 
 
 def _region_of(item: ReadItem) -> Region:
-    """Position of the wanted elements in the whole tensor."""
+    """Return the position of the wanted elements in the whole tensor."""
     chunk_start = item.storage_index.offset or (0,) * len(item.lengths)
     start = tuple(map(int.__add__, chunk_start, item.storage_offsets))
     return Region(start, tuple(map(int.__add__, start, item.lengths)))
@@ -236,6 +237,6 @@ def _dtype(manifest: Manifest, item: ReadItem) -> torch.dtype:
 
 
 def _num_local() -> int:
-    """Number of ranks that torchrun has started on this host."""
+    """Return the number of ranks that torchrun has started on this host; 1 if it is unknown."""
     num_local = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, int(num_local)) if num_local.isdecimal() else 1

@@ -1,4 +1,4 @@
-"""Containers of values: from DCP's planners, which pickle, and for them, which unpickle."""
+"""Convert values of DCP's planners, which pickle and unpickle them, to and from containers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from holdfast.state.values import decode_value, encode_value
 
 
 def container_of(item: WriteItem, planner: SavePlanner) -> bytes:
-    """Container of a value, in the bytes that the planner gives.
+    """Return the container of a value. If the planner has its own pickling, these are the bytes
+    that it has made.
 
     Raises:
         UsageError: reading the value would run code that the checkpoint names.
@@ -39,8 +40,8 @@ def container_of(item: WriteItem, planner: SavePlanner) -> bytes:
 
 
 def for_planner(name: str, container: bytes, *, where: str) -> io.BytesIO:
-    """The value of a container, pickled anew: planners unpickle it without limits, so they never
-    get bytes that somebody else wrote.
+    """Decode a container and pickle its value again. Planners unpickle without limits, so they must
+    never get bytes that somebody else wrote.
 
     Raises:
         FormatError: reading the value would run code that the checkpoint names.

@@ -1,4 +1,4 @@
-"""Save by the plan of `torch.distributed.checkpoint`: attempt, write, publish."""
+"""Save by a plan of `torch.distributed.checkpoint`: make the attempt, write, publish."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ from holdfast.storage.store import Distant
 from holdfast.timing import Spans
 
 _STARTED_NS = time.time_ns()
-"""Time at which this process has imported the module."""
+"""Time at which this process imported the module, in nanoseconds since 1970."""
 
 
 class Writer(StorageWriter):
     """Storage of one DCP save, or of several, one after the other.
 
-    The checkpoint is written into a hidden folder beside `path`, with a checksum per block. It gets
-    its name when all ranks have written and synced their files, by one rename. A save that fails on
-    any rank leaves the checkpoint that `path` had, and deletes its own files.
+    The checkpoint is written into a hidden folder beside `path`, with a checksum per block. Once
+    all ranks have written and synced their files, one rename gives the folder its name. A save that
+    fails on any rank deletes its own files, and keeps the checkpoint that was at `path`.
 
     Every rank makes its own `Writer`, with the same path.
     """
@@ -69,7 +69,8 @@ class Writer(StorageWriter):
         self._path = _absolute(path, "path")
         self._overwrite = checked_flag(overwrite, "overwrite")
         self._current_folder: str | None = None
-        """Current folder of the process that has sent this writer here; None: it was made here."""
+        """Current folder of the process that sent this writer to this process; None if the writer
+        was made in this process."""
 
         self._rank = 0
         self._is_coordinator = False
@@ -135,7 +136,8 @@ class Writer(StorageWriter):
         """
         nbytes = sum(items[-1].item.stop for items in layouts_of(plans) if items)
         self._open = _Attempt.begin(self._path, nbytes=nbytes, overwrite=self._overwrite)
-        # Deletes the attempt too if another rank has failed: DCP does not tell this object then.
+        # If another rank fails, DCP does not tell this writer. Then the finalizer deletes the
+        # attempt.
         weakref.finalize(self, self._open.close)
         return [replace(plan, storage_data=self._open.mark) for plan in plans]
 
@@ -213,18 +215,19 @@ class _Attempt:
 
     @property
     def mark(self) -> str:
-        """Text from which every rank tells the folder.
+        """Text from which every rank computes the name of the attempt.
 
-        In a folder, a planner with cached plans may pass an older plan to `write_data`, so all
-        plans of this process have the same mark. In an object store, each attempt needs an ID of
-        its own, since the files of a checkpoint stay below its ID.
+        Outside object stores, a planner with cached plans may pass an older plan to `write_data`,
+        so all plans of this process have the same mark. In an object store, each attempt needs an
+        ID of its own, since the files of a checkpoint stay below its ID.
         """
         is_distant = isinstance(self.catalog.store, Distant)
         return self.folder.id if is_distant else _coordinator_mark()
 
     @property
     def has_ended(self) -> bool:
-        """Whether its save has ended: its thread has ended, or is about to begin another save."""
+        """Whether the save of this attempt has ended: the thread that began it has ended, or calls
+        this because it is about to begin another save."""
         return self._thread is threading.current_thread() or not self._thread.is_alive()
 
     @classmethod
@@ -237,7 +240,8 @@ class _Attempt:
         is_distant = isinstance(store, Distant)
         for other in [*_OPEN]:
             if other.catalog.store.url == store.url:
-                # A rank that failed has deleted it, and DCP has not told the writer that holds it.
+                # If the folder is gone, a rank that failed has deleted it, and DCP has not told
+                # the writer that holds it.
                 is_gone = not is_distant and f"{other.folder}/" not in names
                 if is_gone or other.has_ended:
                     other.close()
@@ -267,18 +271,18 @@ class _Attempt:
             self.is_open = False
             _OPEN.discard(self)
             self.catalog.release(self.folder)
-            # By a cleanup, which leaves a folder alone that somebody holds: a later save of this
-            # process may have a folder of this name by now.
+            # Delete by a cleanup, which keeps a folder that is in use: by now, a later save of this
+            # process may use a folder of this name.
             execute(self.catalog.store, plan_cleanup([f"{self.folder}/"]))
 
 
 def _absolute(path: object, what: str, *, folder: str | None = None) -> str:
-    """The path, absolute: the save may run in a thread or process with another current folder.
+    """Return the absolute path, since the save may run in a process with another current folder.
 
-    `folder`: what a relative path starts from; None: the current folder.
+    `folder`: folder that a relative path starts from; None for the current folder.
     """
     text = checked_path(path, what)
-    # A save checks on all ranks, when it begins, that Holdfast can write to the URL.
+    # Return a URL unchanged. At each save, every rank checks whether Holdfast can write to it.
     if is_url(text):
         return text
     return os.path.abspath(os.path.join(folder or "", text))  # noqa: PTH100, PTH118 - links stay
@@ -311,7 +315,8 @@ def _write_file(
     catalog: Catalog, attempt: HiddenFolder, layout: FileLayout, windows_of: Any, spans: Spans
 ) -> Any:
     store = catalog.store
-    # An object store has no empty folders, and each host sees the same bucket.
+    # Check that this host sees the folder of the attempt. An object store does not list a folder
+    # without files, and is the same on every host.
     if not isinstance(store, Distant) and f"{attempt}/" not in store.list():
         raise _deleted(catalog, attempt)
     try:
@@ -330,7 +335,7 @@ def _deleted(catalog: Catalog, attempt: HiddenFolder) -> StorageError:
 
 
 def _resolved(write_item: WriteItem, item: TensorItem, planner: SavePlanner) -> torch.Tensor:
-    """The tensor that the planner gives for an item, with the dtype and shape of the plan."""
+    """Return the planner's tensor for an item. Check that it has the plan's dtype and shape."""
     tensor = planner.resolve_data(write_item)
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(f"`{item.name}`: the planner gave a {type(tensor).__name__}, no tensor")
@@ -351,7 +356,8 @@ def _resolved(write_item: WriteItem, item: TensorItem, planner: SavePlanner) -> 
 
 
 def _attempt_folder(catalog: Catalog, name: str, mark: object) -> HiddenFolder:
-    """Folder in which a coordinator saves checkpoint `name`. `mark`: see `_Attempt.mark`."""
+    """Return the attempt of checkpoint `name`, which every rank finds from the coordinator's `mark`
+    (see `_Attempt.mark`)."""
     if isinstance(catalog.store, Distant):
         return HiddenFolder("attempt", name, str(mark))
     return HiddenFolder("attempt", name, f"{checksum(f'{mark}/{name}'.encode()):016x}"[:8])
@@ -365,13 +371,13 @@ def _in_progress(catalog: Catalog, name: str) -> ExistsError:
 
 
 def _coordinator_mark() -> str:
-    """Text that differs between processes, and is constant in each."""
+    """Return a text that identifies this process. Every call returns the same text."""
     return f"{os.uname().nodename}-{os.getpid()}-{_STARTED_NS}"
 
 
 def _set_aside(catalog: Catalog, attempt: HiddenFolder) -> None:
-    """Delete the attempt of a failed save, from any rank. First it is renamed: then no rank that
-    still writes can add a file to it."""
+    """Delete the attempt of a failed save, from any rank. This renames the attempt first, so that
+    ranks that are still writing cannot add files to it."""
     with suppress(HoldfastError):
         delete_hidden(catalog.store, attempt)
 

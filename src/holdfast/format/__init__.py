@@ -1,1 +1,1 @@
-"""File formats: values, and the bytes that represent them. No torch, no I/O."""
+"""File formats: convert between values and bytes, without torch and without I/O."""

@@ -1,8 +1,8 @@
-"""ZIP archives as `torch.save` writes them: find their records, and write the headers around them.
+"""Read the records of ZIP archives as `torch.save` writes them, and write such archives.
 
-After PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.7, 4.3.12 and 4.3.14 to 4.3.16. torch uses a small
-part of the format: no compression, no encryption, no comments, one folder. The reader refuses
-anything else, and records that overlap or that reach outside of the archive.
+PKWARE's APPNOTE.TXT 6.3.10 specifies the format in sections 4.3.7, 4.3.12 and 4.3.14 to 4.3.16.
+torch uses a small part of it: no compression, no encryption, no comments, one folder. The reader
+refuses anything else. It also refuses records that overlap or reach outside of the archive.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from itertools import pairwise
 from holdfast.format.manifest import Span
 
 Fetch = Callable[[int, int], bytes]
-"""`fetch(offset, nbytes)`: bytes of the file that holds the archive; fewer only at its end."""
+"""Function `fetch(offset, nbytes)`. Returns `nbytes` bytes of a file from `offset` on, or fewer if
+the file ends before."""
 
 DIRECTORY_BYTES_MAX = 64 << 20
-"""Largest directory: half a million records."""
+"""Maximum size of an archive's directory: enough for half a million records."""
 
 RECORD = b"PK\3\4"
-"""First bytes of each record, and so of an archive."""
+"""First bytes of every record, and therefore of every archive."""
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -30,10 +31,10 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
 
 _FULL = 0xFFFFFFFF
-"""Value of a 32-bit field if the number is in the ZIP64 field instead."""
+"""Value of a 32-bit field which means that the number is in the ZIP64 field instead."""
 
 _COUNT_MAX = 0xFFFF
-"""Most records that the end of a directory can count without ZIP64."""
+"""Maximum number of records that the end of a directory can state without ZIP64."""
 
 _UTF8 = 0x0800
 _ENCRYPTED = 0x2041
@@ -44,24 +45,26 @@ _TAIL_BYTES = 2048
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One file of the archive."""
+    """One file in an archive."""
 
     header: int
-    """Offset of its header in the archive."""
+    """Offset of the record's header in the archive."""
 
     data: Span
-    """Position of its content in the archive."""
+    """Position of the record's content in the archive."""
 
     crc32: int
-    """CRC-32 of its content; 0 if the writer stored none."""
+    """CRC-32 of the content; 0 if the writer stored none."""
 
 
 def windowed(fetch: Fetch, item: Span) -> Fetch:
-    """Return a `Fetch` whose offsets count from the start of the archive at `item` of a file.
+    """Return a `Fetch` for the archive at position `item` of the file that `fetch` reads. Offset 0
+    of the returned `Fetch` is the start of the archive.
 
-    Fetches the head and the tail of the archive once: all small records are there.
+    Reads the first and the last bytes of the archive once and keeps them, since all small records
+    are there.
 
-    Raises, when called:
+    Raises, when the returned function is called:
         ValueError: the bytes are outside of the archive.
     """
     head = fetch(item.offset, min(item.nbytes, _HEAD_BYTES))
@@ -81,10 +84,12 @@ def windowed(fetch: Fetch, item: Span) -> Fetch:
 
 
 def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
-    """Return the records of an archive of `nbytes` at offset 0, by name without their folder.
+    """Return the records of an archive of `nbytes` that starts at offset 0.
+
+    The keys are the names of the records, without the folder that all of them are in.
 
     Raises:
-        ValueError, struct.error: it is no archive as `torch.save` writes it.
+        ValueError, struct.error: the bytes are not an archive as `torch.save` writes it.
     """
     start, stop, count = _directory_span(fetch, nbytes)
     entries = list(_entries(fetch(start, stop - start)))
@@ -111,8 +116,8 @@ def read_records(fetch: Fetch, nbytes: int) -> dict[str, Record]:
 
 
 def record_names(fetch: Fetch, nbytes: int) -> set[str] | None:
-    """Return the names of the records of an archive without their folder; None if its directory
-    cannot be read. Records of other programs may be compressed."""
+    """Return the names of an archive's records, without the folder. Return None if the archive's
+    directory cannot be read. Accepts archives of other programs, and compressed records."""
     try:
         start, stop, _ = _directory_span(fetch, nbytes)
         return {path.partition("/")[2] for path, *_ in _entries(fetch(start, stop - start))}
@@ -121,7 +126,8 @@ def record_names(fetch: Fetch, nbytes: int) -> set[str] | None:
 
 
 def _directory_span(fetch: Fetch, nbytes: int) -> tuple[int, int, int]:
-    """Read the start and stop of the directory, and its number of records."""
+    """Return start and stop of an archive's directory, and the number of records in it, as the end
+    of the archive states them. The archive has `nbytes`."""
     end = nbytes - _END.size
     if end < 0:
         raise ValueError(f"{nbytes} bytes are too few")
@@ -129,7 +135,8 @@ def _directory_span(fetch: Fetch, nbytes: int) -> tuple[int, int, int]:
     if magic != b"PK\5\6" or comment:
         raise ValueError("no end of a ZIP directory at its end")
     stop = end
-    # torch always writes a ZIP64 end, Holdfast only where it is needed.
+    # torch always adds a ZIP64 end, which has larger fields. Holdfast adds one only if a number
+    # does not fit into the fields of the plain end.
     locator = fetch(max(end - _LOCATOR64.size, 0), _LOCATOR64.size)
     if locator[:4] == b"PK\6\7":
         stop, count, length, offset = _end64(fetch, end - _LOCATOR64.size)
@@ -149,8 +156,8 @@ def _end64(fetch: Fetch, locator: int) -> tuple[int, int, int, int]:
 
 
 def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int, bool]]:
-    """Yield the path of each record, the offset of its header, its size, its CRC-32, and whether
-    its content is stored as it is."""
+    """Yield for each record in a directory: its path, the offset of its header, its size, its
+    CRC-32, and whether its content is neither compressed nor encrypted."""
     position = 0
     while position < len(directory):
         fields = _CENTRAL.unpack_from(directory, position)
@@ -169,7 +176,8 @@ def _entries(directory: bytes) -> Iterable[tuple[str, int, int, int, bool]]:
 
 
 def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
-    """Return size and offset, read from the ZIP64 field if they need more than 32 bits."""
+    """Return size and offset of a record. `extra`, `nbytes`, `offset`: fields of the record's entry
+    in the directory. A number that is `0xFFFFFFFF` is in the ZIP64 field of `extra` instead."""
     position = 0
     while position + 4 <= len(extra):
         tag, length = struct.unpack_from("<2H", extra, position)
@@ -186,7 +194,8 @@ def _sizes64(extra: bytes, nbytes: int, offset: int) -> tuple[int, int]:
 
 
 def _data_span(fetch: Fetch, path: str, header: int, nbytes: int) -> Span:
-    """Return the position of the content of a record, after its header and its path."""
+    """Return the position of a record's content of `nbytes`. It follows the record's header, which
+    starts at offset `header`."""
     fields = _LOCAL.unpack(fetch(header, _LOCAL.size))
     start = header + _LOCAL.size
     if fields[0] != RECORD or fields[3] or fetch(start, fields[9]) != path.encode():
@@ -200,10 +209,9 @@ def _data_span(fetch: Fetch, path: str, header: int, nbytes: int) -> Span:
 def local_header(
     name: bytes, nbytes: int, *, position: int = 0, align: int = 0, crc32: int = 0
 ) -> bytes:
-    """Return the header of a record of `nbytes`.
+    """Return the header of a record of `nbytes`. `position` is the offset of the header.
 
-    With `align` it is padded, so that the data start on a multiple of `align` if the header starts
-    at `position`.
+    With `align`, the header is padded so that the data after it start at a multiple of `align`.
     """
     extra = _field64(nbytes)
     if align:
@@ -224,7 +232,7 @@ def directory_entry(name: bytes, nbytes: int, header: int, *, crc32: int = 0) ->
 
 
 def _field64(nbytes: int, header: int = 0) -> bytes:
-    """ZIP64 field with the numbers that need more than 32 bits; empty if there are none."""
+    """Encode, as a ZIP64 field, the numbers that need more than 32 bits; empty if none do."""
     numbers = [nbytes, nbytes] if nbytes >= _FULL else []
     numbers += [header] if header >= _FULL else []
     data = struct.pack(f"<{len(numbers)}Q", *numbers)
@@ -232,7 +240,7 @@ def _field64(nbytes: int, header: int = 0) -> bytes:
 
 
 def directory_end(count: int, directory_bytes: int, directory_offset: int) -> bytes:
-    """Return the end of an archive, after the directory of `count` records."""
+    """Return the last bytes of an archive, which follow the directory of `count` records."""
     end64 = b""
     if directory_offset >= _FULL or count > _COUNT_MAX:
         sizes = (count, count, directory_bytes, directory_offset)

@@ -1,7 +1,8 @@
 """Block checksums: XXH3-64 (https://github.com/Cyan4973/xxHash, specification 0.2.0), seed 0.
 
-Measured side by side on one core (64 MiB in 1 MiB blocks): XXH3-64 28 GiB/s, CRC32C 11, zlib's
-CRC32 5.5. So the checksum of a block that is in cache costs less than copying it.
+Measured side by side on one core (64 MiB in 1 MiB blocks): XXH3-64 28 GiB/s, CRC32C 11 GiB/s,
+zlib's CRC32 5.5 GiB/s. So computing the checksum of a cached block takes less time than copying
+the block.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 ALGORITHM = "xxh3-64"
 
 BLOCK_BYTES = 256 << 10
-"""Bytes of raw tensor data under one checksum, counted from the start of each chunk. A partial read
-must read and check whole blocks, so this limits its overhead."""
+"""Bytes of raw tensor data under one checksum, counted from the start of each chunk. Small, since
+reading a few elements of a chunk means reading and checking whole blocks."""
 
 BLOCK_BYTES_MAX = 1 << 20
-"""Block size of the first checkpoints of this version."""
+"""Block size of old checkpoints, which can still be read."""
 
 NBYTES = 8
 """Bytes of one checksum in a table."""
@@ -36,7 +37,7 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
 
 
 def checksum_of_parts(parts: Iterable[bytes | bytearray | memoryview]) -> int:
-    """Return the checksum of the parts, one after the other, as one block."""
+    """Return the checksum of the concatenated parts, as one block."""
     state = xxh3_64()
     for part in parts:
         state.update(part)
@@ -44,12 +45,12 @@ def checksum_of_parts(parts: Iterable[bytes | bytearray | memoryview]) -> int:
 
 
 def num_blocks(nbytes: int, block_bytes: int = BLOCK_BYTES) -> int:
-    """Return the number of blocks in `nbytes`."""
+    """Return the number of blocks in `nbytes` of data."""
     return -(-nbytes // block_bytes)
 
 
 def block_checksums(data: memoryview, block_bytes: int = BLOCK_BYTES) -> list[int]:
-    """Return the checksum of each block. `data` starts on a block; the last block may be short."""
+    """Return the checksum of each block of `data`. The last block may be shorter than the rest."""
     return [
         xxh3_64_intdigest(data[start : start + block_bytes])
         for start in range(0, len(data), block_bytes)
@@ -67,7 +68,7 @@ def unpack(table: bytes) -> tuple[int, ...]:
 
 
 def to_hex(checksums: Sequence[int]) -> str:
-    """Format checksums as one string, `DIGITS` lower-case digits each."""
+    """Format checksums as one string of lower-case hexadecimal digits, `DIGITS` per checksum."""
     return "".join(f"{value:016x}" for value in checksums)
 
 
@@ -75,9 +76,9 @@ def from_hex(text: str) -> tuple[int, ...]:
     """Return the checksums in a string made by `to_hex`.
 
     Raises:
-        ValueError: the string is not a whole number of checksums.
+        ValueError: `to_hex` cannot have made the string.
     """
-    # `int` and `bytes.fromhex` would also accept signs, blanks and capitals.
+    # `bytes.fromhex` would also accept blanks and capitals.
     if len(text) % DIGITS or not _HEX.fullmatch(text):
         raise ValueError(f"need a multiple of {DIGITS} lower-case digits, got {text[:40]!r}")
     return struct.unpack(f">{len(text) // DIGITS}Q", bytes.fromhex(text))

@@ -1,8 +1,9 @@
 """Chunks of tensors, and the rows that list them in `index.bin`.
 
-`manifest.json` lists the chunks of a small checkpoint itself. A job of 2,048 ranks and 2,000
-tensors has four million. Their rows are in `index.bin`, of which each rank reads only the blocks
-that hold the rows of its own elements. docs/format.md specifies both.
+The `manifest.json` of a small checkpoint lists the chunks itself. A job of 2,048 ranks and 2,000
+tensors has four million chunks. A large checkpoint therefore lists them in `index.bin`, with one
+row per chunk, and each rank reads only the blocks with the rows that it needs. docs/format.md
+specifies both files.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from holdfast.format.untrusted import check_file_name, count_of
 
 BLOCK_BYTES = 4096
 """Bytes of `index.bin` under one checksum. Small, since a rank of a large job needs one row of each
-tensor, and must read and check the whole block around it."""
+tensor, and must read and check the whole block around each row."""
 
 NUM_PLACES = 5
-"""Numbers of a chunk before those of its region."""
+"""A row begins with this many numbers. The start and stop of the chunk's region follow."""
 
 _NUMBER = struct.Struct("<Q")
 _CHECKED_BYTES = 4 << 20
-"""Bytes that a check of all rows reads at a time, a multiple of a block."""
+"""Bytes that `RowFile.check` reads at a time, a multiple of `BLOCK_BYTES`."""
 
 _BATCH_ROWS = 256
-"""Rows that an iteration decodes at a time."""
+"""Number of rows that an iteration over `ChunkRows` decodes at a time."""
 
 
 @sent_by_fields
@@ -53,20 +54,22 @@ class Chunk:
     region: Region
     file: str
     item: Span
-    """Archive around the data, which stock DCP passes to `torch.load`."""
+    """Position of the archive around the data, which stock DCP passes to `torch.load`. In files of
+    other formats, position of the data alone."""
 
     data_offset: int | None = None
-    """Offset of the raw row-major elements in the file; None if only the archive itself tells."""
+    """Offset of the raw row-major elements in the file. None if the elements are not row-major, or
+    if the archive must be read to find them."""
 
     first_block: int | None = None
-    """Index, in the file's table, of the checksum of the first block of the raw data; the next ones
-    follow. None if the format has no block checksums."""
+    """Index, in the file's table, of the checksum of the chunk's first block. The checksums of the
+    other blocks follow. None if the format has no block checksums."""
 
 
 @sent_by_fields
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Table of the block checksums of a file, from `offset` to the end of the file."""
+    """Table of a file's block checksums, from `offset` to the end of the file."""
 
     offset: int
     checksum: int
@@ -87,10 +90,11 @@ class DataFile:
 
 
 def data_file_of(stored: Sequence[Any], where: str) -> DataFile:
-    """Check a member of `files`: name, bytes, offset of the table, checksum of the table.
+    """Decode and check a member of a manifest's `files`: name, size, and offset and checksum of the
+    file's table.
 
     Raises:
-        FormatError: the name is a path.
+        FormatError: the name is not a plain file name.
         ValueError: the member is invalid.
     """
     name, nbytes, offset, table_checksum = stored
@@ -102,14 +106,14 @@ def data_file_of(stored: Sequence[Any], where: str) -> DataFile:
 
 
 def table_of(offset: object, stored: str) -> Table:
-    """Check the offset and the checksum of a table. Raises a ValueError if they are invalid."""
+    """Decode and check a table's offset and checksum. Raises a ValueError if one is invalid."""
     (table_checksum,) = checksum.from_hex(stored)
     return Table(count_of(offset), table_checksum)
 
 
 def item_of(number: int, offset: int, nbytes: int, files: Sequence[DataFile]) -> Span:
-    """Check the item of a chunk or value in file `number`. Raises a ValueError if it is outside of
-    the items of its file."""
+    """Return the position of a chunk's or value's item in `files[number]`. Raises a ValueError if
+    the item reaches into the file's table."""
     item, file = Span(offset, nbytes), files[number]
     if item.stop > file.table.offset:
         raise ValueError(
@@ -121,7 +125,7 @@ def item_of(number: int, offset: int, nbytes: int, files: Sequence[DataFile]) ->
 @sent_by_fields
 @dataclass(frozen=True, slots=True)
 class ChunkDecoder:
-    """Decodes the chunks of one tensor, and checks them against its shape and the data files."""
+    """Decodes a tensor's chunks, and checks them against the tensor's shape and the data files."""
 
     name: str
     shape: tuple[int, ...]
@@ -130,8 +134,8 @@ class ChunkDecoder:
     block_bytes: int
 
     def decode(self, numbers: Sequence[int]) -> Chunk:
-        """Decode a chunk: number of its file, offset and bytes of its item, offset of its data,
-        index of its first block, then start and stop along each dim.
+        """Decode the numbers of a chunk: index of its file, offset and bytes of its item, offset of
+        its data, index of its first block, then start and stop along each dim.
 
         Raises:
             ValueError, LookupError: the numbers contradict the shape or the file.
@@ -158,8 +162,8 @@ class ChunkDecoder:
 class RowFile:
     """`index.bin`: rows, then a table of the checksums of their blocks.
 
-    Reads and checks only the blocks that are needed. A copy that was sent to another rank must be
-    connected to that rank's store.
+    Reads and checks only the blocks that are needed. A rank that has received a `RowFile` from
+    another rank must call `connect` before it reads.
     """
 
     def __init__(self, nbytes: int, table: Table) -> None:
@@ -170,15 +174,17 @@ class RowFile:
         self._unit_bytes = BLOCK_BYTES
         self._checksums: tuple[int, ...] | None = None
         self._window = 0, b""
-        """Offset and bytes of the last blocks that were read."""
+        """Offset and content of the blocks that were read last."""
 
     def connect(self, fetch: Callable[[int, int], bytes], where: str, unit_bytes: int) -> None:
-        """Read by `fetch(start, stop)` from now on, at least `unit_bytes` at a time, a multiple of
-        a block. Errors call the file `where`."""
+        """Use `fetch(start, stop)` for all further reads. Errors call the file `where`.
+
+        `unit_bytes`: minimum number of bytes to fetch at a time, a multiple of `BLOCK_BYTES`.
+        """
         self._fetch, self.where, self._unit_bytes = fetch, where, unit_bytes
 
     def __reduce__(self) -> tuple[type[RowFile], tuple[int, Table]]:
-        # Not the function that reads, nor what it has read: other ranks read for themselves.
+        # Leave out `_fetch` and the bytes that were read: each rank reads from its own store.
         return RowFile, (self.nbytes, self.table)
 
     def __eq__(self, other: object) -> bool:
@@ -195,7 +201,7 @@ class RowFile:
         Raises:
             DamagedError: a block, or the table, does not match its checksum.
         """
-        # Another thread may replace the window meanwhile, so it is looked up once.
+        # Read `_window` only once, since another thread may replace it at any time.
         first, data = self._window
         if not first <= start <= stop <= first + len(data):
             unit = self._unit_bytes
@@ -209,13 +215,13 @@ class RowFile:
         """Read and check all rows.
 
         Raises:
-            DamagedError: as `read`.
+            DamagedError: a block, or the table, does not match its checksum.
         """
         for first in range(0, self.table.offset, _CHECKED_BYTES):
             self._checked(first, min(first + _CHECKED_BYTES, self.table.offset))
 
     def check_table(self) -> tuple[int, ...]:
-        """Read the table, unless that is done, and check it. Returns the checksums."""
+        """Return the checksums in the table. The first call reads and checks the table."""
         if self._checksums is None:
             packed = self._read(self.table.offset, self.nbytes)
             if checksum.checksum(packed) != self.table.checksum:
@@ -251,8 +257,8 @@ class RowFile:
 
 
 def row_file_of(stored: Sequence[Any]) -> RowFile:
-    """Check the member `index` of a manifest: bytes, offset of the table, checksum of the table.
-    Raises a ValueError if it is invalid."""
+    """Decode and check the member `index` of a manifest: size of `index.bin`, and offset and
+    checksum of its table. Raises a ValueError if the member is invalid."""
     nbytes, offset, table_checksum = stored
     table = table_of(offset, table_checksum)
     num_blocks = checksum.num_blocks(table.offset, BLOCK_BYTES)
@@ -264,10 +270,10 @@ def row_file_of(stored: Sequence[Any]) -> RowFile:
 @sent_by_fields
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkRows(Sequence[Chunk]):
-    """Chunks of a tensor, of which `index.bin` has one row each. A row is read when it is needed.
+    """Chunks of a tensor whose rows are in `index.bin`. A row is read when its chunk is needed.
 
-    Reading one raises a DamagedError if its block is damaged, and a FormatError if it contradicts
-    the manifest.
+    Reading a row raises a DamagedError if its block is damaged, and a FormatError if the row
+    contradicts the manifest.
     """
 
     file: RowFile
@@ -276,7 +282,7 @@ class ChunkRows(Sequence[Chunk]):
 
     num_rows: int
     longest: tuple[int, ...]
-    """Most elements of any chunk along each dim."""
+    """Length of the longest chunk along each dim."""
 
     decoder: ChunkDecoder
 
@@ -311,12 +317,13 @@ class ChunkRows(Sequence[Chunk]):
             yield from self._decoded(first, min(first + _BATCH_ROWS, self.num_rows))
 
     def overlapping(self, region: Region) -> list[Chunk]:
-        """The chunks that hold elements of `region`. Reads about as many rows as there are."""
+        """Return the chunks that hold elements of `region`. Reads only a few rows of other
+        chunks."""
         if not region.num_elements:
             return []
         first, stop = 0, self.num_rows
         for dim, (start, end) in enumerate(zip(region.start, region.stop, strict=True)):
-            # A chunk that begins here or before ends before the region.
+            # A chunk that begins at `before` or earlier cannot reach into the region.
             before = start - self.longest[dim]
             length = self.decoder.shape[dim]
             guess = first + (before + 1) * (stop - first) // length
@@ -325,17 +332,17 @@ class ChunkRows(Sequence[Chunk]):
             if end < length:
                 stop = self._first_after(end - 1, dim, first, stop, first + 1)
             if stop - first < 2 or self._start(first, dim) != self._start(stop - 1, dim):
-                # Rows are sorted along the next dim only where they begin alike along this one.
+                # Only rows with equal starts along this dim are sorted along the next dim.
                 break
         chunks = self._decoded(first, stop)
         return [chunk for chunk in chunks if (chunk.region & region).num_elements]
 
     def _first_after(self, value: int, dim: int, first: int, stop: int, guess: int) -> int:
-        """The first of the rows `first` to `stop` that begins after `value` along `dim`; `stop` if
-        none does.
+        """Return the index of the first row, from `first` to `stop`, whose chunk begins after
+        index `value` along `dim`. Return `stop` if there is no such row.
 
-        Looks around `guess` at growing distances, then halves what is left: for even shards two
-        rows of one block suffice, where a bisection would read many blocks.
+        Looks around row `guess` at growing distances, then bisects. If the chunks have equal sizes,
+        it reads two rows of one block, where a plain bisection would read many blocks.
         """
         low, high, distance, probe = first, stop, 1, guess
         while low < high:
@@ -364,8 +371,8 @@ class ChunkRows(Sequence[Chunk]):
 
 
 def rows_of(stored: Sequence[Any], file: RowFile, decoder: ChunkDecoder) -> ChunkRows:
-    """Check the member `rows` of a tensor: offset of its first row, number of rows, then the most
-    elements of any of its chunks along each dim. Raises a ValueError if it is invalid."""
+    """Decode and check the member `rows` of a tensor's entry: offset of the first row, number of
+    rows, then length of the longest chunk along each dim. Raises a ValueError if it is invalid."""
     offset, count, *longest = map(count_of, stored)
     rows = ChunkRows(file, offset, count, tuple(longest), decoder)
     if len(longest) != len(decoder.shape):

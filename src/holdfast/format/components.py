@@ -1,4 +1,7 @@
-"""Names of the components of a training state, as in TorchTitan: first keys of their paths."""
+"""Names of the components of a training state, as TorchTitan names them.
+
+Each name is the first key of the component's paths, except for the model.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,18 @@ TRAIN_STATE = "train_state"
 RNG = "rng"
 
 COMPONENTS = (OPTIMIZER, SCHEDULER, DATALOADER, TRAIN_STATE, RNG)
-"""All components but the model: the paths of its tensors have no common first key."""
+"""All components but the model. The paths of the model's tensors have no common first key."""
 
 DATALOADER_KEYS = (DATALOADER, "data_loader")
-"""First keys of the state of a data loader: TorchTitan's users write either."""
+"""Keys under which TorchTitan's users store the state of a data loader."""
 
 MODEL_KEYS = (MODEL, "state_dict", "model_state_dict", "module")
-"""First keys of a whole model in files of Accelerate and torchtune (`model`), of Lightning, of
-torch's tutorials, and of DeepSpeed (`module`)."""
+"""Keys under which other programs store a whole model: Accelerate and torchtune (`model`),
+Lightning (`state_dict`), torch's tutorials (`model_state_dict`), DeepSpeed (`module`)."""
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Parts of parameter names that torch.compile, activation checkpointing and FSDP add."""
+"""Parts that torch.compile, activation checkpointing and FSDP insert into parameter names."""
 
 OUTER_WRAPPER = "module"
-"""Part that DDP and others add around the whole model. Inside a model, it may be a name."""
+"""Part that DDP and other wrappers put before all parameter names of a model. Elsewhere in a name,
+it may be a module of the model itself."""

@@ -1,4 +1,5 @@
-"""Display values from containers of `torch.save`, without torch: nothing is imported or called."""
+"""Read and display values in containers of `torch.save`, without torch. Nothing is imported or
+called."""
 
 from __future__ import annotations
 
@@ -13,23 +14,24 @@ from holdfast.format.pickles import AnyGlobal, DtypeName, Other
 from holdfast.format.torchzip import GLOBALS, PICKLE_BYTES_MAX, Tensor, described, read_pickle
 
 MEMBERS_SHOWN_MAX = 40
-"""Members of a list or dict that are shown."""
+"""Maximum number of members of a list or dict to show."""
 
 DEPTH_SHOWN_MAX = 8
 
 TEXT_SHOWN_MAX = 2000
-"""Characters shown of a text or a value, and members visited for it: a shared member counts each
-time."""
+"""Maximum number of characters to show of a string, or of a whole value. Also the maximum number of
+members to visit for one value; a shared member counts each time."""
 
 INT_BITS_MAX = 8000
-"""Bits of the largest number shown in digits: Python refuses to format far larger ones."""
+"""Maximum bits of an int to show in digits. Python refuses to format far larger ints."""
 
 
 def read_value(data: bytes, *, where: str) -> object:
-    """Read the value in a container. `Plain` objects stand for objects that need torch.
+    """Read the value in a container. In the value, `Plain` objects stand for objects of classes
+    that are not imported.
 
     Raises:
-        FormatError: it is no container of torch.save.
+        FormatError: the bytes are not a container of torch.save.
     """
 
     def fetch(offset: int, nbytes: int) -> bytes:
@@ -45,7 +47,7 @@ def read_value(data: bytes, *, where: str) -> object:
 
 
 def spelled(value: object) -> str:
-    """Format a value like `repr`, with long ones cut short.
+    """Format a value as `repr` does, but cut long values short.
 
     >>> spelled({"step": 3, "betas": (0.9, 0.95)})
     "{'step': 3, 'betas': (0.9, 0.95)}"
@@ -58,7 +60,8 @@ def as_json(value: object, num_max: int) -> Any:
     """Convert a value for JSON. Objects without a JSON type become text.
 
     Raises:
-        FormatError: it has more than `num_max` members, where shared members count each time.
+        FormatError: the value is nested too deep, or has more than `num_max` members. A shared
+            member counts each time.
     """
     count = 0
 
@@ -79,7 +82,8 @@ def as_json(value: object, num_max: int) -> Any:
 
 
 class _Speller:
-    """Formats one value. Stops after `TEXT_SHOWN_MAX` members: a small file may share one often."""
+    """Formats one value. Stops after `TEXT_SHOWN_MAX` members, since even a small file may refer to
+    one member very often."""
 
     def __init__(self) -> None:
         self._left = TEXT_SHOWN_MAX

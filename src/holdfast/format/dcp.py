@@ -1,7 +1,8 @@
 """Read `.metadata`, the index of a `torch.distributed.checkpoint` folder, without torch.
 
-Allows only the classes of torch/distributed/checkpoint/metadata.py, filesystem.py and planner.py,
-in torch 2.1 to 2.13, and two of Megatron. `tables` writes the file.
+The file is a pickle. It may refer only to classes of metadata.py, filesystem.py and planner.py in
+torch/distributed/checkpoint, of torch 2.1 to 2.13, and to two classes of Megatron. The module
+`tables` writes the file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from holdfast.format.untrusted import check_file_name, check_sizes, path_of
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
-"""Module of two of the classes in torch 2.1 to 2.3."""
+"""Module of `TensorProperties` and its memory format in torch 2.1 to 2.3."""
 
 _CLASSES = {
     _MODULE: (
@@ -40,7 +41,7 @@ _CLASSES = {
     ),
     _SHARDED: ("TensorProperties",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    # Megatron stores the plans of all ranks, which nothing here reads.
+    # Megatron stores the plans of all ranks. Holdfast ignores them.
     "torch.distributed.checkpoint.planner": (
         "SavePlan",
         "WriteItem",
@@ -54,8 +55,8 @@ _CLASSES = {
 """Classes that `.metadata` may refer to, by module."""
 
 _CHUNK_BYTES_MIN = 16
-"""Fewest bytes of one chunk in a pickle. A crafted pickle can have fewer, by sharing one list of
-chunks between entries."""
+"""Minimum bytes that one chunk takes in a pickle. A pickle that lists more chunks than fit into it
+is refused: in a crafted one, thousands of entries could share one list of chunks."""
 
 _ALLOWED: Mapping[tuple[str, str], Any] = {
     **{(m, name): type(name, (Plain,), {}) for m, names in _CLASSES.items() for name in names},
@@ -70,11 +71,12 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
 def decode_metadata(data: bytes, *, where: str) -> Manifest:
     """Decode the bytes of a `.metadata` file.
 
-    The file has neither checksums nor the position of the raw data inside each item: `data_offset`
-    of all chunks is None.
+    The file has no checksums, and does not say where in each item the raw data are. So the chunks
+    have no `data_offset`.
 
     Raises:
-        FormatError: it is no such file, or refers to code or to files outside of its folder.
+        FormatError: the bytes are not a `.metadata` file, or refer to code, or to files outside of
+            its folder.
     """
     metadata = loads(data, _ALLOWED, where=where)
     try:
@@ -115,7 +117,8 @@ def _tensor(
     name: str, entry: Any, items: Mapping[Any, tuple[str, Span]], path: Path
 ) -> TensorEntry:
     properties = entry.state["properties"].state
-    # Old versions without __getstate__ store a dict of the fields, later ones a tuple.
+    # In old versions of torch, `TensorProperties` has no `__getstate__`, so the state is a dict of
+    # the fields. In later versions it is a tuple.
     dtype: DtypeName = properties[0] if isinstance(properties, tuple) else properties["dtype"]
     shape, itemsize = check_sizes(entry.state["size"]), dtype_of(dtype.name).itemsize
     chunks: dict[tuple[int, ...], Chunk] = {}
@@ -126,9 +129,9 @@ def _tensor(
             raise ValueError(f"`{name}`: chunk {region} is outside of the shape {shape}")
         file, span = items[name, start]
         if region.num_elements * itemsize > span.nbytes:
-            # Otherwise a small file could make a reader allocate any amount of memory.
+            # Without this check, a small file could make a reader allocate any amount of memory.
             raise ValueError(f"`{name}`: an item of {span.nbytes} bytes cannot hold {region}")
-        # Uneven sharding may give several empty chunks at the same place: keep the first.
+        # Uneven sharding may give several empty chunks with the same start: keep the first.
         if chunks.setdefault(start, Chunk(region, file, span)).region != region:
             raise ValueError(f"`{name}`: two chunks start at {start}")
     return TensorEntry(dtype.name, shape, tuple(chunks.values()), path)
@@ -146,24 +149,26 @@ def _text(name: object) -> str:
 
 
 OURS = b"\x80\x04\x8c\x08holdfast0"
-"""Start of the `.metadata` of Holdfast: a marker that the pickle pushes and drops."""
+"""First bytes of every `.metadata` that Holdfast writes. The pickle pushes the marker `holdfast`
+and drops it at once, so that readers ignore it."""
 
 
 def is_ours(data: bytes) -> bool:
-    """Whether Holdfast wrote this `.metadata`."""
+    """Return whether Holdfast wrote this `.metadata`."""
     return data.startswith(OURS)
 
 
 _SHORT_TEXT = 0x8C
-"""Opcode of a text whose length is one byte."""
+"""Opcode of a string whose length fits in one byte."""
 
 
 def in_subfolder(data: bytes, folder: str) -> bytes | None:
-    """Return the `.metadata` of Holdfast for readers one folder above its files, which are in
-    `folder`; None if Holdfast has not written it.
+    """Return a copy of a `.metadata` that is valid one folder above the data files: it puts
+    `folder` before each file name. Return None if Holdfast did not write the `.metadata`.
 
-    `tables` memoizes the names of the files first, each text followed by MEMOIZE and POP, and
-    refers to them by their number. So only these texts change.
+    The pickle of a `.metadata` by Holdfast begins with the file names. MEMOIZE and POP follow each
+    name, and the rest of the pickle refers to the names by memo index. So only these strings
+    change.
     """
     if not is_ours(data):
         return None
@@ -172,7 +177,7 @@ def in_subfolder(data: bytes, folder: str) -> bytes | None:
     while data[position] == _SHORT_TEXT:
         stop = position + 2 + data[position + 1]
         if data[stop : stop + 2] != b"\x940":
-            break  # The first name of a module.
+            break  # After the file names comes the name of a module.
         text = prefix + data[position + 2 : stop]
         parts.append(bytes([_SHORT_TEXT, len(text)]) + text + b"\x940")
         position = stop + 2
@@ -180,7 +185,7 @@ def in_subfolder(data: bytes, folder: str) -> bytes | None:
 
 
 def leads_to_subfolder(start: bytes) -> bool:
-    """Whether `in_subfolder` has made the `.metadata` with these first bytes.
+    r"""Return whether `in_subfolder` has made the `.metadata` that starts with these bytes.
 
     >>> leads_to_subfolder(OURS + b"\x8c\x09id/__0_0\x940"), leads_to_subfolder(OURS + b"\x8c\x01a")
     (True, False)

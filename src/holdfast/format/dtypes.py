@@ -1,4 +1,4 @@
-"""Dtypes of torch: their size, and their names in torch's files."""
+"""Dtypes of torch: their sizes, and their names in torch's files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Dtype:
     """Bytes per element."""
 
     storage: str | None
-    """Class in `torch` of its storage in pickles; None for dtypes that torch pickles as an
-    `UntypedStorage` with the dtype beside it."""
+    """Name of the storage class in `torch` that pickles use for this dtype. None if torch pickles
+    an `UntypedStorage` and, separately, the dtype."""
 
 
 BY_NAME = {
@@ -54,7 +54,7 @@ BY_STORAGE = {dtype.storage: dtype for dtype in BY_NAME.values() if dtype.storag
 
 
 def dtype_of(name: str) -> Dtype:
-    """Return the dtype of that name.
+    """Return the dtype with this name.
 
     Raises:
         FormatError: torch has no such dtype, or its elements are not plain numbers.

@@ -1,4 +1,4 @@
-"""Write pickles byte by byte: equal values always give equal bytes."""
+"""Write pickles opcode by opcode, so that equal values always give equal bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A member of a module, by name."""
+    """A reference to a member of a module, by name."""
 
     module: str
     name: str
@@ -17,14 +17,15 @@ class Global:
 
 @dataclass(frozen=True, slots=True)
 class FileName:
-    """A text that names a file. It is memoized apart from equal texts, which are no file names."""
+    """A string that names a file. It has its own entry in the memo of the pickler, even if there is
+    an equal string that does not name a file."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a global."""
+    """A call of a global with positional arguments."""
 
     function: Global
     args: tuple[Any, ...]
@@ -32,7 +33,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """An instance made without `__init__` from its state."""
+    """An instance that readers make from its state, without `__init__`."""
 
     cls: Global
     state: Any
@@ -49,7 +50,7 @@ class Dumper:
         self._memo: dict[object, int] = {}
 
     def raw(self, opcodes: bytes | bytearray) -> None:
-        """Append opcodes, which must not memoize anything."""
+        """Append opcodes, none of which may memoize an object."""
         self.parts.append(opcodes)
 
     @property
@@ -57,7 +58,7 @@ class Dumper:
         return len(self._memo)
 
     def index(self, value: object) -> int:
-        """Return the index of a memoized global or string."""
+        """Return the memo index of a memoized global or string."""
         return self._memo[value]
 
     def get(self, value: object) -> bytes:
@@ -72,7 +73,7 @@ class Dumper:
         return taken
 
     def memoize(self, *values: object) -> None:
-        """Memoize globals and strings without adding them to the object."""
+        """Memoize globals and strings without adding them to the pickled object."""
         for value in values:
             self.put(value)
             self.parts.append(b"0")
@@ -157,7 +158,7 @@ def pickled_int(value: int) -> bytes:
 
 
 def pickled_str(text: str) -> bytes:
-    """Pickle a string as in protocol 2."""
+    """Pickle a string with the opcode of protocol 2."""
     return b"X" + _u32(len(text.encode())) + text.encode()
 
 

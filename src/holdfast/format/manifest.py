@@ -45,7 +45,7 @@ from holdfast.format.untrusted import (
 )
 
 VERSIONS = (2, 3)
-"""Format versions that are read and written. Version 3 has the chunks in `index.bin`."""
+"""Format versions that Holdfast reads and writes. In version 3, `index.bin` lists the chunks."""
 
 Kind = Literal["full", "model"]
 Path = tuple[str | int, ...]
@@ -54,7 +54,7 @@ Path = tuple[str | int, ...]
 @sent_by_fields
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor: its global shape, and the chunks that together hold its elements."""
+    """A tensor: its dtype, its global shape, and the chunks that together hold its elements."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class TensorEntry:
         return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize
 
     def chunks_in(self, region: Region) -> Iterable[Chunk]:
-        """At least the chunks that hold elements of `region`."""
+        """Return the chunks that hold elements of `region`, and perhaps others."""
         chunks = self.chunks
         return chunks.overlapping(region) if isinstance(chunks, ChunkRows) else chunks
 
@@ -92,32 +92,33 @@ class Manifest:
     """Size in bytes of each data file; empty if the format does not state it."""
 
     tables: Mapping[str, Table] = field(default_factory=dict)
-    """Table of block checksums of each data file; only Holdfast's own files have one."""
+    """Table of block checksums of each data file. Only files that Holdfast wrote have one."""
 
     shared: Mapping[str, int] | None = None
-    """Data files that an earlier checkpoint of the run has too. Each with the number of saves that
-    have linked it since it was written, or read and found good. None if the run does not
-    deduplicate."""
+    """Data files that earlier checkpoints of the run contain too. The value of each is the number
+    of saves that have linked the file since it was written, or since it was last read and found
+    undamaged. None if the run does not deduplicate."""
 
     block_bytes: int = checksum.BLOCK_BYTES
     """Bytes of raw data under one checksum."""
 
     step: int | None = None
     kind: Kind | None = None
-    """`full` if a run can resume from it, `model` if it has the model only; None if unknown, as in
-    other formats."""
+    """`full` if a run can resume from the checkpoint, `model` if it has only the model. None if
+    unknown, as in other formats."""
 
     components: tuple[str, ...] | None = None
-    """First keys of all paths that are not part of the model. None if unknown."""
+    """Names of the components besides the model: the first keys of their paths. None if unknown."""
 
     created: str = ""
     """Time of the commit: ISO 8601, UTC."""
 
     layout: Mapping[str, Any] = field(default_factory=dict)
-    """Layout of the run that wrote it, for display: `world_size`, and others that it adds."""
+    """Parallelism of the run that wrote the checkpoint, for display: `world_size`, and entries that
+    the run adds."""
 
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Versions of the software that wrote it, by name."""
+    """Versions of the software that wrote the checkpoint, by name."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the training loop at this step; NaN for numbers that were not finite."""
@@ -126,17 +127,17 @@ class Manifest:
     """Contents of the model's `config.json` in HF format; empty if unknown."""
 
     timings: Mapping[str, Stage] = field(default_factory=dict)
-    """Time of each stage of the save over all ranks, without the commit, which writes this."""
+    """Time of each stage of the save before the commit, over all ranks."""
 
     metadata: tuple[int, int] | None = None
-    """Size in bytes and checksum of the `.metadata` beside it."""
+    """Size in bytes and checksum of the `.metadata` beside the manifest."""
 
     rows: RowFile | None = None
     """`index.bin`, which lists the chunks; None if the manifest itself lists them."""
 
     structure: Mapping[Path, Node] | None = None
-    """Containers and key types of the state, by path, where the entries alone do not determine
-    them (see `structure`). None if unknown, as in other formats."""
+    """Types of the dicts, lists and keys of the state where its paths do not show them: nodes by
+    path, see the module `structure`. None if unknown, as in other formats."""
 
     @property
     def nbytes(self) -> int:
@@ -154,12 +155,12 @@ class Manifest:
 def encode_tensor(
     name: str, dtype: str, shape: tuple[int, ...], path: Path, numbers: Sequence[int]
 ) -> bytes:
-    """Encode one member of `tensors`.
+    """Encode one member of the object `tensors` in `manifest.json`: name and entry of a tensor.
 
     `numbers` has, for each chunk: index of its file, offset and bytes of its item, offset of its
     data, index of its first block, then start and stop along each dim.
     """
-    # A list per chunk would be a million objects for the garbage collector to track.
+    # `numbers` is flat: with a list per chunk, the garbage collector would track a million lists.
     size = NUM_PLACES + 2 * len(shape)
     rows = _rows_format(size, len(numbers) // size) % tuple(numbers)
     return _start(name, dtype, shape, path) + b',"chunks":[' + rows.encode() + b"]}"
@@ -167,7 +168,7 @@ def encode_tensor(
 
 @lru_cache(maxsize=64)
 def _rows_format(size: int, count: int) -> str:
-    """Format of `count` rows of `size` numbers."""
+    """Return a `%` format string for `count` lists of `size` ints, separated by commas."""
     row = "[" + ",".join(["%d"] * size) + "]"
     return ",".join([row] * count)
 
@@ -175,27 +176,27 @@ def _rows_format(size: int, count: int) -> str:
 def encode_tensor_with_rows(
     name: str, dtype: str, shape: tuple[int, ...], path: Path, rows: Sequence[int]
 ) -> bytes:
-    """Encode one member of `tensors` whose chunks are in `index.bin`. `rows`: see `rows_of`."""
+    """Like `encode_tensor`, for a tensor whose chunks are in `index.bin`. `rows`: offset of its
+    first row, number of its rows, then length of its longest chunk along each dim."""
     return _start(name, dtype, shape, path) + b',"rows":' + _json(rows) + b"}"
 
 
 def _start(name: str, dtype: str, shape: tuple[int, ...], path: Path) -> bytes:
-    """Encode the name of a tensor, and all members of its entry but the last."""
+    """Encode a tensor's name, and its entry without the last member, which lists the chunks."""
     start = _json(name) + b":" + _head(dtype, shape)
     return start if path == (name,) else start + b',"path":' + _json(path)
 
 
 @lru_cache(maxsize=1024)
 def _head(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """First bytes of an entry of `tensors`. Cached, since thousands of entries start alike."""
+    """Encode the start of a tensor's entry. Cached: thousands have the same dtype and shape."""
     return _json({"dtype": dtype, "shape": shape})[:-1]
 
 
 def encode_around(manifest: Manifest, tensors: bytes) -> list[bytes]:
-    """Encode `manifest.json`, in parts.
+    """Encode `manifest.json`. Return its bytes in parts.
 
-    `tensors` is its encoded member of that name, which a run encodes once for all saves;
-    `manifest.tensors` is ignored.
+    Ignores `manifest.tensors`. `tensors`: their encoding, which a run makes once for all saves.
     """
     number = {file: index for index, file in enumerate(manifest.files)}
     metrics = {n: v if math.isfinite(v) else None for n, v in manifest.metrics.items()}
@@ -247,7 +248,7 @@ def _checksums(block_bytes: int) -> dict[str, object]:
 def _by_container(
     values: Mapping[str, ValueEntry],
 ) -> dict[tuple[str, Span, int | None], list[tuple[str, Path]]]:
-    """Group names and paths of values by the container, which equal values share."""
+    """Group the names and paths of values by their container. Equal values share one container."""
     containers: dict[tuple[str, Span, int | None], list[tuple[str, Path]]] = {}
     for name, entry in values.items():
         container = (entry.file, entry.item, entry.checksum)
@@ -271,8 +272,8 @@ def _json(value: object) -> bytes:
 
 
 class LastTensors:
-    """The tensors of the manifest that was decoded last. The checkpoints of a run have equal ones,
-    and decoding them takes most of the time."""
+    """Cache of the tensors of the manifest that was decoded last. The manifests of a run often list
+    the same tensors, and decoding these takes most of the time."""
 
     def __init__(self) -> None:
         self._key: object = None
@@ -281,7 +282,8 @@ class LastTensors:
     def of(
         self, encoded: bytes, files: list[DataFile], block_bytes: int
     ) -> Mapping[str, TensorEntry] | None:
-        """Decode the end of a manifest, from `"tensors"` on; None if there are other members."""
+        """Return the tensors in `encoded`, JSON with the one member `tensors`. Decode them unless
+        they are in the cache. Return None if the JSON has more members."""
         places = [(file.name, file.nbytes, file.table.offset) for file in files]
         key = encoded, places, block_bytes
         if key != self._key:
@@ -299,12 +301,12 @@ def decode(
 ) -> Manifest:
     """Decode the bytes of `manifest.json`. Errors call the file `where`.
 
-    Without `entries` the result has no tensors and no values, but always a kind, and decoding takes
-    a tenth of the time. `last`: tensors that are decoded once for several manifests.
+    If `entries` is false, the result has no tensors and no values, though it has a `kind`. This
+    takes a tenth of the time. `last`: cache of the tensors that several manifests have in common.
 
     Raises:
         DamagedError: the bytes do not match their checksum.
-        FormatError: they do, but are no manifest of a known version.
+        FormatError: the bytes are intact, but not a manifest of a known version.
     """
     tail = len(b',"checksum":""}') + checksum.DIGITS
     body = data[:-tail] + b"}"
@@ -344,25 +346,25 @@ _NEEDED = {
 
 
 def _without_entries(body: bytes) -> dict[str, Any] | None:
-    """Parse a manifest up to its values and tensors, which are its last and by far its largest
+    """Parse a manifest without its values and tensors, which are its last and by far its largest
     members.
 
-    Returns None if they are elsewhere, or if they must be read to find the kind.
+    Returns None if values and tensors are not at the end, or must be read to find the kind.
     """
     members = _before(_VALUES, body)
     return {**members, "values": [], "tensors": {}} if members and members["kind"] else None
 
 
 def _without_tensors(body: bytes) -> dict[str, Any] | None:
-    """Parse a manifest up to its tensors, which are its last member. Returns None if they are
-    elsewhere."""
+    """Parse a manifest without its tensors, which are its last member. Returns None if the tensors
+    are not at the end."""
     members = _before(_TENSORS, body)
     return {**members, "tensors": {}} if members and "values" in members else None
 
 
 def _before(separator: bytes, body: bytes) -> dict[str, Any] | None:
-    """Parse the members of a manifest before `separator`. None if that is inside of a member, or
-    if a member that every manifest has is not among them."""
+    """Parse the members of a manifest before `separator`. Return None if the separator is inside a
+    member, or if a member that every manifest has does not come before it."""
     head, found, _ = body.partition(separator)
     try:
         members = json.loads(head + b"}")
@@ -375,8 +377,8 @@ def _before(separator: bytes, body: bytes) -> dict[str, Any] | None:
 
 
 def _with_last(body: bytes, last: LastTensors, where: str) -> Manifest | None:
-    """Decode a manifest whose tensors are its last member, and are not in `index.bin`; None if it
-    is another."""
+    """Decode a manifest with the cache `last`. Return None if the manifest's tensors are not its
+    last member, or if its chunks are in `index.bin`."""
     members = _without_tensors(body)
     if members is None or members["holdfast"] != VERSIONS[0]:
         return None
@@ -494,5 +496,5 @@ def _metadata(stored: list[int] | None) -> tuple[int, int] | None:
 
 
 def kind_with(keys: Iterable[str | int]) -> Kind:
-    """Return the kind of a checkpoint whose tensors have these first keys."""
+    """Return the kind of a checkpoint, given the first keys of its tensors' paths."""
     return "full" if OPTIMIZER in keys else "model"

@@ -7,11 +7,11 @@ step-500                  a published checkpoint
 .pinned-step-500          a mark: retention never deletes step-500
 .damaged-step-500         a mark: step-500 was found damaged
 .held-NAME-1f2e3d4c       file locked instead of folder NAME, where folders cannot be locked
-.lock                     note about the run that saves here
-.tier.json                place of the run's checkpoints on the hosts
+.lock                     lock of the run that saves here
+.tier.json                where the run's checkpoints are on the hosts
 .lock.taking              a lock that is being taken, where there is no flock
 
-Each name must match its whole pattern: similar names belong to the user, and are never touched.
+A name must match its whole pattern. Similar names belong to the user, and are never touched.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOCK = ".lock"
 TIER = ".tier.json"
 
 TAKING = ".taking"
-"""Suffix of the file of a process that takes a lease, where there is no flock."""
+"""Suffix of the file that a process creates to take a lease, where there is no flock."""
 
 STEP_MAX = 10**18 - 1
 """Largest step number. Readers would not find a larger one: the pattern allows 18 digits."""
@@ -61,7 +61,7 @@ class HiddenFolder:
 
     role: HiddenRole
     name: str
-    """Name of the checkpoint that it will become, or was."""
+    """Name of the checkpoint that the folder will become, or was."""
 
     id: str
     """Eight random hexadecimal digits."""
@@ -72,7 +72,8 @@ class HiddenFolder:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A fact about a checkpoint, in a file beside it, since a published folder never changes."""
+    """A file that marks the checkpoint beside it. It is not in the checkpoint's folder, since a
+    published folder never changes."""
 
     role: MarkRole
     step: int
@@ -82,10 +83,10 @@ class Mark:
 
 
 def checked_step(value: object, what: str, *, least: int = 0) -> int:
-    """Return the step number that was passed as argument `what`, from Python, numpy or torch.
+    """Convert a number of Python, numpy or torch to a step number. `what`: name of the argument.
 
     Raises:
-        UsageError: it is no whole number, below `least`, or above `STEP_MAX`.
+        UsageError: the value is not a whole number, is below `least` or above `STEP_MAX`.
     """
     step = whole_number(value)
     if step is None or not least <= step <= STEP_MAX:
@@ -107,7 +108,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """Return the step number in a folder name; None if it is no name of a checkpoint.
+    """Return the step number in a folder name; None if the name is not `step-N`.
 
     >>> step_of("step-500"), step_of("best-step-20"), step_of("step-030"), step_of("step-30.bak")
     (500, None, None, None)
@@ -119,20 +120,20 @@ def step_of(name: str) -> int | None:
 def steps_among(names: Iterable[str]) -> dict[int, str]:
     """Return the folder of each step, oldest first, given the names in the folder of a run.
 
-    Names of folders end in `/`. The folder of a step has its name, or begins with `.replaced-` if a
-    save that was to replace it died between its two renames.
+    In `names`, a folder ends in `/`. The folder of step N is called `step-N`, or
+    `.replaced-step-N-ID` if a save that was replacing the checkpoint died between its two renames.
 
     >>> steps_among(["step-20/", "step-9/", ".replaced-step-30-1f2e3d4c/", "step-4"])
     {9: 'step-9', 20: 'step-20', 30: '.replaced-step-30-1f2e3d4c'}
     """
     folders = [name.rstrip("/") for name in sorted(names) if name.endswith("/")]
-    # `.replaced-step-N` sorts before `step-N`, which therefore wins.
+    # `.replaced-step-N` sorts before `step-N`. So if both exist, `step-N` overwrites it here.
     found = {step: f for f in folders if (step := step_of_folder(f)) is not None}
     return dict(sorted(found.items()))
 
 
 def number_of(name: str) -> int | None:
-    """Return the last number in the name of a sealed folder: the step of `checkpoint-500`.
+    """Return the last number in the name of a sealed folder, such as the step in `checkpoint-500`.
 
     >>> number_of("checkpoint-500"), number_of("epoch=3-step=1200"), number_of("best")
     (500, 1200, None)
@@ -142,8 +143,10 @@ def number_of(name: str) -> int | None:
 
 
 def visible_name(folder: str) -> str | None:
-    """Return the name under which readers know a folder: that of the checkpoint if a killed save
-    has renamed it; None if it is hidden from them.
+    """Return the name that readers use for a folder; None if they ignore the folder.
+
+    A save that was killed may have renamed the checkpoint NAME to `.replaced-NAME-ID`. Readers
+    still use NAME.
 
     >>> visible_name("best"), visible_name(".replaced-best-1f2e3d4c")
     ('best', 'best')
@@ -156,7 +159,8 @@ def visible_name(folder: str) -> str | None:
 
 
 def step_of_folder(folder: str) -> int | None:
-    """Return the step in the name of a checkpoint, or of one that is being replaced; else None.
+    """Return the step in the name of a checkpoint's folder, which may begin with `.replaced-`;
+    None for other names.
 
     >>> step_of_folder("step-30"), step_of_folder(".replaced-step-30-1f2e3d4c")
     (30, 30)
@@ -165,7 +169,8 @@ def step_of_folder(folder: str) -> int | None:
 
 
 def number_of_folder(folder: str) -> int | None:
-    """Return the `number_of` a sealed folder, or of one that is being replaced; else None.
+    """Return the last number in the name of a sealed folder, which may begin with `.replaced-`;
+    None if there is no number.
 
     >>> number_of_folder("epoch-3"), number_of_folder(".replaced-epoch-3-1f2e3d4c")
     (3, 3)
@@ -174,10 +179,10 @@ def number_of_folder(folder: str) -> int | None:
 
 
 def folder_among(names: Collection[str], name: str) -> str | None:
-    """Return the folder of checkpoint `name`, given the names beside it; None if it has none.
+    """Return the folder of checkpoint `name`; None if it is not among `names`.
 
-    The folder has that name, or begins with `.replaced-` if a save that was to replace it died
-    between its two renames.
+    The folder is called `name`, or `.replaced-NAME-ID` if a save that was replacing the checkpoint
+    died between its two renames.
 
     >>> folder_among([".replaced-best-1f2e3d4c/"], "best"), folder_among(["best/"], "best")
     ('.replaced-best-1f2e3d4c', 'best')
@@ -189,23 +194,24 @@ def folder_among(names: Collection[str], name: str) -> str | None:
 
 
 def hidden_folder_of(name: str) -> HiddenFolder | None:
-    """Parse the name of an `HiddenFolder`; None if it is no such name."""
+    """Parse the name of a `HiddenFolder`; None for other names."""
     match = _HIDDEN.fullmatch(name)
     return HiddenFolder(cast("HiddenRole", match[1]), match[2], match[3]) if match else None
 
 
 def mark_of(name: str) -> Mark | None:
-    """Parse the name of a `Mark`; None if it is no such name."""
+    """Parse the name of a `Mark`; None for other names."""
     match = _MARK.fullmatch(name)
     step = step_of(match[2]) if match else None
     return None if match is None or step is None else Mark(cast("MarkRole", match[1]), step)
 
 
 def held_file(name: str) -> str:
-    """Return the file beside a folder that is locked instead of it.
+    """Return the name of the file that is locked in place of the folder `name`. The file is beside
+    the folder.
 
-    A checkpoint has the same file under its `.replaced` and `.removing` names, since its holder may
-    rename it. An attempt has a file of its own.
+    A checkpoint has the same file under its `.replaced` and `.removing` names, since a process that
+    has locked the checkpoint may rename it. An attempt has a file of its own.
 
     >>> held_file("step-5"), held_file(".replaced-step-5-1f2e3d4c")
     ('.held-step-5-1eb6696e', '.held-step-5-1eb6696e')
@@ -216,27 +222,28 @@ def held_file(name: str) -> str:
 
 
 def held_of(name: str) -> str | None:
-    """Return the folder of a `held_file`; None if `name` is no such file."""
+    """Return the folder for which `held_file` returns the name `name`; None if there is none. A
+    `.replaced` or `.removing` folder counts as the checkpoint that it was."""
     folder = name.removeprefix(_HELD)[:-9]
     return folder if name == held_file(folder) else None
 
 
 def _is_taken(name: str) -> bool:
-    """Whether Holdfast gives this name to files or folders of its own."""
+    """Return whether Holdfast uses this name for its own files or folders."""
     own = name in (LOCK, LOCK + TAKING, TIER, MANIFEST, METADATA) or name.startswith(_HELD)
     return own or hidden_folder_of(name) is not None or mark_of(name) is not None
 
 
 NAME_BYTES_MAX = 255 - len(held_file(str(HiddenFolder("attempt", "", "0" * 8))))
-"""Longest name of a checkpoint. File systems allow 255 bytes, and the names that Holdfast makes of
-it while it is saved, replaced and deleted are longer."""
+"""Maximum length of a checkpoint's name. File systems allow 255 bytes, and while a checkpoint is
+saved, replaced or deleted, Holdfast uses longer names that contain its name."""
 
 
 def check_name(name: str, where: str) -> None:
     """Make sure that a checkpoint at the path `where` may have this name.
 
     Raises:
-        UsageError: a name that Holdfast itself uses, and would clean up; or one that is too long.
+        UsageError: the name is too long, or Holdfast itself uses it and would clean it up.
     """
     if _is_taken(name):
         raise UsageError(
@@ -254,12 +261,12 @@ def check_name(name: str, where: str) -> None:
 
 def data_file(rank: int, number: int = 0) -> str:
     """Return the name of a rank's data file, as in stock DCP. A rank that shares files with earlier
-    checkpoints has several, by number."""
+    checkpoints has several data files with different numbers."""
     return f"__{rank}_{number}.distcp"
 
 
 def rank_and_number(file: str) -> tuple[int, int] | None:
-    """Return the rank and the number in the name of a data file; None if it is no such name.
+    """Return the rank and the number in the name of a data file; None for other names.
 
     >>> rank_and_number("__3_1.distcp"), rank_and_number("__03_1.distcp")
     ((3, 1), None)

@@ -1,9 +1,9 @@
 """Read pickles without importing or calling what they refer to.
 
-Python's C unpickler allocates for any memo index in a file, hashes tuples of any nesting, and makes
-calls whose results may grow without limit, so that a kilobyte can take gigabytes or crash the
-process. `Unpickler` is Python's own implementation in Python, with every opcode replaced whose
-time or memory is not proportional to its bytes.
+With Python's C unpickler, a pickle of a kilobyte can take gigabytes or crash the process: it
+allocates for any memo index, hashes tuples of any nesting, and makes calls whose results may grow
+without limit. `Unpickler` is Python's own unpickler in pure Python, except for the opcodes whose
+time or memory would not be proportional to the bytes of the pickle: they are replaced.
 """
 
 from __future__ import annotations
@@ -28,31 +28,35 @@ INVALID = (
     struct.error,
     pickle.UnpicklingError,
 )
-"""Errors of `Unpickler` about bytes that are no whole pickle."""
+"""Errors that `Unpickler` raises if the bytes are not a complete, valid pickle."""
 
 MARKS_MAX = 10_000
-"""Maximum number of open marks. torch opens a few for each level of nesting."""
+"""Maximum number of open MARK opcodes: those whose list, tuple or dict has not ended yet. torch
+opens a few for each level of nesting."""
 
 KEY_MEMBERS_MAX = 64
-"""Maximum length of a tuple that is a key. Each use takes a byte or two, and hashes all members."""
+"""Maximum length of a tuple that is a dict key. Each use of a tuple as a key takes only a byte or
+two in the pickle, but hashes all members of the tuple."""
 
 _KEY_INT_BITS = 60
 
 LARGE_KEYS_MAX = 1000
-"""Maximum number of keys that are larger ints: a file can give all of them the same hash, which
-makes a dict as slow as a list."""
+"""Maximum number of dict keys that are ints of more than `_KEY_INT_BITS` bits. A crafted file can
+choose such ints with equal hashes, which makes a dict as slow as a list."""
 
 
 OTHERS_MAX = 10_000
-"""Most classes and functions that are not allowed, in one pickle: each takes a kilobyte."""
+"""Maximum size of an `AnyGlobal`. For each global that is not allowed, it makes a class, and each
+class takes a kilobyte of memory."""
 
 
 def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) -> Any:
     """Return the object in a pickle, with `allowed[module, name]` in place of each global.
 
-    The pickle may call subclasses of `Plain`, `OrderedDict` without arguments, and `tuple`, `int`
-    and `str` with an argument of the same type. It may refer to other allowed values, but not call
-    them. Every `Plain` in the result has the arguments of its call and its state.
+    The pickle may call subclasses of `Plain`, `OrderedDict` without arguments or with a list of
+    pairs, and `tuple`, `int` and `str` with an argument of the same type. It may refer to other
+    allowed values, but not call them. Every `Plain` in the result has the arguments of its call and
+    its state.
 
     Dtypes of `torch` are always allowed and become `DtypeName`. Persistent ids are returned
     unchanged. Time and memory are proportional to the bytes. The result may share objects, and may
@@ -60,7 +64,7 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
     function is not allowed.
 
     Raises:
-        FormatError: it is no pickle, or refers to a global that is not allowed.
+        FormatError: the bytes are not a complete pickle, or refer to a global that is not allowed.
     """
     try:
         return Unpickler(data, allowed, where).load()
@@ -70,7 +74,8 @@ def loads(data: bytes, allowed: Mapping[tuple[str, str], Any], *, where: str) ->
 
 
 class Plain:
-    """Stands for an instance of a class that is not imported, with its arguments and its state."""
+    """Stands for an instance of a class that is not imported. Has the arguments with which the
+    pickle makes the instance, and the instance's state."""
 
     def __init__(self, args: tuple[Any, ...]) -> None:
         self.args = args
@@ -89,7 +94,7 @@ class Other(Plain):
     def __init__(self, args: tuple[Any, ...]) -> None:
         super().__init__(args)
         self.members: list[Any] = []
-        """Members of a list or set; keys and values, in turn, of a dict."""
+        """Members of a list or set. For a dict, keys and values in turn."""
 
     def append(self, member: Any) -> None:
         self.members.append(member)
@@ -99,7 +104,7 @@ class Other(Plain):
 
 
 class AnyGlobal(dict[tuple[str, str], Any]):
-    """Allowed globals, and a subclass of `Other` for every other one."""
+    """The allowed globals. Looking up any other global adds a subclass of `Other` for it."""
 
     def __missing__(self, key: tuple[str, str]) -> type[Other]:
         title = ".".join(key).replace("__builtin__.", "").removeprefix("builtins.")[:200]
@@ -119,7 +124,7 @@ class DtypeName:
 if TYPE_CHECKING:
 
     class _PythonUnpickler:
-        """The attributes that `Unpickler` uses, with their types."""
+        """Types of those attributes of Python's unpickler that `Unpickler` uses."""
 
         dispatch: ClassVar[dict[int, Callable[..., None]]]
         memo: dict[int, Any]
@@ -136,12 +141,12 @@ if TYPE_CHECKING:
         def pop_mark(self) -> list[Any]: ...
 
 else:
-    # Base class of `torch.package` too.
+    # Private, but unlikely to change: `torch.package` derives its unpickler from it too.
     _PythonUnpickler = pickle._Unpickler
 
 
 class Unpickler(_PythonUnpickler):
-    """Reads one pickle. `allowed` has the object for each global that it may refer to."""
+    """Reads one pickle. `allowed` has the object for each global that the pickle may refer to."""
 
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:
         self._data = io.BytesIO(data)
@@ -153,7 +158,7 @@ class Unpickler(_PythonUnpickler):
         self._num_copied = 0
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the object in place of a global."""
+        """Return the object that stands for a global."""
         if module == "torch" and name in BY_NAME:
             return DtypeName(name)
         try:
@@ -173,11 +178,11 @@ class Unpickler(_PythonUnpickler):
         raise ValueError(f"unsupported opcode at byte {self._data.tell() - 1}")
 
     def load_frame(self) -> None:
-        # Python would copy the frame.
+        # Skip only the length of the frame: the method of the base class would copy the frame.
         self.read(8)
 
     def load_bytearray8(self) -> None:
-        # Python would allocate the array before it finds that the file ends.
+        # The method of the base class would allocate the array before it finds that the file ends.
         self.load_binbytes8()
         self.stack[-1] = bytearray(self.stack[-1])
 
@@ -193,7 +198,7 @@ class Unpickler(_PythonUnpickler):
         self._put(*struct.unpack("<I", self.read(4)))
 
     def _put(self, index: int) -> None:
-        # Indices far apart could all have the same hash.
+        # A crafted file could choose huge indices with equal hashes, which would make `memo` slow.
         if not 0 <= index <= self._nbytes:
             raise ValueError(f"memo index {index} exceeds the size of the pickle")
         self.memo[index] = self.stack[-1]
@@ -209,7 +214,7 @@ class Unpickler(_PythonUnpickler):
     load_newobj = load_reduce
 
     def load_newobj_ex(self) -> None:
-        self.stack.pop()  # Arguments by name.
+        self.stack.pop()  # Keyword arguments, which are ignored.
         args = self.stack.pop()
         cls = self.stack[-1]
         if not (isinstance(cls, type) and issubclass(cls, Other)):
@@ -220,7 +225,7 @@ class Unpickler(_PythonUnpickler):
         """Make an `OrderedDict` from a list of pairs, as Python 2 pickles it."""
         if type(args) is not tuple or len(args) != 1 or type(args[0]) is not list:
             raise ValueError("an OrderedDict that is not made from a list")
-        # Many calls may share one list, and each copies it.
+        # Each call copies a list, and many calls may share one list: limit the sum of the copies.
         self._num_copied += len(args[0])
         if self._num_copied > self._nbytes:
             raise ValueError("more pairs than fit into the pickle")
@@ -304,8 +309,8 @@ _SUPPORTED = (
     b"\x80\x95(012.N\x88\x89ILFJKMG\x8a\x8bVX\x8c\x8dUTCB\x8e\x96"
     b"\x8f\x90\x91)t\x85\x86\x87]lae}dsuc\x93R\x81\x92bpqrghj\x94PQ"
 )
-"""Opcodes that may be in a checkpoint: not those for classes of Python 2, registered extensions and
-out-of-band buffers, which no version of torch writes."""
+"""Opcodes that a pickle may use. The opcodes for classes of Python 2, registered extensions and
+out-of-band buffers are missing, since no version of torch writes them."""
 
 Unpickler.dispatch = {
     **dict.fromkeys(range(256), Unpickler.load_unsupported),
@@ -317,7 +322,8 @@ Unpickler.dispatch = {
 
 
 def _call(function: Any, args: object) -> Any:
-    """Return the result of a call. The arguments are not copied: many calls may share them."""
+    """Return the result of a call in a pickle. Does not copy the arguments, since many calls may
+    share them."""
     if type(args) is not tuple:
         raise ValueError("a call without a tuple of arguments")
     if isinstance(function, type) and issubclass(function, Plain):

@@ -1,8 +1,9 @@
 """The pointer of a checkpoint in an object store: `NAME/manifest.json`, written last.
 
-An object store cannot rename folders. A checkpoint's files are in `NAME/ID/`, and this small object
-says which ID is published. Before that, it says which attempt has reserved the name.
-docs/format.md specifies it.
+An object store cannot rename folders, so a checkpoint's files are in `NAME/ID/`. The pointer is a
+small object that says which ID is published. Before the first publication, a reservation is in its
+place: an object with the ID of the attempt that has reserved the name. docs/format.md specifies
+both.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import re
 VERSION = 2
 
 POINTER_BYTES_MAX = 256
-"""Most bytes of a pointer. A larger `manifest.json` is a manifest itself."""
+"""Maximum size of a pointer. If `manifest.json` is larger, it is not a pointer but a manifest."""
 
 _ID = re.compile(r"[0-9a-f]{8}", re.ASCII)
 
 
 def is_id(name: str) -> bool:
-    """Whether `name` can be the ID of an attempt.
+    """Return whether `name` can be the ID of an attempt.
 
     >>> is_id("1f2e3d4c"), is_id("weights")
     (True, False)
@@ -29,7 +30,9 @@ def is_id(name: str) -> bool:
 
 
 def encode_pointer(attempt_id: str) -> bytes:
-    """Encode the pointer to `NAME/attempt_id/`. No two calls return the same bytes: see `_encode`.
+    """Encode a pointer, which says that the attempt with this ID is published.
+
+    No two calls return the same bytes, so the store can tell two versions of a pointer apart.
 
     >>> encode_pointer("1f2e3d4c")[:37]
     b'{"holdfast": 2, "folder": "1f2e3d4c",'
@@ -38,7 +41,7 @@ def encode_pointer(attempt_id: str) -> bytes:
 
 
 def encode_reservation(attempt_id: str) -> bytes:
-    """Encode the object that reserves a free name for an attempt.
+    """Encode a reservation, which says that the attempt with this ID has reserved the name.
 
     >>> encode_reservation("1f2e3d4c")[:39]
     b'{"holdfast": 2, "reserved": "1f2e3d4c",'
@@ -47,7 +50,7 @@ def encode_reservation(attempt_id: str) -> bytes:
 
 
 def id_in(data: bytes) -> str | None:
-    """Decode a pointer. Return the ID; None if `data` is no pointer.
+    """Return the ID in a pointer; None if `data` is not a pointer.
 
     >>> id_in(b'{"holdfast": 2, "folder": "1f2e3d4c"}'), id_in(b'{"holdfast": 2, "step": 1}')
     ('1f2e3d4c', None)
@@ -56,7 +59,7 @@ def id_in(data: bytes) -> str | None:
 
 
 def reserved_in(data: bytes) -> str | None:
-    """Decode a reservation. Return the ID of its attempt; None if `data` is no reservation.
+    """Return the attempt's ID in a reservation; None if `data` is not a reservation.
 
     >>> reserved_in(b'{"holdfast": 2, "reserved": "1f2e3d4c"}')
     '1f2e3d4c'
@@ -65,8 +68,8 @@ def reserved_in(data: bytes) -> str | None:
 
 
 def _encode(member: str, attempt_id: str) -> bytes:
-    # Stores tell two versions of an object apart by a hash of its bytes. A random member makes them
-    # differ, so that a condition on an earlier version never holds again.
+    # Object stores tell two versions of an object apart by a hash of the bytes. The random member
+    # makes all versions differ, so that a condition on an earlier version never holds again.
     members = {"holdfast": VERSION, member: attempt_id, "put": os.urandom(8).hex()}
     return json.dumps(members).encode()
 

@@ -22,7 +22,7 @@ class Region:
     """First element along each dim, inclusive."""
 
     stop: tuple[int, ...]
-    """One past the last element along each dim; equals `start` where empty."""
+    """One past the last element along each dim. Equals `start` along a dim without elements."""
 
     def __post_init__(self) -> None:
         if len(self.start) != len(self.stop):
@@ -55,7 +55,7 @@ class Region:
         return prod(map(sub, self.stop, self.start))
 
     def is_whole(self, shape: tuple[int, ...]) -> bool:
-        """Return whether it has all elements of a tensor of this shape."""
+        """Return whether the region has all elements of a tensor of this shape."""
         return self.stop == shape and not any(self.start)
 
     def within(self, outer: Region) -> Region:
@@ -68,7 +68,7 @@ class Region:
         return Region(tuple(map(add, self.start, offset)), tuple(map(add, self.stop, offset)))
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether the region is inside a tensor of this shape."""
+        """Return whether the region is inside a tensor of this shape."""
         return len(self.stop) == len(shape) and all(map(int.__le__, self.stop, shape))
 
     def slices(self) -> tuple[slice, ...]:
@@ -76,8 +76,9 @@ class Region:
 
 
 def boxes_of_run(shape: Sequence[int], start: int, count: int) -> Iterator[Region]:
-    """Boxes that make up `count` consecutive elements of a tensor, from number `start` in row-major
-    order: all whole rows as one box, and the parts of rows before and after them.
+    """Yield the boxes that `count` consecutive elements of a tensor make up. The first element is
+    number `start` in row-major order. All whole rows are one box; the incomplete rows before and
+    after them are further boxes.
 
     >>> [(box.start, box.stop) for box in boxes_of_run((3, 4), 2, 7)]
     [((0, 2), (1, 4)), ((1, 0), (2, 4)), ((2, 0), (3, 1))]
@@ -104,18 +105,18 @@ def _in_row(row: int, boxes: Iterator[Region]) -> Iterator[Region]:
 
 
 PAIRS_MAX = 500_000
-"""Most pairs of regions that are compared, which takes seconds. Shards of any mesh need a few
-thousand; a crafted file could need the square of its number of chunks."""
+"""Maximum number of pairs of regions to compare, which takes seconds. Shards of any mesh need a few
+thousand comparisons. A crafted file could need the square of its number of chunks."""
 
 
 def first_overlap(regions: Iterable[Region]) -> tuple[Region, Region] | None:
-    """Return two regions that share an element, or None.
+    """Return two regions that share an element; None if no two do.
 
-    Sweeps along the dim with the most cuts: shards of rows or columns cost one sort, and each shard
-    of a grid is compared with as many others as the grid is wide.
+    Sorts the regions along the dim with the most different starts, and compares each region only
+    with those that overlap it along this dim. In a grid of shards, these form one row.
 
     Raises:
-        FormatError: it would have to compare more than `PAIRS_MAX` pairs.
+        FormatError: more than `PAIRS_MAX` pairs would have to be compared.
     """
     filled = [region for region in regions if region.num_elements]
     if not filled or not filled[0].start:

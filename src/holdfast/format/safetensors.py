@@ -1,9 +1,9 @@
-"""Read and lay out safetensors files, and the index of a folder of them.
+"""Read and lay out safetensors files, and read and write the index of a folder with such files.
 
-After the README of https://github.com/huggingface/safetensors: eight bytes with the length of a
-JSON header, the header, the data. The header has dtype, shape and position of each tensor; together
-they fill the data without a gap. The format has no checksums: a reader can detect a truncated file,
-but not changed data.
+A file has eight bytes with the length of a JSON header, then the header, then the data (see the
+README of https://github.com/huggingface/safetensors). The header has dtype, shape and position of
+each tensor. The tensors fill the data without gaps. The format has no checksums, so a reader can
+detect a truncated file, but not changed data.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SUFFIX = ".safetensors"
 INDEX_SUFFIX = f"{SUFFIX}.index.json"
 
 HEADER_BYTES_MAX = 100_000_000
-"""Largest header, as in the reference implementation."""
+"""Maximum size of a header, as in the reference implementation."""
 
 INDEX_BYTES_MAX = 100_000_000
 
 LISTED_MAX = 50
-"""Most problems that a message lists."""
+"""Maximum number of problems that a message lists."""
 
 _DTYPES = {
     "F64": "float64",
@@ -70,10 +70,12 @@ _NAMES = {torch: ours for ours, torch in _DTYPES.items()}
 
 
 def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> Manifest:
-    """Read the manifest of a safetensors file of `nbytes`. Fetches only its header.
+    """Return the manifest of a safetensors file of `nbytes`. Fetches only the file's header.
+
+    `file`: name of the file in the manifest. Errors call the file `where`.
 
     Raises:
-        FormatError: it is no safetensors file, or truncated.
+        FormatError: the file is not a safetensors file, or is truncated.
     """
     check_no_pointer(fetch, where=where)
     try:
@@ -138,10 +140,10 @@ def _check_strings(entry: object) -> None:
 
 
 def read_index(data: bytes, *, where: str) -> dict[str, str]:
-    """Decode `model.safetensors.index.json`, or that of `.bin` files: the file of each tensor.
+    """Decode the index file of safetensors or `.bin` shards. Return the file name for each tensor.
 
     Raises:
-        FormatError: it is no such index, or has a file outside of its folder.
+        FormatError: the bytes are not such an index, or it names a file outside of its folder.
     """
     if len(data) > INDEX_BYTES_MAX:
         raise FormatError(f"`{where}` has more than {INDEX_BYTES_MAX} bytes")
@@ -162,7 +164,7 @@ _NUMBER_DIGITS_MAX = 9
 
 
 def missing_shards(files: Iterable[str]) -> list[str]:
-    """Return the missing files, up to `LISTED_MAX`, of sets of shards that are incomplete.
+    """Return the names of missing shards, at most `LISTED_MAX`, given the files that exist.
 
     >>> missing_shards(["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"])
     ['model-00002-of-00003.safetensors']
@@ -175,7 +177,7 @@ def missing_shards(files: Iterable[str]) -> list[str]:
     missing: list[str] = []
     for (before, total, after), present in sets.items():
         digits = len(next(iter(present.values())))
-        # Most sets count from 1, a few from 0.
+        # Most sets of shards are numbered from 1, a few from 0.
         first = 0 if 0 in present else 1
         absent = (n for n in range(first, first + int(total)) if n not in present)
         for number in islice(absent, LISTED_MAX - len(missing)):
@@ -186,7 +188,8 @@ def missing_shards(files: Iterable[str]) -> list[str]:
 def joined(
     parts: Mapping[str, Manifest], index: Mapping[str, str] | None, *, where: str
 ) -> Manifest:
-    """Join the manifests of the files of a folder.
+    """Join the manifests of a folder's files. `parts`: manifest of each file, by file name.
+    `index`: file name of each tensor; None if the folder has no index.
 
     Raises:
         FormatError: a tensor is in two files, or not in the file that the index names.
@@ -220,7 +223,7 @@ def joined(
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsLayout:
-    """Layout of a safetensors file, decided before it is written."""
+    """File layout of a safetensors file: the positions of its contents, and its header."""
 
     nbytes: int
     header: bytes
@@ -231,13 +234,13 @@ class SafetensorsLayout:
 
 
 def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> SafetensorsLayout:
-    """Lay out a file, given the dtype and shape of each tensor.
+    """Lay out a safetensors file, given the dtype and shape of each tensor.
 
     Tensors are sorted by decreasing itemsize, so that all are aligned. The header has
-    `{"format": "pt"}`, which transformers requires, and is padded to 8 bytes.
+    `{"format": "pt"}`, which transformers requires, and is padded to a multiple of 8 bytes.
 
     Raises:
-        FormatError: the format does not have one of the dtypes.
+        FormatError: safetensors does not support one of the dtypes.
     """
     sizes = {name: dtype_of(dtype).itemsize for name, (dtype, _) in tensors.items()}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -260,8 +263,8 @@ def lay_out(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> SafetensorsLa
 
 
 def encode_index(files: Mapping[str, str], nbytes: int) -> bytes:
-    """Encode `model.safetensors.index.json`, given the file of each tensor and the bytes of all
-    elements."""
+    """Encode `model.safetensors.index.json`, given the file of each tensor and the total bytes of
+    all elements."""
     index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(files.items()))}
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -270,8 +273,8 @@ def parse_json(data: bytes) -> Any:
     """Parse strict JSON.
 
     Raises:
-        ValueError: it is no JSON, or an object has a key twice.
-        RecursionError: it is nested too deep.
+        ValueError: the bytes are not JSON, or an object has a key twice.
+        RecursionError: the JSON is nested too deep.
     """
     return json.loads(data, object_pairs_hook=_object, parse_constant=_no_constant)
 

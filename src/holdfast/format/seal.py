@@ -1,7 +1,7 @@
 """The seal of a folder: the sizes and checksums of files that another program has written.
 
-One JSON object, `holdfast.seal`. Its last member is the checksum of all before, as in
-`manifest.json`. docs/format.md specifies it.
+The file `holdfast.seal` has one JSON object. Its last member is the checksum of all bytes before
+it, as in `manifest.json`. docs/format.md specifies the file.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum
 
 SEAL = "holdfast.seal"
-"""Name of the file."""
+"""Name of the file with the seal."""
 
 VERSION = 1
 
 BLOCK_BYTES = 4 << 20
-"""Bytes of a file under one checksum. Damage is found file by file, never read in part, so blocks
-may be larger than those of tensors."""
+"""Bytes of a file under one checksum. Larger than the blocks of tensors, since a sealed file is
+always checked as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,30 +29,30 @@ class SealedFile:
 
     nbytes: int
     checksums: tuple[int, ...]
-    """Checksum of each block."""
+    """Checksum of each block of `BLOCK_BYTES`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """What a sealed folder holds."""
+    """The files in a sealed folder, with their sizes and checksums."""
 
     files: Mapping[str, SealedFile]
-    """Every file below the folder but the seal, by its path, with `/` between names."""
+    """Every file below the folder except the seal, by its relative path with `/` between names."""
 
     created: str = ""
-    """Time of the seal: ISO 8601, UTC."""
+    """Time at which the folder was sealed: ISO 8601, UTC."""
 
     versions: Mapping[str, str] = field(default_factory=dict)
-    """Versions of the software that sealed it, by name."""
+    """Versions of the software that sealed the folder, by name."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Total size of all files, without the seal."""
         return sum(file.nbytes for file in self.files.values())
 
 
 def encode(seal: Seal) -> bytes:
-    """Encode a seal."""
+    """Return the bytes of the file `holdfast.seal`."""
     members = {
         "holdfast_seal": VERSION,
         "created": seal.created,
@@ -72,7 +72,7 @@ def decode(data: bytes, *, where: str) -> Seal:
 
     Raises:
         DamagedError: the bytes do not match their checksum.
-        FormatError: they do, but are no seal of a known version.
+        FormatError: the bytes are intact, but not a seal of a known version.
     """
     length = len(_tail(b""))
     body = data[:-length] + b"}"
@@ -111,5 +111,5 @@ def _check(name: str, file: SealedFile) -> None:
 
 
 def _tail(body: bytes) -> bytes:
-    """The end of a file whose object without its checksum is `body`."""
+    """Encode the end of a seal, its member `checksum`. `body`: JSON of the seal without it."""
     return b',"checksum":"' + checksum.to_hex([checksum.checksum(body)]).encode() + b'"}'

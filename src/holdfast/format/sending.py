@@ -1,4 +1,4 @@
-"""Pickle dataclasses in a third of the time, where ranks send thousands of them."""
+"""Pickle dataclasses in a third of the usual time, for ranks that send thousands of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 def sent_by_fields(cls: type[T]) -> type[T]:
-    """Make a dataclass of two or more fields pickle as a call with all fields, in their order.
+    """Class decorator: pickle each instance of a dataclass as a call of the class with the values
+    of all its fields, in order. The class must have two or more fields.
 
     >>> from dataclasses import dataclass
     >>> @sent_by_fields

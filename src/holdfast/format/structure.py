@@ -1,7 +1,8 @@
-"""JSON that describes the containers and key types of a state, as far as its paths do not.
+"""JSON that describes the types of dicts, lists and keys of a state where paths do not show them.
 
-A node describes the state below one path. `null` is a node that adds nothing: one entry, or dicts
-with text keys and lists around several entries. docs/format.md has the grammar.
+A node describes the state below one path. The node `null` means that the paths say enough: there is
+one entry, or there are entries in lists and in dicts with string keys. docs/format.md has the
+grammar.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Node = str | dict[str, Any] | None
-"""JSON of one node. Nodes from a file are valid only after `check_node`."""
+"""JSON of one node. A node from a file must first pass `check_node`."""
 
 MAPPINGS = ("dict", "OrderedDict", "Counter", "defaultdict")
 """Kinds of nodes whose children have keys."""
@@ -35,20 +36,21 @@ NUMBERS = (*_INTEGERS, *_FLOATS, "str", "bytes")
 """Dtype names of the numpy scalars that are loaded as numpy scalars, not as Python numbers."""
 
 EMPTY_BYTES = "empty bytes"
-"""Type of `b""`, which is stored as an empty text: pickle would write a call of `bytes`."""
+"""Type name of `b""`, which is stored as an empty string: pickle would write a call of `bytes`."""
 
 OPTIMIZERS = "optimizers"
-"""Member of the node of an object: classes of its optimizers. A manifest stores them apart."""
+"""Key of the member of an object's node that lists the classes of the object's optimizers. A
+manifest stores this member apart from the node."""
 
 DEPTH_MAX = 100
-"""Most levels of nodes."""
+"""Maximum depth of nested nodes."""
 
 _KEY_CHARS_MAX = 4096
 _KEY_TYPES = (str, int, bool, float, bytes, type(None))
 
 
 def key_text(key: object) -> str | None:
-    """Format a key of a dict that is not text; None if the format has no such keys.
+    """Format a dict key that is not a string; None if the format does not support the key.
 
     >>> key_text(3), key_text((1, "a")), key_text(object())
     ('3', "(1, 'a')", None)
@@ -71,7 +73,7 @@ def key_of(text: str) -> Any:
     """Parse the key in a text made by `key_text`.
 
     Raises:
-        ValueError: the text is no such key.
+        ValueError: `key_text` cannot have made the text.
 
     >>> key_of("3"), key_of("(1, 'a')")
     (3, (1, 'a'))
@@ -88,7 +90,8 @@ def key_of(text: str) -> Any:
 
 
 def children_of(node: Node) -> list[tuple[Any, Node]] | None:
-    """Return the children of a container, each with its key or index; None for other nodes.
+    """Return the children of the node of a dict, list or tuple, each with its key or index. Return
+    None for other nodes.
 
     >>> children_of({"dict": {"a": None}}), children_of({"dict": [["3", None]]})
     ([('a', None)], [(3, None)])
@@ -109,7 +112,8 @@ def children_of(node: Node) -> list[tuple[Any, Node]] | None:
 
 
 def kind_of_node(node: Node) -> str | None:
-    """Return the kind of a node: the key of its first member.
+    """Return the kind of a node: the key of its first member, or the node itself if it is a string
+    or None.
 
     >>> kind_of_node({"list": []}), kind_of_node("array"), kind_of_node(None)
     ('list', 'array', None)
@@ -118,7 +122,8 @@ def kind_of_node(node: Node) -> str | None:
 
 
 def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object) -> Node:
-    """Return the node of a dict, all of whose keys `key_text` supports.
+    """Return the node of a dict. `kind` is one of `MAPPINGS`. `key_text` must support all keys.
+    `more`: further members of the node.
 
     >>> mapping_node("dict", [("a", None)]), mapping_node("dict", [(1, None)])
     ({'dict': {'a': None}}, {'dict': [['1', None]]})
@@ -129,7 +134,8 @@ def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object
 
 
 def with_optimizers(node: Node, other: Mapping[str, Any]) -> Node:
-    """Add the optimizers of another rank to the node of an object.
+    """Return `node` with the optimizer classes of `other` added. `other` is another rank's node of
+    the same object.
 
     >>> with_optimizers({"object": None, "optimizers": ["a"]}, {"optimizers": ["a", "b"]})
     {'object': None, 'optimizers': ['a', 'b']}
@@ -143,9 +149,9 @@ def with_optimizers(node: Node, other: Mapping[str, Any]) -> Node:
 
 
 def members_of(structure: Mapping[Any, Node] | None) -> dict[str, list[Any]]:
-    """Return the members of a manifest for nodes by path.
+    """Return the members of a manifest that store the structure, given its nodes by path.
 
-    The classes of optimizers are a member of their own: no reader needs them to rebuild a state.
+    The classes of optimizers are a separate member, since no reader needs them to rebuild a state.
 
     >>> members_of({("o",): {"object": None, "optimizers": ["a"]}, ("t",): {"tuple": []}})
     {'structure': [[('t',), {'tuple': []}]], 'optimizers': [[('o',), ['a']]]}
@@ -164,10 +170,10 @@ def members_of(structure: Mapping[Any, Node] | None) -> dict[str, list[Any]]:
 
 
 def with_classes(nodes: dict[Any, Node], optimizers: Mapping[Any, Any]) -> dict[Any, Node]:
-    """Add the classes of optimizers to the nodes of their paths.
+    """Add lists of optimizer classes, given by path, to the nodes at these paths. Return all nodes.
 
     Raises:
-        ValueError: the classes are no lists of texts.
+        ValueError: the classes are not lists of strings.
 
     >>> with_classes({}, {("o",): ["a"]})
     {('o',): {'object': None, 'optimizers': ['a']}}
@@ -180,10 +186,10 @@ def with_classes(nodes: dict[Any, Node], optimizers: Mapping[Any, Any]) -> dict[
 
 
 def check_node(node: object, depth: int = 0) -> Node:
-    """Check a node from an untrusted file.
+    """Check a node from an untrusted file, and return it.
 
     Raises:
-        ValueError: it is no valid node, or nested more than `DEPTH_MAX` levels.
+        ValueError: the node is invalid, or nested deeper than `DEPTH_MAX` levels.
     """
     if depth > DEPTH_MAX:
         raise ValueError(f"a structure of more than {DEPTH_MAX} levels")

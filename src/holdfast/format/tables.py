@@ -1,8 +1,8 @@
 """Encode `manifest.json`, `index.bin` and `.metadata` from columns of numbers.
 
-A job of 512 ranks and 2,000 tensors has a million chunks. Here a chunk is a row of an array, and
-numpy encodes many rows at once. The bytes that depend on the layout alone are encoded once and used
-again by later saves.
+A job of 512 ranks and 2,000 tensors has a million chunks. So this module keeps each chunk as a row
+of an array, and numpy encodes many rows at once. Bytes that depend only on the layout are encoded
+once, and later saves use them again.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from holdfast.format.manifest import Path, encode_tensor, encode_tensor_with_row
 Ints = NDArray[np.int64]
 
 _LARGE_CHUNKS_MIN = 512
-"""Chunks of a tensor from which its metadata is not copied into one text with that of others."""
+"""Number of chunks from which a tensor is large: its encoded metadata is then never copied into one
+string with that of other tensors."""
 
 _JOINED_BYTES_MAX = 16 << 20
-"""Bytes of places up to which they are written as one part."""
+"""Total size up to which the encoded positions of all tensors are joined into one part."""
 
 _MODULE = "torch.distributed.checkpoint.metadata"
 _METADATA = Global(_MODULE, "Metadata")
@@ -47,7 +48,7 @@ _CONSTANTS = (_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, *_FIELDS, *_MEMBERS)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorTable:
-    """A tensor, with one row per chunk."""
+    """A tensor, and arrays with one row per chunk."""
 
     name: str
     dtype: str
@@ -71,10 +72,11 @@ def encode_tensors(tables: Iterable[TensorTable]) -> bytes:
 
 
 def _numbers(table: TensorTable) -> list[int]:
-    """Numbers of all chunks, in the order of `manifest.encode_tensor`."""
+    """Return the numbers in `places`, `start` and `stop`, chunk by chunk, as
+    `manifest.encode_tensor` needs them."""
     columns = (table.places, table.start, table.stop)
     if len(table.places) == 1:
-        # For one row, as thousands of small tensors have, numpy is slower.
+        # numpy is slower for a single row, and thousands of small tensors have only one.
         return [number for column in columns for number in column[0].tolist()]
     numbers: list[int] = np.hstack(columns).ravel().tolist()
     return numbers
@@ -93,14 +95,15 @@ class EncodedRows:
 
 
 def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
-    """Encode the member `tensors` of a manifest whose chunks are in `index.bin`, and that file."""
+    """Encode `index.bin`, and the member `tensors` of `manifest.json`, which refers to the rows in
+    `index.bin`."""
     sizes = [len(t.places) * (NUM_PLACES + 2 * len(t.shape)) for t in tables]
     numbers = np.empty(sum(sizes), "<i8")
     orders: dict[int, tuple[Ints | None, Ints, list[int]]] = {}
     members, position, size = [], 0, 0
     places: Ints | None = None
     for table, next_size in zip(tables, sizes, strict=True):
-        # The other names of a tied tensor refer to the same rows.
+        # A tied tensor has several names, all of which refer to the same rows.
         if table.places is not places:
             places, position, size = table.places, position + size, next_size
             if id(table.start) not in orders:
@@ -120,10 +123,11 @@ def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
 
 
 def _sorted_regions(table: TensorTable) -> tuple[Ints | None, Ints, list[int]]:
-    """Order of the chunks by their start, None if they are sorted; start and stop of each in this
-    order; and the most elements of any along each dim."""
+    """Return the order that sorts the chunks by their start (None if they are sorted already), the
+    start and stop of each chunk in this order, and the length of the longest chunk along each dim.
+    """
     start, stop = table.start, table.stop
-    # The last key counts first.
+    # For `lexsort`, the last key is the most important one: so reverse the dims.
     order = np.lexsort(start.T[::-1]) if start.shape[1] else np.arange(len(start))
     longest: list[int] = (stop - start).max(axis=0, initial=0).tolist()
     is_sorted = bool((order[1:] > order[:-1]).all())
@@ -131,7 +135,8 @@ def _sorted_regions(table: TensorTable) -> tuple[Ints | None, Ints, list[int]]:
 
 
 class StockIndex:
-    """`.metadata` without the positions of the values, which change with every save."""
+    """Encoder of `.metadata`. Everything but the positions of the values is encoded only once,
+    since only these positions change with every save."""
 
     def __init__(
         self,
@@ -143,11 +148,12 @@ class StockIndex:
         self._properties_of: dict[str, bytes] = {}
         self._cache: dict[tuple[object, ...], bytes] = {}
         self._large: list[bytes | bytearray] = []
-        """Bytes up to the last tensor of many chunks. They are never copied."""
+        """Encoded bytes up to the last large tensor. They are never copied."""
 
         self._columns: dict[tuple[object, ...], tuple[TensorTable, bytes]] = {}
-        """Bytes of a tensor by its columns, which tensors of one layout share. With the tensor, so
-        that no other columns get the same identity."""
+        """Large tensors and their encoded metadata. The keys have the `id()` of the arrays `start`
+        and `stop`, which tensors of one layout share. The tensors are kept, so that no other arrays
+        get the same ids."""
 
         names = [*map(FileName, files)]
         out.memoize(*names, *_CONSTANTS)
@@ -187,7 +193,7 @@ class StockIndex:
         self._fixed = [*self._large, out.take(), *stored]
 
     def encode(self, values: Mapping[str, tuple[str, Span]]) -> list[bytes | bytearray]:
-        """Encode `.metadata`, in parts, given the file and the item of each value."""
+        """Encode `.metadata`, given the file and the item of each value. Return it in parts."""
         out = self._out
         places: dict[tuple[str, Span], bytes] = {}
         for name, (file, item) in values.items():
@@ -201,7 +207,8 @@ class StockIndex:
         return [*self._fixed, out.take()]
 
     def _put_tensor(self, table: TensorTable) -> None:
-        """Write the metadata of a tensor. Tensors with equal chunks share the bytes."""
+        """Write the metadata of a tensor. Tensors of equal dtype, shape and chunks share the bytes
+        of their metadata."""
         out, is_large = self._out, len(table.start) >= _LARGE_CHUNKS_MIN
         columns = (table.dtype, table.shape, id(table.start), id(table.stop))
         if is_large and columns in self._columns:
@@ -213,7 +220,8 @@ class StockIndex:
             num_parts, num_memoized = len(out.parts), out.num_memoized
             self._put_new_tensor(table)
             if out.num_memoized != num_memoized:
-                # The bytes memoize something, which the next tensor must refer to instead.
+                # These bytes memoize a new object, so they cannot be used again: the next tensor
+                # must refer to that object instead.
                 return
             self._cache[key] = encoded = b"".join(out.parts[num_parts:])
             if not is_large:
@@ -248,11 +256,12 @@ class StockIndex:
         out.raw(b"eub")
 
     def _properties(self, dtype: str) -> bytes:
-        """Return the pickled `TensorProperties` of a dtype, equal each time."""
+        """Return the pickled `TensorProperties` of a dtype: the same bytes for all its tensors."""
         if dtype not in self._properties_of:
             out, before = self._out, self._out.take()
             fields = (Global("torch", dtype), _LAYOUT, False, _MEMORY_FORMAT, False)
-            # Memoize all that it refers to first, so that its bytes can be used again.
+            # First memoize everything that the `TensorProperties` refer to, so that their bytes can
+            # be used again.
             layout, order = _LAYOUT.function, _MEMORY_FORMAT.function
             out.memoize(_PROPERTIES, fields[0], layout, *_LAYOUT.args, order)
             memoized = out.take()
@@ -262,7 +271,7 @@ class StockIndex:
         return self._properties_of[dtype]
 
     def _places(self, table: TensorTable, file_memo: Ints) -> bytes | bytearray:
-        """Encode the positions of all chunks. `file_memo` has the memo index of each file."""
+        """Encode the positions of a tensor's chunks. `file_memo`: memo index of each file name."""
         out = self._out
         if len(table.start) == 1:
             return self._place(table, file_memo)
@@ -283,7 +292,7 @@ class StockIndex:
         )
 
     def _place(self, table: TensorTable, file_memo: Ints) -> bytes:
-        """Encode the position of a tensor of one chunk, like `_places` but faster."""
+        """Encode the position of the only chunk of a tensor, like `_places` but faster."""
         out, start = self._out, table.start.tobytes()
         file, offset, nbytes = table.places[0].tolist()[:3]
         key = (start, table.start.shape, file)
@@ -303,7 +312,8 @@ class StockIndex:
         return self._index + out.get(table.name) + self._cache[key] + item
 
     def _value_place(self, file: str, item: Span) -> bytes:
-        """Encode the position of a value, after its name. It has neither chunk index nor offset."""
+        """Encode the position of a value. The bytes follow the value's name in `.metadata`. A value
+        has no chunks, so its fields `index` and `offset` are None."""
         get = self._out.get
         index = get("index") + b"N" + get("offset") + b"Nub"
         info = get(_INFO) + b")\x81}(" + get("relative_path") + get(FileName(file))
@@ -311,7 +321,7 @@ class StockIndex:
         return index + info + offset + self._length + pickled_int(item.nbytes) + b"ub"
 
     def _size(self, columns: Ints) -> list[_Part]:
-        """Parts of a row that make a `torch.Size` of its numbers in `columns`."""
+        """Return arguments for `_rows` that pickle each row of `columns` as a `torch.Size`."""
         size = self._out.get(_SIZE)
         if columns.shape[1] > 3:
             return [size + b"(", *columns.T, b"t\x85R"]
@@ -326,11 +336,11 @@ class _MemoIndices:
 
 
 _Part = bytes | Ints | _MemoIndices
-"""Part of each row: constant bytes, or one int per row, or one memoized object per row."""
+"""A part of all rows: constant bytes, one int per row, or one memoized object per row."""
 
 
 def _rows(count: int, *parts: _Part) -> bytearray:
-    """Encode `count` rows, each of which is its `parts` one after the other."""
+    """Encode `count` rows. Each row consists of the `parts`, one after the other."""
     template = bytearray()
     columns: list[tuple[int, str, Ints]] = []
     for part in parts:
@@ -343,13 +353,13 @@ def _rows(count: int, *parts: _Part) -> bytearray:
             template += bytes(struct.calcsize(f"<{code}"))
     rows = template * count
     for offset, code, numbers in columns:
-        # A structured array of all parts would take three times as long.
+        # Write column by column: a structured array of all parts would take three times as long.
         np.ndarray(count, f"<{code}", rows, offset, len(template))[:] = numbers
     return rows
 
 
 def _opcode(part: Ints | _MemoIndices) -> tuple[Ints, bytes, str]:
-    """Return the numbers, the opcode before each, and a `struct` code for the largest."""
+    """Return the numbers, the opcode before each number, and the `struct` code of all numbers."""
     if isinstance(part, _MemoIndices):
         return part.indices, b"j", "I"
     return part, *_width(int(part.max()) if len(part) else 0)
@@ -364,7 +374,7 @@ _WIDTHS = (
 
 
 def _width(largest: int) -> tuple[bytes, str]:
-    """Return the opcode for ints up to `largest`, and their `struct` code."""
+    """Return the opcode and the `struct` code for ints from 0 to `largest`."""
     for opcode, code, limit in _WIDTHS:
         if largest < limit:
             return opcode, code
@@ -372,6 +382,6 @@ def _width(largest: int) -> tuple[bytes, str]:
 
 
 def _packed(number: int) -> bytes:
-    """Encode an int with its opcode."""
+    """Encode an int that is not negative, with its opcode."""
     opcode, code = _width(number)
     return opcode + struct.pack(f"<{code}", number)

@@ -1,4 +1,4 @@
-"""Statistics over ranks of the time that each stage of a save or a load took."""
+"""Statistics, over all ranks, of the time that each stage of a save or a load took."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.format.untrusted import count_of, seconds_of
 
 DIGITS = 6
-"""Decimal places of a number of seconds."""
+"""Decimal places to which seconds are rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,11 @@ class Stage:
     median: float
     most: float
     slowest: int
-    """Rank that took the most."""
+    """Rank that took the most seconds."""
 
 
 def over_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, Stage]:
-    """Combine the seconds per stage of each rank.
+    """Return the statistics of each stage, given the seconds per stage of each rank.
 
     >>> over_ranks([{"write": 2.0}, {"write": 5.0}, {"write": 3.0}])["write"]
     Stage(least=2.0, median=3.0, most=5.0, slowest=1)
@@ -40,10 +40,10 @@ def over_ranks(ranks: Sequence[Mapping[str, float]]) -> dict[str, Stage]:
 
 
 def decode(stored: Any) -> dict[str, Stage]:
-    """Decode the stages in a manifest.
+    """Decode the member `timings` of a manifest.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError, OverflowError: it is invalid.
+        ValueError, LookupError, TypeError, AttributeError, OverflowError: a stage is invalid.
     """
     return {
         name: Stage(

@@ -1,10 +1,10 @@
-"""`.pt` files, in which `torch.save` stores a whole state: read and write them without torch.
+"""Read and write `.pt` files, in which `torch.save` stores a whole state, without torch.
 
 A file is one ZIP archive: `data.pkl` describes the objects, `data/<key>` holds the elements of each
-storage. Before torch 1.6 it was a stream (`torchstream`). Entries are named by their path, joined
-by dots, as in a DCP checkpoint. Objects that could be rebuilt only by running code are left out.
-Every record that Holdfast writes has its CRC-32, since no manifest beside the file could reveal a
-flipped bit.
+storage. Before torch 1.6, a file was a stream (see `torchstream`). The name of an entry is its path
+joined by dots, as in a DCP checkpoint. Objects that could be rebuilt only by running code are left
+out. Every record that Holdfast writes has a CRC-32, since a `.pt` file has no manifest beside it
+that could reveal a flipped bit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from holdfast.format.untrusted import KEYS_MAX
 from holdfast.spelling import counted
 
 ALIGN = 64
-"""Alignment of the elements of a tensor, so that a mapped file can be used in place."""
+"""Alignment of the elements of a tensor, so that a memory-mapped file can be used in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +61,17 @@ class TorchFile:
     """Contents of a `.pt` file."""
 
     manifest: Manifest
-    """Chunks of tensors that are not row-major have no `data_offset`."""
+    """Manifest of the file. Chunks of tensors that are not row-major have no `data_offset`."""
 
     strides: Mapping[str, tuple[int, ...]]
-    """Strides, in elements, of tensors that are not row-major; they start at their item."""
+    """Strides, in elements, of tensors that are not row-major. The first element of such a tensor
+    is at the start of its item."""
 
     values: Mapping[str, object]
-    """The values, by name. An `Other` stands for an object that needs torch."""
+    """Values by name. An `Other` stands for an object of a class that is not imported."""
 
     left_out: Mapping[str, str]
-    """Class of each object that is left out, and the number of tensors in it, by name."""
+    """Objects that are left out, by name: text with the class and the number of tensors in it."""
 
 
 CUT_SHORT = "a ZIP archive without its directory, which is at the end: it was cut short or changed"
@@ -79,8 +80,11 @@ CUT_SHORT = "a ZIP archive without its directory, which is at the end: it was cu
 def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
     """Read the contents of a `.pt` file of `nbytes`. Fetches only its directory and its pickle.
 
+    `file`: name of the file in the manifest. Errors call the file `where`.
+
     Raises:
-        FormatError: it is no `.pt` file, or everything in it could be rebuilt only by running code.
+        FormatError: the file is not a `.pt` file, or everything in it could be rebuilt only by
+            running code.
     """
     names = check_kind(fetch, nbytes, where=where)
     if names is None and fetch(0, len(RECORD)) == RECORD:
@@ -119,12 +123,13 @@ def read_file(fetch: Fetch, nbytes: int, *, file: str, where: str) -> TorchFile:
 
 
 def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> set[str] | None:
-    """Refuse files that begin like one of `torch.save`, but that another function or program wrote.
+    """Refuse files that look like those of `torch.save`, but that something else wrote.
 
-    Returns the names of the records of an archive; None for a file without a directory of them.
+    Returns the names of the records in the file's ZIP archive. Returns None if the file is a stream
+    (see `torchstream`), or if the archive's directory cannot be read.
 
     Raises:
-        FormatError: it is such a file.
+        FormatError: the file does not come from `torch.save`.
     """
     if fetch(0, 1) == b"\x80":
         if torchstream.is_stream(fetch):
@@ -144,7 +149,7 @@ def check_kind(fetch: Fetch, nbytes: int, *, where: str) -> set[str] | None:
 
 
 _AGAIN = "copy or download it again"
-"""Hint for a file that lacks its end."""
+"""Hint for a file whose end is missing."""
 
 _OTHER_ARCHIVES = (
     (
@@ -163,7 +168,7 @@ _OTHER_ARCHIVES = (
         "load it with torch.package, and torch.save the `state_dict()` of its model",
     ),
 )
-"""Record that only a kind of archive has, its name, and a hint."""
+"""For each other kind of archive: a record that only this kind has, name of the kind, and hint."""
 
 
 class _Reader:
@@ -180,7 +185,7 @@ class _Reader:
         self._counted: set[int] = set()
 
     def add_all(self, value: object) -> None:
-        """Add all entries of the object in the file."""
+        """Add all entries of `value`, the object in the file."""
         pickled = self._records["data.pkl"].data
         for path, leaf in _leaves(value, pickled.nbytes):
             name = ".".join(map(str, path))
@@ -198,8 +203,8 @@ class _Reader:
                 self.values_in_file[name] = ValueEntry(self._file, pickled, None, path)
 
     def _title_of_unsafe(self, value: object) -> str:
-        """Class of the first object in a value that needs code to be rebuilt; empty if there is
-        none."""
+        """Return the class of the first object in a value that can be rebuilt only by running code;
+        empty if there is no such object."""
         waiting = [value]
         while waiting:
             node = waiting.pop()
@@ -220,8 +225,8 @@ class _Reader:
         return ""
 
     def _num_tensors_in(self, value: object) -> int:
-        """Number of tensors in an object that is left out. Objects may refer to each other: each is
-        counted once for the whole file."""
+        """Return the number of tensors in an object that is left out. Objects may share tensors, so
+        each tensor counts only once in the whole file."""
         waiting, num_tensors = [value], 0
         while waiting:
             node = waiting.pop()
@@ -231,7 +236,7 @@ class _Reader:
             if isinstance(node, Tensor):
                 num_tensors += 1
             elif isinstance(node, Other):
-                # Not unpacked, since many objects may share one tuple of arguments.
+                # Do not unpack `args`: many objects may share one tuple, which is visited once.
                 waiting += [node.args, node.members, node.state]
             elif isinstance(node, dict):
                 waiting += node.values()
@@ -244,7 +249,7 @@ class _Reader:
         region = Region.whole(stored.shape)
         data_bytes = region.num_elements * dtype_of(stored.dtype).itemsize
         if data_bytes > self._nbytes:
-            # An expanded tensor (stride 0) could claim any size and store only a few bytes.
+            # An expanded tensor (stride 0) may have any size, although it stores only a few bytes.
             raise ValueError(f"`{name[:200]}` has {data_bytes} bytes, the file only {self._nbytes}")
         row_major = stored.strides == contiguous_strides(stored.shape) or region.num_elements < 2
         if row_major:
@@ -259,10 +264,10 @@ _NESTED = "its objects are nested too deep, or in one another"
 
 
 def _leaves(value: object, num_max: int) -> Iterator[tuple[Path, object]]:
-    """Yield tensors and values by path, depth first.
+    """Yield each tensor and value with its path, depth first.
 
-    An object may be shared, or contain itself. Raises `ValueError` after `num_max` objects, the
-    bytes of the pickle: only a crafted file has more.
+    An object may be shared, or contain itself. So this raises a `ValueError` after `num_max`
+    objects. `num_max` is the size of the pickle: only a crafted file has more objects than bytes.
     """
     waiting: list[tuple[Path, object]] = [((), value)]
     while waiting:
@@ -288,15 +293,15 @@ _DICTS = frozenset({"collections.defaultdict", "collections.Counter"})
 
 
 def _holds_entries(node: object, num_keys_max: int) -> bool:
-    """Whether a container has entries of its own. A list or tuple without a tensor, dict or object,
-    at any depth, is one value, as in a save. Raises `ValueError` if it is nested deeper than
-    `num_keys_max`."""
+    """Return whether the members of a dict, list or tuple are separate entries. A list or tuple
+    that has no tensor, dict or object at any depth is one value, as in a save. Raises a
+    `ValueError` if lists and tuples are nested deeper than `num_keys_max`."""
     waiting, seen = [(node, 0)], set[int]()
     while waiting:
         member, depth = waiting.pop()
         if isinstance(member, dict | Plain):
             return True
-        # A list may be shared, or contain itself.
+        # Visit each list only once: it may be shared, or contain itself.
         if isinstance(member, list | tuple) and id(member) not in seen:
             if depth > num_keys_max:
                 raise ValueError(_NESTED)
@@ -316,7 +321,7 @@ def _key(key: object) -> str | int:
 
 
 SAFE = frozenset({"set", "frozenset", "complex", "bytearray", "torch.device", "_codecs.encode"})
-"""Classes and functions, besides those of tensors, whose objects are values."""
+"""Classes and functions whose objects are values. Other objects are left out, except tensors."""
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -324,13 +329,13 @@ SAFE = frozenset({"set", "frozenset", "complex", "bytearray", "torch.device", "_
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to write."""
+    """A tensor to write to a `.pt` file."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     same_as: str = ""
-    """Name of the tensor whose elements it shares; empty if it has its own."""
+    """Name of the tensor whose elements this one shares; empty if it has its own elements."""
 
     @property
     def nbytes(self) -> int:
@@ -339,43 +344,43 @@ class NewTensor:
 
 @dataclass(frozen=True, slots=True)
 class _NewRecord:
-    """A record to write."""
+    """A record to write to a `.pt` file."""
 
     name: str
     header: int
     nbytes: int
     content: bytes | None = None
     tensor: str = ""
-    """Name of the tensor whose elements it holds, if it has no content."""
+    """Name of the tensor whose elements are the data, if `content` is None."""
 
     @property
     def data(self) -> Span:
-        """Position of its data in the file."""
+        """Position of the record's data in the file."""
         return Span(self.header + len(self.local(0)), self.nbytes)
 
     def local(self, crc32: int) -> bytes:
-        """Header before its data, which begin on a multiple of `ALIGN`."""
+        """Return the header, padded so that the data after it begin at a multiple of `ALIGN`."""
         name = f"archive/{self.name}".encode()
         return local_header(name, self.nbytes, position=self.header, align=ALIGN, crc32=crc32)
 
     def entry(self, crc32: int) -> bytes:
-        """Entry in the directory."""
+        """Return the record's entry in the directory."""
         name = f"archive/{self.name}".encode()
         return directory_entry(name, self.nbytes, self.header, crc32=crc32)
 
 
 @dataclass(frozen=True, slots=True)
 class TorchFileLayout:
-    """Layout of a `.pt` file, decided before it is written."""
+    """File layout of a `.pt` file: its records, and the positions of the tensors' elements."""
 
     nbytes: int
     tensors: Mapping[str, Span]
-    """Position of each tensor's elements, without tensors that share those of another."""
+    """Position of each tensor's elements. Does not list tensors that share another's elements."""
 
     records: tuple[_NewRecord, ...]
 
     def frames(self, crc32s: Mapping[str, int]) -> Iterator[tuple[int, bytes]]:
-        """Yield all bytes except the elements, with their offset. `crc32s` are the CRC-32s of each
+        """Yield offset and content of all bytes that are not elements. `crc32s`: CRC-32 of each
         tensor's elements, by name."""
         entries = []
         for record in self.records:
@@ -390,7 +395,7 @@ class TorchFileLayout:
 def lay_out(
     tensors: Mapping[str, NewTensor], values: Mapping[str, tuple[Path, bytes]]
 ) -> TorchFileLayout:
-    """Lay out a file with these tensors and values, nested by their paths.
+    """Lay out a `.pt` file with these tensors and values, nested by their paths.
 
     `values` gives the path and the pickle (protocol 2) of each value.
     """
@@ -431,7 +436,8 @@ def _tree(leaves: Mapping[Path, bytes]) -> dict[str | int, Any]:
 
 
 def _pickled(node: Any) -> bytes:
-    """Pickle nested dicts of pickled leaves. A dict with the keys 0, 1, 2, ... becomes a list."""
+    """Pickle nested dicts whose leaves are pickled already. A dict with the keys 0, 1, 2, ...
+    becomes a list."""
     if isinstance(node, bytes):
         return node
     if [*node] == [*range(len(node))] and node:

@@ -1,9 +1,9 @@
 """Read the stream that `torch.save` wrote before torch 1.6, without torch.
 
-After `_legacy_load` in torch/serialization.py: five pickles one after the other (a magic number, a
-version, sizes of C types, the object, the keys of its storages), then each storage: its number of
-elements in 8 bytes, and its elements. Nothing says how long the pickles are, so the beginning of
-the file is read in growing pieces until all five end in it.
+The format is as in `_legacy_load` of torch/serialization.py. First come five pickles: a magic
+number, a version, sizes of C types, the object, and the keys of its storages. Then comes each
+storage: its number of elements in 8 bytes, and its elements. The file does not state the length of
+the pickles, so ever longer pieces from its beginning are read until one has all five pickles.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _VERSION = 1001
 _NUM_PICKLES = 5
 
 _PIECE_BYTES = 1 << 20
-"""Bytes of the first piece. Each further one is four times as large."""
+"""Bytes of the first piece that is read. Each further piece is four times as large."""
 
 GLOBALS: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): RebuildV2,
     **{("torch.cuda", storage): dtype.name for storage, dtype in BY_STORAGE.items()},
 }
-"""Globals that only the pickle of a stream may use for a tensor."""
+"""Globals that the pickle of a tensor may use only in a stream."""
 
 
 def is_stream(fetch: Fetch) -> bool:
-    """Whether a file begins like a stream of `torch.save`."""
+    """Return whether a file begins like a stream of `torch.save`."""
     try:
         return bool(_Pickles(fetch(0, 64), {}, "").next() == _MAGIC)
     except INVALID:
@@ -45,13 +45,16 @@ def is_stream(fetch: Fetch) -> bool:
 def read_stream(
     fetch: Fetch, nbytes: int, allowed: Mapping[tuple[str, str], Any], *, where: str
 ) -> tuple[Any, dict[str, Record]]:
-    """Read a stream of `nbytes`: the object in its pickle, as `pickles.loads` returns it, and its
-    records as those of a ZIP archive: all pickles as `data.pkl`, each storage as `data/<key>`.
+    """Read a stream of `nbytes`. Return the object in it, as `pickles.loads` does, and records with
+    the positions of its parts.
+
+    The records are named as in a ZIP archive: `data.pkl` is for all pickles, `data/<key>` for one
+    storage.
 
     Raises:
-        FormatError: it refers to a global that is not allowed.
-        ValueError, LookupError, struct.error, ...: it is no whole stream, or its elements are
-            big-endian. `pickles.INVALID` has all of them.
+        FormatError: the stream refers to a global that is not allowed.
+        ValueError, LookupError, struct.error, ...: the stream is invalid or incomplete, or its
+            elements are big-endian. `pickles.INVALID` has all of these errors.
     """
     limit = min(nbytes, PICKLE_BYTES_MAX)
     for power in count():
@@ -59,7 +62,7 @@ def read_stream(
         try:
             return _read(fetch, fetch(0, piece_bytes), nbytes, allowed, where)
         except INVALID:
-            # The pickles may go on after the piece.
+            # The pickles may continue after this piece: try again with a longer one.
             if piece_bytes == limit:
                 raise
     raise AssertionError("the last piece has all bytes")
@@ -71,7 +74,7 @@ class _Pickles(Unpickler):
     def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], where: str) -> None:
         super().__init__(data, allowed, where)
         self.storages: list[Any] = []
-        """Storages to which the pickles refer, with repetitions."""
+        """Persistent ids of the storages to which the pickles refer, with repetitions."""
 
     def next(self) -> Any:
         """Return the object in the next pickle."""
@@ -85,7 +88,9 @@ class _Pickles(Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         if type(pid) is tuple and pid[:1] == ("module",):
-            return pid[1]  # A class with its source code, which torch compares to its own.
+            # The tuple has the class, and the source code that the class had when it was saved:
+            # return only the class.
+            return pid[1]
         self.storages.append(pid)
         return pid
 
@@ -93,7 +98,7 @@ class _Pickles(Unpickler):
 def _read(
     fetch: Fetch, data: bytes, nbytes: int, allowed: Mapping[tuple[str, str], Any], where: str
 ) -> tuple[Any, dict[str, Record]]:
-    """Read a stream of `nbytes` whose pickles are in `data`."""
+    """Read a stream of `nbytes`. `data`: its first bytes, which must have all pickles."""
     pickles = _Pickles(data, allowed, where)
     magic, version, system, value, keys = (pickles.next() for _ in range(_NUM_PICKLES))
     if magic != _MAGIC or version != _VERSION:
@@ -118,7 +123,8 @@ def _read(
 
 
 def _sizes(storages: list[Any]) -> dict[str, tuple[int, int]]:
-    """Return the bytes of an element and the number of elements of each storage, by its key."""
+    """Return bytes per element and number of elements of each storage, by the storage's key.
+    `storages`: persistent ids of the storages."""
     sizes: dict[str, tuple[int, int]] = {}
     for storage in storages:
         kind, dtype, key, _, num_elements, *_ = storage

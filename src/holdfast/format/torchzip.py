@@ -1,11 +1,11 @@
 """The ZIP archive that `torch.save` writes around one tensor.
 
-Layout after torch's `serialization.py`: records `data.pkl`, `byteorder`, `version` and `data/0`,
-then the directory. The bytes around the raw data depend only on dtype, shape and position, so that
-a file can be laid out before any element is read, and written in one pass.
+As in torch's `serialization.py`, the archive has the records `data.pkl`, `byteorder`, `version` and
+`data/0`, then the directory. The bytes around the raw data depend only on dtype, shape and
+position. So a file can be laid out before any element is read, and can be written in one pass.
 
-CRC-32 fields are zero in Holdfast's checkpoints, as after `torch.serialization.
-set_crc32_options(False)`: no version of torch reads them, and the manifest has better checksums.
+CRC-32 fields are zero in Holdfast's checkpoints, as torch writes them after
+`set_crc32_options(False)`: no version of torch reads them, and the manifest has better checksums.
 `.pt` files have no manifest, and therefore real CRC-32s (`torchfile`).
 """
 
@@ -40,16 +40,16 @@ from holdfast.format.untrusted import check_sizes
 
 PAGE_BYTES = 4096
 LARGE_BYTES = 64 << 10
-"""Smallest data that starts on a page, so that it can be read and written with `O_DIRECT`. Smaller
-data starts on a multiple of 64 bytes, since pages would be mostly padding."""
+"""Minimum size of data that starts on a page, so that it can be read and written with `O_DIRECT`.
+Smaller data starts on a multiple of 64 bytes, since pages would be mostly padding."""
 
 PICKLE_BYTES_MAX = 256 << 20
-"""Largest `data.pkl` of a `.pt` file that is read: two million tensors."""
+"""Maximum size of `data.pkl` in a `.pt` file. It has room for two million tensors."""
 
 _TENSOR_PICKLE_BYTES_MAX = 1 << 20
 _PARAMETERS_MAX = 8
-"""Most objects nested around one tensor, such as `Parameter`s. Without a limit a cycle would never
-end."""
+"""Maximum number of objects nested around one tensor, such as `Parameter`s. Without a limit,
+reading an object that contains itself would never end."""
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -59,10 +59,12 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, bytes]:
-    """Return the bytes before and after the raw data of a tensor whose item is at `position`."""
+    """Return the bytes of an item before and after the raw data of its tensor. The item is at
+    `position` of a file."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
     align = PAGE_BYTES if nbytes >= LARGE_BYTES else 64
-    # The frame depends on the remainder alone: small tensors of one shape share few cached frames.
+    # The frame depends only on the remainder of `position`. Passing just the remainder lets tensors
+    # of one shape share a few cached frames.
     return _frame(dtype, shape, align, position % align)
 
 
@@ -78,7 +80,7 @@ def _frame(dtype: str, shape: tuple[int, ...], align: int, position: int) -> tup
 
 @lru_cache(maxsize=4096)
 def _records(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """Records before the data, and their entries in the directory."""
+    """Return the records before a tensor's data, and their entries in the archive's directory."""
     head = directory = b""
     for name, content in (
         (b"archive/data.pkl", b"\x80\x02" + pickled_tensor(dtype, shape, "0") + b"."),
@@ -93,7 +95,7 @@ def _records(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
 def pickled_tensor(dtype: str, shape: tuple[int, ...], key: str) -> bytes:
     """Return the part of a pickle (protocol 2) that makes torch rebuild a row-major tensor.
 
-    The tensor has all of storage `key`.
+    The tensor consists of all elements of storage `key`.
     """
     storage = dtype_of(dtype).storage
     numel = prod(shape) if storage else prod(shape) * dtype_of(dtype).itemsize
@@ -133,7 +135,7 @@ def locate(fetch: Fetch, item: Span, *, where: str) -> StoredTensor:
     """Find the elements of a tensor inside an untrusted archive of `torch.save`.
 
     Raises:
-        FormatError: it is no archive of a tensor, or refers to bytes outside of it.
+        FormatError: the archive is not that of a tensor, or refers to bytes outside of itself.
     """
     try:
         value, records = read_pickle(fetch, item, GLOBALS, _TENSOR_PICKLE_BYTES_MAX, where=where)
@@ -150,12 +152,13 @@ def read_pickle(
     *,
     where: str,
 ) -> tuple[Any, dict[str, Record]]:
-    """Read an archive: the object in its pickle, and all records.
+    """Read the archive at position `item` of a file. Return the object in its pickle, and all of
+    its records. `allowed`: see `pickles.loads`.
 
     Raises:
         FormatError: the pickle refers to a global that is not allowed.
-        ValueError, LookupError, struct.error: it is no archive of `torch.save`, its elements are
-            big-endian, or its pickle has more than `nbytes_max`.
+        ValueError, LookupError, struct.error: the bytes are not an archive of `torch.save`, the
+            elements are big-endian, or the pickle has more than `nbytes_max`.
     """
     within = windowed(fetch, item)
     records = read_records(within, item.nbytes)
@@ -181,7 +184,7 @@ def stored_tensor(tensor: Described, records: Mapping[str, Record], position: in
     """Find the elements of a tensor in an archive that begins at `position` of its file.
 
     Raises:
-        ValueError, KeyError: the archive lacks the storage of the tensor, or has too few bytes.
+        ValueError, KeyError: the storage of the tensor is not in the archive, or is too small.
     """
     record, itemsize = records[f"data/{tensor.key}"], dtype_of(tensor.dtype).itemsize
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
@@ -202,44 +205,48 @@ class Described:
     """A tensor, as a pickle describes it."""
 
     key: str
-    """Key of its storage, which is the record `data/<key>`."""
+    """Key of the tensor's storage, which is the record `data/<key>`."""
 
     dtype: str
     offset: int
-    """Index of its first element in the storage."""
+    """Index of the tensor's first element in the storage."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 class Tensor(Plain):
-    """Stands for a tensor in the result of `loads`."""
+    """Stands for a tensor in the result of `pickles.loads`."""
 
 
 class RebuildV2(Tensor):
-    """Arguments: storage, offset, shape, strides; the others are ignored."""
+    """Result of torch's `_rebuild_tensor_v2`. Its first arguments are storage, offset, shape,
+    strides."""
 
 
 class _RebuildV3(Tensor):
-    """Arguments of `RebuildV2`, and the dtype as the seventh."""
+    """Result of torch's `_rebuild_tensor_v3`. It has the same first arguments as `RebuildV2`, and
+    the dtype as the seventh."""
 
 
 class _RebuildParameter(Tensor):
-    """Arguments: the tensor; the others are ignored."""
+    """Result of torch's `_rebuild_parameter`. Its first argument is the tensor; the others are
+    ignored."""
 
 
 class _RebuildFromType(Tensor):
-    """Tensor with attributes, or of a subclass. Arguments: function, class, arguments of the
-    function; the attributes are ignored."""
+    """Result of torch's `_rebuild_from_type_v2`: a tensor of a subclass or with attributes. Its
+    arguments are a function, the class, the arguments of the function, and the attributes, which
+    are ignored."""
 
 
 _TENSOR_CLASS = "torch.Tensor"
-"""Stands for the classes whose elements are those of their storage."""
+"""Stands for the classes `torch.Tensor` and `Parameter`. Their elements are all in the storage."""
 
 
 def subclass_of(value: object) -> str:
-    """Name of the subclass of a tensor, if its elements may be something else than those of its
-    storage; empty for other objects."""
+    """Return the name of a tensor's class if it is a subclass of `torch.Tensor` other than
+    `Parameter`: such a tensor may compute its elements. Return an empty string for others."""
     if not isinstance(value, _RebuildFromType) or len(value.args) < 2:
         return ""
     cls = value.args[1]
@@ -247,10 +254,10 @@ def subclass_of(value: object) -> str:
 
 
 def described(value: object) -> Described:
-    """Check and return the description of a tensor in the result of `loads`.
+    """Check a tensor in the result of `pickles.loads`, and return its description.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError: it is no valid tensor.
+        ValueError, LookupError, TypeError, AttributeError: `value` is not a valid tensor.
     """
     for _ in range(_PARAMETERS_MAX):
         if isinstance(value, _RebuildParameter):
@@ -268,7 +275,7 @@ def described(value: object) -> Described:
     bits = value.args[7:] if isinstance(value, _RebuildV3) else value.args[6:]
     if any(bits):
         raise ValueError("its elements are conjugated or negated when they are read")
-    # In the stream format, storages have three more members: the last tells where a view starts.
+    # In the stream format, a storage has a sixth member, which says where a view starts.
     kind, storage_dtype, key = storage[:3]
     dtype = value.args[6].name if isinstance(value, _RebuildV3) else storage_dtype
     if kind != "storage" or type(key) is not str or type(dtype) is not str:

@@ -1,6 +1,6 @@
-"""Check members of files that anyone may have written.
+"""Check members of untrusted files, which anyone may have written.
 
-Raises, in each function unless it says otherwise:
+Raises, in each function whose docstring does not say otherwise:
     ValueError: the member is invalid.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 from holdfast.errors import FormatError
 
 DIMS_MAX = 64
-"""Most dims of a tensor in torch."""
+"""Maximum number of dims of a tensor in torch."""
 
 SIZE_MAX = (1 << 63) - 1
 
 KEYS_MAX = 64
-"""Most keys in a path."""
+"""Maximum number of keys in a path."""
 
 _KEY_TYPES = frozenset((str, int))
 
@@ -26,7 +26,7 @@ _ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 def count_of(value: object) -> int:
-    """Check a whole number that is not negative: a size, a position, a rank."""
+    """Check a whole number that is not negative, such as a size, a position or a rank."""
     if type(value) is not int:
         # Do not quote the value: its text may be huge.
         raise ValueError(f"need a count, got a {type(value).__name__}")
@@ -43,7 +43,7 @@ def number_of(value: object) -> float:
 
 
 def seconds_of(value: object) -> float:
-    """Check a duration."""
+    """Check a duration in seconds, and convert it to a float."""
     seconds = value if type(value) is float else number_of(value)
     if not 0 <= seconds < math.inf:
         raise ValueError(f"need seconds, got {seconds}")
@@ -58,9 +58,10 @@ def names_of(value: object) -> tuple[str, ...]:
 
 
 def json_of(value: dict[str, Any]) -> dict[str, Any]:
-    """Check an object of arbitrary JSON: Python's parser accepts infinities, JSON does not."""
+    """Check a JSON object of any content. Refuses NaN and infinities, which Python's parser accepts
+    although JSON does not have them."""
     found = dict(value.items())
-    # Most have counts and texts alone, for which an encoder would be made in vain.
+    # Skip the encoder if all values are ints and strings, as in most objects: these are valid.
     if not _KEY_TYPES.issuperset(map(type, found.values())):
         _ENCODER.encode(found)
     return found
@@ -77,7 +78,7 @@ def check_sizes(sizes: object) -> tuple[int, ...]:
 
 
 def path_of(path: object) -> tuple[str | int, ...]:
-    """Check the path of a leaf: 1 to `KEYS_MAX` texts and numbers."""
+    """Check the path of a leaf: 1 to `KEYS_MAX` strings and ints."""
     if not isinstance(path, tuple | list) or not 0 < len(path) <= KEYS_MAX:
         raise ValueError(f"a path needs 1 to {KEYS_MAX} keys")
     if not _KEY_TYPES.issuperset(map(type, path)):
@@ -86,7 +87,7 @@ def path_of(path: object) -> tuple[str | int, ...]:
 
 
 def check_file_name(name: object, where: str) -> None:
-    """Check that a name is that of a file in the checkpoint's own folder.
+    """Check that a name can only refer to a file in the checkpoint's own folder.
 
     Raises:
         FormatError: the name is not a string, or it is a path and not a plain file name.

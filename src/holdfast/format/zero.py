@@ -1,13 +1,13 @@
-"""Join the files of a DeepSpeed ZeRO checkpoint: one manifest of all parameters, without torch.
+"""Join the files of a DeepSpeed ZeRO checkpoint in one manifest of all parameters, without torch.
 
-After `zero_to_fp32.py`, which DeepSpeed puts beside its checkpoints. Each rank has a file with its
-parts of flat float32 vectors, in which the parameters follow one another:
+This follows `zero_to_fp32.py`, which DeepSpeed puts beside its checkpoints. Each rank has a file
+with its parts of flat float32 vectors. In a vector, the parameters follow one another:
 
-* Stages 1 and 2: the parts of all ranks, one after the other, are one vector per group of
-  parameters.
-* Stage 3: each parameter is divided among all ranks; each rank has its part of every parameter.
+* Stages 1 and 2: there is one vector per group of parameters. The parts of all ranks, one after the
+  other, make up the vector.
+* Stage 3: each parameter is divided among all ranks. Each rank has its part of every parameter.
 
-A part of a vector becomes one or a few boxes of a parameter, so nothing is copied.
+The manifest describes each part as one or a few boxes of a parameter, so no data is copied.
 """
 
 from __future__ import annotations
@@ -27,33 +27,35 @@ from holdfast.format.untrusted import check_sizes
 ZERO_OPTIMIZER = re.compile(
     r"(?:bf16_)?zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_optim_states\.pt", re.ASCII
 )
-"""Name of the file with the parts of a rank: its number, and its rank in tensor parallelism."""
+"""Name of the file with a rank's parts. It has the rank's number in ZeRO and its number in tensor
+parallelism."""
 
 ZERO_MODEL = re.compile(r"(?:zero_pp_rank_([0-9]+)_)?mp_rank_([0-9]+)_model_states\.pt", re.ASCII)
-"""Name of a file with names, shapes, buffers and frozen parameters: one file, or one a rank in
-stage 3."""
+"""Name of a file with the parameters' names and shapes, the buffers and the frozen parameters.
+Stage 3 has one such file per rank; stages 1 and 2 have one for all ranks."""
 
 _OPTIMIZER = "optimizer_state_dict"
 
 _STAGE_2 = f"{_OPTIMIZER}.single_partition_of_fp32_groups"
 _STAGE_3 = f"{_OPTIMIZER}.fp32_flat_groups"
-"""Path of the flat vectors in the files of stages 1 and 2, and of stage 3."""
+"""Path of the flat vectors in files of stage 3. In files of stages 1 and 2, it is `_STAGE_2`."""
 
 UNIVERSAL_HINT = "DeepSpeed's ds_to_universal.py joins it"
 
 _ALIGNED = 2
-"""Stages 1 and 2 pad each group to a multiple of this, times the number of ranks."""
+"""Stages 1 and 2 pad each group to a multiple of this number times the number of ranks."""
 
 
 @dataclass(slots=True)
 class _Vector:
-    """Flat vector, in pieces that are in several files."""
+    """Flat vector that is divided among several files."""
 
     itemsize: int = 4
-    """Bytes per element: of float32, unless it is a frozen parameter."""
+    """Bytes per element. Frozen parameters may have other dtypes than float32."""
 
     pieces: list[tuple[str, int, int]] = field(default_factory=list)
-    """File, offset of the first element and number of elements of each piece."""
+    """For each part of the vector: its file, the offset of its first element there, and its number
+    of elements."""
 
     def add(self, entry: TensorEntry) -> None:
         chunk = entry.chunks[0]
@@ -66,7 +68,8 @@ class _Vector:
         return sum(count for *_, count in self.pieces)
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
-        """Yield file, offset, start and stop of each piece of `start` to `stop`."""
+        """Yield where the elements from `start` to `stop` are: for each file that has some of them,
+        the file, their offset in it, the index of the first one and one past that of the last."""
         first = 0
         for file, offset, count in self.pieces:
             low, high = max(start, first), min(stop, first + count)
@@ -78,9 +81,11 @@ class _Vector:
 def join(
     models: Mapping[str, TorchFile], optimizers: Mapping[str, TorchFile], *, where: str
 ) -> tuple[Manifest, tuple[str, ...]]:
-    """Return a manifest of the parameters, in float32, and of the buffers, and notes.
+    """Return a manifest of the parameters, in float32, and of the buffers. Also return notes for
+    the user.
 
-    `models`, `optimizers`: contents of both kinds of files, by name, in the order of the ranks.
+    `models`, `optimizers`: contents of the `*_model_states.pt` and the `*_optim_states.pt` files by
+    name, in the order of the ranks.
 
     Raises:
         FormatError: files are missing or contradict each other, or the model is divided in a way
@@ -132,7 +137,8 @@ def _joined(
 
 
 def _partition_count(part: TorchFile) -> int:
-    """Number of ranks that wrote the checkpoint. Each group of parameters may state one."""
+    """Return the number of ranks that wrote the checkpoint. `part`: file of a rank's optimizer,
+    which may state the number once for each group of parameters."""
     counts = part.values.get(f"{_OPTIMIZER}.partition_count")
     if counts is None:
         raise KeyError("partition_count")
@@ -141,7 +147,7 @@ def _partition_count(part: TorchFile) -> int:
 
 
 def _shapes(model: TorchFile) -> list[dict[str, tuple[int, ...]]]:
-    """Shape of each parameter, by name, for each group of parameters."""
+    """Return the shapes of the parameters by name, for each group of parameters."""
     groups: dict[int | str, dict[str, tuple[int, ...]]] = {}
     for name, entry in model.manifest.values.items():
         if entry.path[0] == "param_shapes" and len(entry.path) == 3:
@@ -160,7 +166,8 @@ def _groups(part: TorchFile, key: str) -> list[TensorEntry]:
 
 
 def _paddings(part: TorchFile) -> dict[int, Sequence[int]]:
-    """Elements that follow each parameter of a group, by the number of the group."""
+    """Return the number of padding elements after each parameter, for each group of parameters by
+    the group's number."""
     found: dict[int, Sequence[int]] = {}
     for name, entry in part.manifest.values.items():
         if entry.path[:2] == (_OPTIMIZER, "param_alignment_paddings") and len(entry.path) == 3:
@@ -217,7 +224,7 @@ def _stage_3(
 
 
 def _frozen_3(models: Mapping[str, TorchFile]) -> dict[str, TensorEntry]:
-    """Frozen parameters of stage 3, of which each rank has a part."""
+    """Return the frozen parameters of stage 3. Each rank has a part of each parameter."""
     first = next(iter(models.values()))
     of_ranks = [_below(model, "frozen_param_fragments") for model in models.values()]
     tensors: dict[str, TensorEntry] = {}
@@ -243,7 +250,7 @@ def _frozen_3(models: Mapping[str, TorchFile]) -> dict[str, TensorEntry]:
 def _entry(
     name: str, shape: tuple[int, ...], vector: _Vector, start: int, dtype: str = "float32"
 ) -> TensorEntry:
-    """The entry of a parameter whose elements begin at `start` of a vector."""
+    """Return the entry of a parameter whose first element is element `start` of a flat vector."""
     num_elements, itemsize = prod(shape), dtype_of(dtype).itemsize
     chunks: list[Chunk] = []
     for file, offset, low, high in vector.ranges(start, start + num_elements):
@@ -258,7 +265,7 @@ def _entry(
 
 
 def _below(file: TorchFile, key: str) -> dict[str, TensorEntry]:
-    """The tensors below a key of a file, by their names there."""
+    """Return the tensors directly below a key of a file, by their names without that key."""
     return {
         str(entry.path[1]): _renamed(entry, str(entry.path[1]))
         for entry in file.manifest.tensors.values()

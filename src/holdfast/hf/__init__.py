@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: their names and shapes, related to ours by tables."""
+"""Hugging Face checkpoints, and tables that relate their tensors to native tensors."""

@@ -1,7 +1,8 @@
 """PEFT adapters: low-rank factors of weights that have Hugging Face names.
 
-Where a native weight has its rows in another order, so has the native left factor: with `W = B A`,
-permuting the rows of `W` permutes the rows of `B` and leaves `A` unchanged.
+If a native weight has its rows in another order than the Hugging Face weight, its left factor has
+the native order too. With `W = B A`, permuting the rows of `W` permutes the rows of `B` and leaves
+`A` unchanged.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ def adapter_mapping(
     names: Literal["meta", "titan"],
     where: str,
 ) -> TensorMapping:
-    """Return the mapping between the tensors of an adapter and their native names.
+    """Return the mapping between the tensors `infos` of an adapter, under PEFT's names, and the
+    same tensors under native names. `base`: mapping of the base model. `names`: dialect of the
+    native names. `where`: path of the adapter, for messages.
 
-    A factor's native name is the weight's, with `lora_A` or `lora_B` in it. Weights that were
-    trained in full are mapped as in `base`.
+    The native name of a factor is its weight's native name, with `lora_A` or `lora_B` added.
+    Weights that were trained in full are mapped as in `base`.
     """
     native_names = renamed(base.names("native"), names)
     axes, relations, wrong = dict(base.axes), list[Relation](), list[str]()
@@ -68,9 +71,10 @@ def adapter_mapping(
 
 
 def native_adapter_mapping(infos: Mapping[str, TensorInfo], base: TensorMapping) -> TensorMapping:
-    """Return the mapping between the tensors of an adapter, under Meta's names, and PEFT's.
+    """Return the mapping between the tensors `infos` of an adapter, under Meta's names, and the
+    same tensors under PEFT's names. `base`: mapping of the base model.
 
-    `infos` may have tensors that are no factors, which are mapped as in `base`.
+    Tensors in `infos` that are not factors are mapped as in `base`.
     """
     hf_infos: dict[str, TensorInfo] = {}
     wrong = []
@@ -80,7 +84,8 @@ def native_adapter_mapping(infos: Mapping[str, TensorInfo], base: TensorMapping)
         relation = base.row_by_row("native", weight)
         if relation is not None and factor is not None:
             hf_name = relation.hf.name.removesuffix(".weight")
-            # The native left factor has the rows of the native weight, in another order only.
+            # Under native names, `lora_B` differs from PEFT's only in the order of its rows, and
+            # `lora_A` not at all, so dtype and shape are the same.
             hf_infos[f"{PREFIX}{hf_name}.lora_{factor[2]}.weight"] = info
         elif relation is not None:
             hf_infos[PREFIX + relation.hf.name] = info

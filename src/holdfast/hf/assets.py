@@ -17,7 +17,8 @@ _WEIGHTS = (
     "*.safetensors *.index.json *.bin *.pt *.pth *.ckpt *.gguf *.onnx *.h5 *.msgpack *.npz "
     "*.distcp *.lock *.incomplete"
 )
-"""Patterns of files that an export does not copy: weights in any format."""
+"""Patterns of files that an export does not copy: weights in any format, leftovers of
+downloads."""
 
 _TEMPLATES = "additional_chat_templates/"
 
@@ -27,15 +28,16 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of special tokens, in `config.json` and `generation_config.json`."""
 
 COPIED_BYTES_MAX = 200_000_000
-"""Largest file that an export copies. The largest tokenizers have a tenth of it."""
+"""Largest file that an export copies. The largest tokenizers have a tenth of this size."""
 
 
 def files_beside(
     config: Mapping[str, Any], assets: str | None, dtype: str, index: bytes | None
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield name and contents of each file of an export besides the weights, which are in `dtype`.
+    """Yield name and contents of each file of an export besides the weights.
 
-    `assets`: folder whose other files are copied. The index comes last: a folder is not complete
+    `assets`: folder from which all files but weights and `config.json` are copied, or None.
+    `dtype`: dtype of the weights, for `config.json`. The index comes last: a folder is not complete
     without it.
     """
     if assets is None:
@@ -50,14 +52,17 @@ def files_beside(
 
 
 def stem_of(config: Mapping[str, Any]) -> str:
-    """Return the beginning of the names of weights that the loader of this model looks for."""
+    """Return how the names of weight files must begin, so that the loader of the model finds
+    them."""
     return "diffusion_pytorch_model" if is_of_diffusers(config) else "model"
 
 
 def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens in `generation_config.json` that a `config.json` made here lacks.
+    """Return the special tokens that `config` lacks and the folder's `generation_config.json` has.
+    Return an empty dict if the folder has a `config.json` of its own.
 
-    Without them, transformers and other loaders take their defaults, which are other tokens.
+    Without these tokens, transformers and other loaders use their default tokens, which are wrong
+    here.
     """
     files = store.list(folder)
     if CONFIG in files or GENERATION_CONFIG not in files:
@@ -69,7 +74,8 @@ def _token_ids(store: ReadStore, folder: str, config: Mapping[str, Any]) -> dict
 def write_small(
     store: Store, files: Creating, folder: str, contents: Iterable[tuple[str, bytes]]
 ) -> None:
-    """Write small files below `folder` of `store`, in which `files` creates them."""
+    """Write small files below `folder` of `store`. `files`: object that creates the files.
+    `contents`: path below `folder` and bytes of each file."""
     for file, data in contents:
         below = file.rpartition("/")[0]
         if below and f"{below}/" not in store.list(folder):
@@ -81,15 +87,15 @@ def write_small(
 
 
 def config_bytes(config: Mapping[str, Any], dtype: str) -> bytes:
-    """Return `config.json` for unquantized weights in `dtype`."""
+    """Return the bytes of a `config.json` for unquantized weights in `dtype`."""
     return (json.dumps(_with_dtype(config, dtype), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     changed = {key: value for key, value in config.items() if key not in QUANTIZATION}
     if is_of_diffusers(config):
-        return changed  # It takes the dtype from the weights, and warns about unknown keys.
-    # transformers 5 renamed the key, and reads both.
+        return changed  # diffusers takes the dtype from the weights, and warns about unknown keys.
+    # transformers 5 renamed `torch_dtype` to `dtype`, and reads both keys.
     keys = [key for key in ("dtype", "torch_dtype") if key in changed]
     nested = isinstance(changed.get("text_config"), dict)
     if nested:
@@ -100,7 +106,7 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _copied(store: ReadStore, folder: str) -> Iterator[tuple[str, bytes]]:
-    """Yield name and contents of each file of a folder that an export copies."""
+    """Yield name and contents of each file that an export copies from its assets folder."""
     files = store.list(folder)
     if _TEMPLATES in files:
         below = store.list(f"{folder}/{_TEMPLATES.rstrip('/')}")

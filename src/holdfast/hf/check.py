@@ -30,7 +30,7 @@ DERIVED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|freqs_cis|rope\.(freqs|cache
 """Names of buffers that are computed from the configuration. Some writers save them."""
 
 _HEADS = ("lm_head.weight", "output.weight")
-"""Ends of the names of a language model's head."""
+"""Suffixes of the names of a language model's head."""
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
@@ -56,10 +56,11 @@ def check_fit(
     config_from: str,
     hint: str = HINT,
 ) -> list[str]:
-    """Check that `tensors` are the tensors of one side, all and no others. All differences are
-    listed in one error. Returns notes.
+    """Check that `tensors` are exactly the tensors of one side of `mapping`. All differences are
+    listed in one error. Returns notes for the user on tensors that are ignored.
 
-    `config_from` names the origin of the sizes.
+    `where`: path of the weights, for messages. `config_from`: origin of the configuration, for
+    messages.
     """
     infos, aliases = tensors.infos, mapping.aliases[side]
     derived = [name for name in infos if DERIVED.fullmatch(name)]
@@ -91,7 +92,8 @@ def check_fit(
 def differences(
     infos: Mapping[str, TensorInfo], mapping: TensorMapping, side: SideName, config_from: str
 ) -> list[str]:
-    """Return one line per tensor of a side that is missing, misshapen, quantized, or unexpected."""
+    """Compare tensors with one side of a mapping. Return one line for each tensor that is missing,
+    has another shape, is quantized, or is unexpected."""
     names = mapping.names(side)
     lines = [f"`{name}` is missing" for name in names if name not in infos]
     for name in names:
@@ -119,19 +121,22 @@ def check_exportable(
 
 
 def listed(lines: Sequence[str]) -> str:
-    """Return lines indented for an error. Many lines are merged by layer and expert, then cut."""
+    """Return lines indented for an error. If there are many, those that differ only in the number
+    of a layer or expert are merged, and only the first are shown."""
     shown = lines if len(lines) <= LISTED_MAX else list(_merged(lines))
     return spelling.listed(shown, LISTED_MAX)
 
 
 def _unmapped_balances(names: Collection[str], mapping: TensorMapping, side: SideName) -> set[str]:
-    """Return the biases that balance experts and that the family has no Hugging Face name for."""
+    """Return the names of biases that balance experts, if the mapping has no Hugging Face tensor
+    for them."""
     balance = {name for name in names if is_balance(name)} if side == "native" else set()
     return balance - {*mapping.names(side)}
 
 
 def _merged(lines: Sequence[str]) -> Iterator[str]:
-    """Merge lines that differ only in the number of an expert, then only in that of a layer.
+    """Merge lines that differ only in the number of an expert, then lines that differ only in the
+    number of a layer.
 
     >>> [*_merged([f"`layers.{n}.norm` is missing" for n in (2, 3, 4, 9)])]
     ['`layers.{2-4,9}.norm` is missing']

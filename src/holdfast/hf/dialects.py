@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 Dialect = Literal["meta", "titan", "hf"]
-"""`meta` and `titan` are native dialects, `hf` is not."""
+"""Naming scheme of a model's tensors. `meta` and `titan` are native dialects, `hf` is not."""
 
 _RENAMED: Mapping[str, str] = {
     "output.weight": "lm_head.weight",
@@ -29,15 +29,16 @@ _RENAMED: Mapping[str, str] = {
 """TorchTitan 0.3's names, by Meta's."""
 
 GATE, BALANCE = "moe.router.gate.weight", "moe.expert_bias"
-"""Router weight, and the buffer beside it by which TorchTitan balances the experts of every family.
+"""Names of the router weight, and of the buffer beside it with which TorchTitan balances experts.
 The buffer starts as zeros. Most families have no Hugging Face tensor for it."""
 
 CORRECTION_BIAS = "e_score_correction_bias"
-"""End of Hugging Face's names for biases that correct the scores of experts. Exports keep their
-dtype: rounding them would route tokens to other experts."""
+"""Suffix of Hugging Face's names for biases that correct the scores of experts. Exports keep the
+dtype of these biases: rounding them would route tokens to other experts."""
 
 _LATENT = "attention.wkv_a"
-"""Weight that only models with latent attention have. TorchTitan 0.3 did not rename their `wq`."""
+"""Name of a weight that only models with latent attention have. TorchTitan 0.3 did not rename the
+`wq` of such models."""
 
 
 _EMBEDDING = re.compile(r"(?:^|\.)tok_embeddings\.weight$")
@@ -45,7 +46,8 @@ _EMBEDDING = re.compile(r"(?:^|\.)tok_embeddings\.weight$")
 
 def dialect_of(names: Collection[str]) -> Dialect | None:
     """Return the dialect of these names, or None if it is unknown."""
-    # The other parts of a multimodal model have Hugging Face's names in every dialect.
+    # Look for native names first: the other parts of a multimodal model have Hugging Face's names
+    # in every dialect.
     native = any(_EMBEDDING.search(name) for name in names)
     if not native and any("embed_tokens." in name or ".self_attn." in name for name in names):
         return "hf"
@@ -53,7 +55,7 @@ def dialect_of(names: Collection[str]) -> Dialect | None:
     meta = re.compile(r"(?:^|\.)(tok_embeddings\.weight|attention\.w[qk]\w*\.|feed_forward\.w1\.)")
     found = {match[0] for name in names if (match := titan.search(name))}
     is_native = any(meta.search(name) for name in names)
-    # Many models of transformers have a head of the same name beside layers of other names.
+    # `lm_head.weight` alone proves nothing: many models of transformers have a head of this name.
     if found - {head} or (found and is_native):
         return "titan"
     return "meta" if is_native else None
@@ -72,17 +74,21 @@ def renamed(names: Collection[str], dialect: Literal["meta", "titan"]) -> dict[s
 
 
 def balances(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of the balancing buffers that are missing beside routers."""
+    """Return name and shape of each buffer `moe.expert_bias` that a model lacks. TorchTitan has
+    one beside each router, and balances experts with it. `shapes`: shape of each tensor of the
+    model, under Meta's names."""
     routers = {n.removesuffix(GATE): s[:1] for n, s in shapes.items() if n.endswith(GATE)}
     balanced = {n[: n.rindex(BALANCE)] for n in shapes if is_balance(n)}
     return {prefix + BALANCE: s for prefix, s in routers.items() if prefix not in balanced}
 
 
 def is_balance(name: str) -> bool:
-    """Return whether this is the name of a balancing buffer, in either native dialect."""
+    """Return whether this is the name of a buffer by which TorchTitan balances experts, in either
+    native dialect."""
     return name.endswith((BALANCE, _RENAMED[BALANCE]))
 
 
 def _any_of(names: Collection[str]) -> re.Pattern[str]:
-    """Return a pattern for any of these names, with a dot or an end on either side."""
+    """Return a pattern that finds any of these names as whole, dot-separated parts of a longer
+    name."""
     return re.compile("|".join(rf"(?<![^.]){re.escape(name)}(?![^.])" for name in names))

@@ -1,4 +1,4 @@
-"""Export of a live model as a Hugging Face folder, in one pass over all ranks.
+"""Export of a live model as a Hugging Face folder, by all ranks together.
 
 Shapes determine every header and every tensor's offset. So rank 0 creates the files, every rank
 writes the elements that the plan of the save assigns to it, once and in their final position, and
@@ -49,7 +49,7 @@ BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class HFModel:
-    """Description of a live model for Hugging Face."""
+    """Description of a live model for its export as a Hugging Face folder."""
 
     config: Mapping[str, Any]
     """Contents of `config.json`."""
@@ -58,8 +58,8 @@ class HFModel:
     """Path of a folder whose other files an export copies: tokenizer, templates."""
 
     exact: bool = False
-    """Whether weights whose configuration has another rotary base, epsilon or routing are refused;
-    false: each difference is logged as a warning."""
+    """Whether a load refuses weights whose own `config.json` has another rotary base, epsilon or
+    routing than `config`; false: it logs each difference as a warning."""
 
     seq_len: int | None = None
     """Length of the training sequences, in tokens; None: unknown. An export logs whether its
@@ -95,13 +95,14 @@ class ExportSnapshot:
     """Tensors that this rank writes."""
 
     data_of: Callable[[TensorItem, Region], memoryview]
-    """Function that returns the row-major bytes of a box, relative to the item's first element."""
+    """Function that returns the row-major bytes of a box of an item. The box is relative to the
+    item's first element."""
 
     index: Index | None
     """Index of the save, on rank 0."""
 
     others: Collection[str]
-    """Top-level names that do not belong to the model."""
+    """First keys of the paths of tensors outside of the model, such as `optimizer`."""
 
     @property
     def plan(self) -> GlobalPlan:
@@ -116,12 +117,14 @@ class ExportSnapshot:
 
 
 def check_live(plan: GlobalPlan, others: Collection[str], model: HFModel) -> None:
-    """Check that a live model can be exported. `plan` is that of its save, for all ranks; `others`
-    as in `ExportSnapshot`.
+    """Check that a live model can be exported. `plan`: global plan of a save of the model.
+    `others`: first keys of the paths of tensors outside of the model, such as `optimizer`.
 
     Raises:
-        MismatchError: its tensors are not those of its configuration. All differences are listed.
-        UsageError: no table knows the configuration, and the names are none of Hugging Face.
+        MismatchError: the model's tensors are not those of its configuration. All differences are
+            listed.
+        FormatError: no family matches the configuration, and the tensors do not have Hugging Face
+            names.
     """
     infos, config = _infos(plan, others), of_language_model(model.config)
     if keeps_names(infos, config):
@@ -138,7 +141,7 @@ def _check_native(
 
 
 def _infos(plan: GlobalPlan, others: Collection[str]) -> dict[str, TensorInfo]:
-    """Dtype and shape of each tensor of the model, on all ranks together."""
+    """Return dtype and shape of each tensor of the model, on all ranks together."""
     return {
         placed.name: TensorInfo(placed.tensor.dtype, placed.tensor.shape)
         for placed in plan.tensors
@@ -155,13 +158,14 @@ class Exported:
     """Names of nonzero biases that balance experts and have no Hugging Face tensor."""
 
     note: str = ""
-    """Line for the log on tensors that keep the names of the live model; empty: none does."""
+    """Line for the log if the export keeps the names of the live model; else empty."""
 
     infinite: tuple[str, ...] = ()
     """Names of tensors with a number that is too large for the dtype of the export."""
 
     untied: str = ""
-    """Name of a live tensor that the configuration ties to another; empty: there is none."""
+    """Name of a tensor that the configuration ties to another but the live model does not; empty:
+    there is none."""
 
 
 def export(
@@ -175,8 +179,8 @@ def export(
 ) -> Exported:
     """Write the model of a save as a Hugging Face folder, in `dtype`, and publish it.
 
-    Collective: every rank calls this with its part. An error on one rank aborts the attempt and is
-    raised on all.
+    Collective: every rank calls this with its own `snapshot`. An error on one rank aborts the
+    attempt and is raised on all ranks.
     """
     try:
         named = run_on_rank_0(ranks, lambda: _own_names(snapshot, model))
@@ -223,8 +227,9 @@ def _own_names(snapshot: ExportSnapshot, model: HFModel) -> _OwnNames | None:
 
 
 def _untied(snapshot: ExportSnapshot, model: HFModel, *, renames: bool) -> str:
-    """Return the Hugging Face name of a tensor of its own that the configuration ties to another;
-    empty if there is none."""
+    """Return the name of a tensor that the configuration ties to another, but that is a tensor of
+    its own in the live model; empty if there is none. `renames`: whether the live model has native
+    names."""
     if table_of(of_language_model(model.config)) is None:
         return ""
     infos, mapping = snapshot.infos, model.mapping
@@ -257,7 +262,7 @@ class _Job:
                 writer.write(0, [layout.header])
 
     def write(self) -> Exported:
-        """Write this rank's elements."""
+        """Write this rank's elements into the files that rank 0 has created."""
         locations = {
             name: (file, span.offset)
             for file, layout in self.layout.files.items()
@@ -290,8 +295,9 @@ class _Job:
     def _pieces(
         self, item: TensorItem, native: str, block: Region
     ) -> Iterator[tuple[str, Region, Array, bool]]:
-        """Yield Hugging Face name, box and elements for each part of a block of an item, and
-        whether all its numbers fit into their dtype."""
+        """Convert a block of an item. For each box that the block fills in a Hugging Face tensor,
+        yield the tensor's name, the box, the converted elements, and whether all numbers fit into
+        the new dtype. `native`: name of the item's tensor in the mapping."""
         dtype, region = item.dtype, block.moved(item.region.start)
         data = np.frombuffer(self.snapshot.data_of(item, block), raw_type(dtype))
         data = data.reshape(block.shape)
@@ -308,7 +314,8 @@ class _Job:
 def _write_box(
     writer: FileWriter, offset: int, shape: tuple[int, ...], box: Region, elements: Array
 ) -> int:
-    """Write a box of the tensor at `offset`. Returns the number of bytes."""
+    """Write the elements of a box of a tensor. `offset`: position of the tensor in its file.
+    `shape`: shape of the tensor. Returns the number of bytes."""
     raw = np.ascontiguousarray(elements).reshape(-1).view(np.uint8).data
     itemsize, written = elements.itemsize, 0
     for start, length in runs(box, shape):
@@ -325,7 +332,8 @@ def _publish(
     attempt: HiddenFolder,
     results: Sequence[Exported],
 ) -> Exported:
-    """Write the files besides the weights, and publish the folder."""
+    """Write the files besides the weights, and publish the folder. Returns the results of all ranks
+    together."""
     store = catalog.store
     expected = sum(span.nbytes for file in layout.files.values() for span in file.tensors.values())
     written = sum(result.nbytes for result in results)

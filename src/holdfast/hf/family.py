@@ -1,4 +1,5 @@
-"""Model families: a table that relates Hugging Face tensors to ours, and the sizes of its axes."""
+"""Model families: a table that relates Hugging Face tensors to native tensors, and sizes of
+axes."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Models whose tensors are described by one table. docs/families.md shows how to write one."""
+    """Models whose tensors one table describes. docs/families.md shows how to write a table."""
 
     model_types: tuple[str, ...]
     """Values of `model_type` in `config.json`."""
@@ -36,8 +37,8 @@ class Family:
     """Prefix of the Hugging Face names, if the language model is a part of a larger model."""
 
     alone: tuple[str, str] | None = None
-    """`model_type` and class of the language model without that larger model; None: unknown, or
-    there is no larger model."""
+    """`model_type` and class for exports of the language model without the larger model; None:
+    unknown, or there is no larger model."""
 
     def with_defaults(self, config: Config) -> Config:
         """Return the configuration with values for missing keys."""
@@ -61,8 +62,9 @@ HF_OUTPUT = "lm_head.weight"
 def decoder_axes(config: Config) -> dict[str, Sequence[int]]:
     """Return the indices of each axis that all decoders have:
 
-    l layers, v vocabulary, d residual stream, f feed-forward; h query heads, k key and value heads,
-    x one head, r half of it, s the two halves; e experts, m inside an expert.
+    `l` layers; `v` vocabulary; `d` width of the residual stream; `f` width inside the feed-forward;
+    `h` query heads; `k` key and value heads; `x` elements of a head; `r` elements of half a head;
+    `s` the two halves of a head; `e` experts; `m` width inside an expert.
     """
     heads = count(config, "num_attention_heads", least=1)
     head_dim = count(config, "head_dim", default=0) or count(config, "hidden_size") // heads
@@ -86,13 +88,13 @@ def decoder_axes(config: Config) -> dict[str, Sequence[int]]:
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 COUNT_MAX = 1 << 40
-"""Most elements along one axis. Real models have a thousandth of it."""
+"""Most elements along one axis. Real models have at most a thousandth of this number."""
 
 LAYERS_MAX = 100_000
 
 NAMES_MAX = 250_000
-"""Most tensors on one side of a table: several times as many as the largest models have. Each costs
-about 10 us and 700 bytes, so this bounds the cost of an absurd configuration."""
+"""Most tensors on one side of a table: several times as many as the largest models have. Each
+tensor costs about 10 us and 700 bytes, so this limit bounds the cost of an absurd configuration."""
 
 _HINT = "check that this `config.json` belongs to these weights"
 
@@ -100,11 +102,11 @@ _HINT = "check that this `config.json` belongs to these weights"
 def count(
     config: Config, key: str, *, default: int | None = None, least: int = 0, most: int = COUNT_MAX
 ) -> int:
-    """Return a size from an untrusted configuration, or `default` if it is missing.
+    """Return a size from an untrusted configuration, or `default` if the key is missing.
 
     Raises:
-        KeyError: it is missing and there is no default.
-        FormatError: it is not a whole number, or out of range.
+        KeyError: the key is missing and there is no default.
+        FormatError: the value is not a whole number, or is out of range.
     """
     value = config.get(key)
     if value is None and (default is not None or key not in config):
@@ -122,7 +124,7 @@ def layers(config: Config) -> range:
 
 
 def flag(config: Config, key: str) -> bool:
-    """Return a boolean from an untrusted configuration; false if it is missing."""
+    """Return a boolean from an untrusted configuration; false if the key is missing."""
     value = config.get(key)
     if value is not None and type(value) is not bool:
         raise _absurd(key, "true or false", value)
@@ -130,7 +132,8 @@ def flag(config: Config, key: str) -> bool:
 
 
 def numbers(config: Config, key: str) -> frozenset[int] | None:
-    """Return the layers listed in an untrusted configuration; None if the list is missing."""
+    """Return the layers that an untrusted configuration lists under `key`; None if the key is
+    missing."""
     value = config.get(key)
     if value is None:
         return None
@@ -147,7 +150,8 @@ def _absurd(key: str, expected: str, found: object) -> FormatError:
 
 
 def mapping_of(family: Family, config: Config, *, fused_experts: bool = False) -> TensorMapping:
-    """Return the family's table with the sizes of one configuration."""
+    """Return the family's table with the sizes of one configuration. `fused_experts`: whether one
+    Hugging Face tensor holds all experts of a layer."""
     config = {**family.with_defaults(config), FUSED_EXPERTS: fused_experts}
     rows, axes = rows_and_axes(family, config)
     if not flag(config, "tie_word_embeddings"):
@@ -158,7 +162,7 @@ def mapping_of(family: Family, config: Config, *, fused_experts: bool = False) -
 
 
 def rows_and_axes(family: Family, config: Config) -> tuple[list[Relation], Axes]:
-    """Return the family's table and axes for a configuration without missing keys."""
+    """Return the family's relations and axes. `config` must have all keys: see `with_defaults`."""
     of_family = f"`config.json` of a {family.model_types[0]}"
     try:
         rows = [
@@ -185,17 +189,19 @@ def rows_and_axes(family: Family, config: Config) -> tuple[list[Relation], Axes]
 
 
 def fused_experts(published: TensorMapping, names: Collection[str]) -> bool:
-    """Return whether Hugging Face tensors have fused experts where the mapping of published folders
-    has one tensor per expert.
+    """Return whether Hugging Face tensors with these names have the experts of a layer in one
+    tensor, although published folders have one tensor per expert.
 
-    transformers has the experts of a layer in one tensor in memory, and some tools save them so.
+    transformers has fused experts in memory, and some tools save them so. `published`: mapping of
+    published folders.
     """
     fused = {name for name in names if name.endswith(_FUSED)}
     return bool(fused) and not fused <= {*published.names("hf")}
 
 
 def mapping_for(family: Family, config: Config, names: Collection[str]) -> TensorMapping:
-    """Return the mapping for Hugging Face tensors of these names, with fused experts or without."""
+    """Return the mapping for Hugging Face tensors of these names. They decide whether all experts
+    of a layer are in one tensor, or each has its own."""
     published = mapping_of(family, config)
     if fused_experts(published, names):
         return mapping_of(family, config, fused_experts=True)

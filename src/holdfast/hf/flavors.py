@@ -1,4 +1,4 @@
-"""Sizes of the models that can be trained here, and the `config.json` of each."""
+"""Sizes of the models that the reference run can train, and the `config.json` of each."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Flavor:
     elements, as in Meta's models."""
 
     tied: bool = False
-    """Whether `output.weight` is `tok_embeddings.weight`, as in the released 1B and 3B."""
+    """Whether `output.weight` is `tok_embeddings.weight`, as in Llama 3.2 1B and 3B."""
 
     head_width: int | None = None
     """Width of one head; None: `dim // num_heads`."""
@@ -133,7 +133,8 @@ LLAMA3: dict[str, Flavor] = {
 def qwen3_moe(
     dim: int, num_layers: int, num_heads: int, num_kv_heads: int, experts: ExpertFlavor
 ) -> Flavor:
-    """Return a Qwen3 with experts in every block. Other settings are the published ones."""
+    """Return a flavor of Qwen3 with experts in every block. Other settings are the published
+    ones."""
     return Flavor(
         dim=dim,
         num_layers=num_layers,

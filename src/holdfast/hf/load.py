@@ -41,7 +41,7 @@ from holdfast.tensors.renames import spelled, suggested
 from holdfast.tensors.stored import StoredTensors
 
 BLOCK_BYTES = 8 << 20
-"""Bytes that each thread converts at a time: its memory besides the model."""
+"""Bytes that each thread converts at a time, in memory besides the model."""
 
 
 def load_folder(
@@ -53,19 +53,21 @@ def load_folder(
     partial_load: bool = False,
     check_config: Callable[[Config, str], None] = lambda _, __: None,
 ) -> tuple[Loaded, tuple[str, ...]]:
-    """Load the weights of a Hugging Face folder into the model in `tree`. Returns notes too.
+    """Load the weights of a Hugging Face folder into the model in `tree`. Returns the result, and
+    notes for the user.
 
-    `config` is used if the folder has no `config.json`. `partial_load`: see `load_tree`.
-    `check_config` is called with the `config.json` of the folder, if it has one, and its path; an
-    error that it raises ends the load. Quantized weights are dequantized. The model may have Meta's
-    or TorchTitan's names, Hugging Face's, or names of its own that are those of the folder.
+    `config`: used if the folder has no `config.json`. `partial_load`: whether tensors that are
+    missing or do not fit stay as they are, and are reported. `check_config`: called with the
+    folder's `config.json`, if there is one, and the path of the folder; an error that it raises
+    ends the load. Quantized weights are dequantized. The model may have Meta's, TorchTitan's or
+    Hugging Face's names, or any other names if the folder has the same ones.
 
     Collective: every rank calls this. Ranks exchange only headers; an error on one rank is raised
     on all.
 
     Raises:
-        MismatchError: the weights are of another model; nothing was changed. Or a number is too
-            large for a smaller float: the state is loaded in part.
+        MismatchError: the weights are of another model, and nothing was changed; or a number is too
+            large for the dtype of the model, and the state is loaded in part.
     """
     store, name = open_for_reading(path)
     folder = run_on_rank_0(ranks, lambda: _opened(store, name))
@@ -74,7 +76,7 @@ def load_folder(
     if folder.config is not None:
         check_config(folder.config, source.url)
     config = folder.config or config
-    # Ranks may have different leaves, as in a pipeline, and must agree.
+    # Ranks may have different leaves, as in a pipeline, but must all make the same choices below.
     own_names, titan, has_balance = _agreed(
         ranks,
         keeps_names(leaves, config),
@@ -111,7 +113,8 @@ def load_folder(
 
 
 def _fit_hint(source: Source, tensors: Tensors, mapping: TensorMapping) -> str:
-    """Return the hint for tensors that do not fit: the command that renames them, if one does."""
+    """Return the hint for tensors that do not fit: if renaming helps, the command that renames
+    them."""
     rules = spelled(suggested(tensors.infos, mapping.names("hf")))
     if not rules:
         return HINT
@@ -141,7 +144,8 @@ def _open(source: Source, folder: HFFolder) -> Dequantized:
 def _table(
     source: Source, folder: HFFolder, config: Config | None, tensors: Tensors
 ) -> tuple[TensorMapping, str]:
-    """Return the mapping of the folder's tensors, and the origin of the configuration."""
+    """Return the mapping between native tensors and the folder's, and the origin of the
+    configuration, for messages."""
     if config is None:
         raise UsageError(
             f"`{source.url}` has no `{CONFIG}`, which has the sizes of the model",
@@ -160,7 +164,7 @@ def _agreed(ranks: Ranks, *flags: bool) -> list[bool]:
 
 
 def _tied(leaves: Mapping[str, Leaf]) -> list[tuple[str, str]]:
-    """Return every ordered pair of names of one tensor."""
+    """Return every ordered pair of names that share one tensor."""
     names: dict[object, list[str]] = {}
     for name, leaf in leaves.items():
         if isinstance(leaf.value, torch.Tensor) and leaf.value.device.type != "meta":
@@ -173,9 +177,11 @@ def _tied(leaves: Mapping[str, Leaf]) -> list[tuple[str, str]]:
 def _native(
     hf_tensors: Tensors, mapping: TensorMapping, *, titan: bool, has_balance: bool
 ) -> Tensors:
-    """Return the tensors by native names.
+    """Return the tensors of a Hugging Face folder under native names: TorchTitan's if `titan`, else
+    Meta's.
 
-    `has_balance`: the model has a balancing bias beside every router, which starts from zero.
+    `has_balance`: whether the model has balancing biases beside its routers. They are loaded as
+    zeros.
     """
     tensors: Tensors = Mapped(hf_tensors, mapping, "native")
     if has_balance:
@@ -188,7 +194,8 @@ def _native(
 
 
 def _fill(tensors: Tensors, _: Source, wanted: Sequence[Wanted]) -> int:
-    """Fill every wanted tensor. Returns the number of bytes read."""
+    """Read the elements that this rank wants from `tensors`, and copy them into the rank's own
+    tensors. Returns the number of bytes read."""
 
     def fill(want: Wanted, piece: Piece, block: Region) -> int:
         elements = tensors.read(want.name, block.moved(piece.region.start))

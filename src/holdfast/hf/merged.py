@@ -1,4 +1,4 @@
-"""Weights of a base with the low-rank factors of a PEFT adapter added."""
+"""Base weights with the low-rank factors of a PEFT adapter added."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class _Factors:
 
 
 class Merged:
-    """Tensors of a base, with the factors of an adapter added in float32, by boxes."""
+    """Tensors of a base model, with the factors of an adapter added in float32. They are read by
+    boxes."""
 
     def __init__(self, base: Tensors, adapter: Tensors, config: Mapping[str, Any]) -> None:
         """`adapter` has the names of a folder of PEFT, `config` is its `adapter_config.json`.
@@ -72,7 +73,9 @@ class Merged:
             )
 
     def _add(self, module: str, name: str, config: Mapping[str, Any]) -> list[str]:
-        """Add the factors of one module. Returns reasons why they cannot be merged."""
+        """Plan to add the factors of a module to its weight when it is read. Returns the reason why
+        they cannot be merged; empty if they can. `name`: beginning of the factors' names in the
+        adapter. `config`: contents of `adapter_config.json`."""
         weight, infos = f"{module}.weight", self._adapter.infos
         transposed = config.get("fan_in_fan_out") is True
         if name + _B not in infos:
@@ -119,7 +122,9 @@ class Merged:
 
 
 def _of_module(module: str, config: Mapping[str, Any], patterns: str, default: str) -> Any:
-    """Return the rank or the scale of a module: that of the first pattern that matches it."""
+    """Return the rank, or the `lora_alpha`, of a module. `config[patterns]` maps patterns for the
+    names of modules to values, and the first pattern that matches counts. If none matches, the
+    value is `config[default]`."""
     by_pattern = config.get(patterns) or {}
     keys: Iterable[str] = by_pattern if isinstance(by_pattern, Mapping) else ()
     for key in keys:

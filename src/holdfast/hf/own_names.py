@@ -1,4 +1,5 @@
-"""Live models that have Hugging Face's names, or names that no table maps: names as they are."""
+"""Live models that are loaded and exported under their own names: Hugging Face's names, or names
+that no table maps."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ _ADAPTER = (".lora_A.", ".lora_B.", ".base_layer.")
 
 
 def check_no_adapters(names: Iterable[str]) -> None:
-    """Check that a live model can be exported.
+    """Check that a live model has no adapters, so that it can be exported.
 
     Raises:
-        UsageError: it has adapters, whose tensors no export has.
+        UsageError: the model has adapters.
     """
     adapter = next((name for name in names if any(part in name for part in _ADAPTER)), None)
     if adapter is not None:
@@ -35,7 +36,8 @@ def check_no_adapters(names: Iterable[str]) -> None:
 
 
 def keeps_names(names: Collection[str], config: Config | None) -> bool:
-    """Return whether a live model with these names is loaded and exported without a table."""
+    """Return whether a live model whose tensors have these names is loaded and exported under its
+    own names, without a family's table."""
     dialect = dialect_of(names)
     if dialect == "hf":
         return True
@@ -46,7 +48,8 @@ def own_names_mapping(infos: Mapping[str, TensorInfo]) -> TensorMapping:
     """Return the mapping of every tensor to itself."""
     relations, axes = list[Relation](), dict[str, range]()
     for name, info in infos.items():
-        # One axis per dim and size: both sides of a relation need distinct axes.
+        # Name an axis by its dim, since the axes of one tensor must differ, and by its size, since
+        # tensors share axes.
         sizes = {f"dim{dim}_{size}": range(size) for dim, size in enumerate(info.shape)}
         axes.update(sizes)
         side = Side(name, tuple(Dim(((axis,),)) for axis in sizes))
@@ -55,17 +58,18 @@ def own_names_mapping(infos: Mapping[str, TensorInfo]) -> TensorMapping:
 
 
 def own_dtypes(infos: Mapping[str, TensorInfo], dtype: str) -> dict[str, DtypeAndShape]:
-    """Return dtype and shape of every tensor of an export in `dtype`."""
+    """Return dtype and shape of every tensor of an export in `dtype`. Correction biases of routers,
+    and tensors that are not floating-point, keep their own dtype."""
     kept = {n for n, i in infos.items() if n.endswith(CORRECTION_BIAS) or not is_floating(i.dtype)}
     return {n: (i.dtype if n in kept else dtype, i.shape) for n, i in infos.items()}
 
 
 def check_own_names(infos: Mapping[str, TensorInfo], config: Config) -> str:
-    """Check that the tensors are those of the configuration, as far as a table says. Returns a note
-    for the log.
+    """Check that the tensors of a live model are those of its configuration, if a family's table
+    describes them. Returns a note for the log.
 
     Raises:
-        MismatchError: the table of the configuration has other tensors.
+        MismatchError: the table of the configuration describes other tensors.
     """
     family = table_of(config)
     if family is None:
@@ -91,7 +95,8 @@ def tensors_for(
 ) -> Tensors:
     """Return the tensors of a folder for a live model that has `names`.
 
-    `tied`: pairs of names of one tensor; a folder may have it by one of them only.
+    `tied`: pairs of names that share one tensor. The folder may have the tensor under only one of
+    them.
     """
     family = None if config is None else table_of(config)
     if family is not None and config is not None:

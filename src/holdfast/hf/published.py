@@ -1,7 +1,7 @@
 """Families and flavors by TorchTitan's names, and the `config.json` of each.
 
-`MODELS` in `flavors` has the models that can be trained here. This module adds the published sizes
-of other families, and TorchTitan's small debug models.
+`MODELS` in `flavors` has the models that the reference run can train. This module adds the
+published sizes of other families, and TorchTitan's small debug models.
 """
 
 from __future__ import annotations
@@ -238,12 +238,13 @@ PUBLISHED: Mapping[str, Mapping[str, Config]] = {
 
 
 def flavors_of(name: str) -> list[str]:
-    """Return the flavors of a family."""
+    """Return the names of a family's flavors. `name`: TorchTitan's name of the family."""
     return [*MODELS.get(name, ()), *PUBLISHED.get(name, ())]
 
 
 def published(name: str, flavor: str, vocab_size: int) -> dict[str, Any]:
-    """Return the `config.json` of a flavor. `vocab_size`: for a flavor without one of its own."""
+    """Return the `config.json` of a flavor. `vocab_size`: used if the flavor states no size of the
+    vocabulary."""
     if flavor in PUBLISHED.get(name, ()):
         return {**PUBLISHED[name][flavor]}
     sizes = MODELS[name][flavor]

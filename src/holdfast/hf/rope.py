@@ -36,7 +36,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True)
 class LinearScaling:
-    """Division of all rotary frequencies."""
+    """Division of all rotary frequencies by a constant."""
 
     factor: float
     """Divisor of the frequencies."""
@@ -47,7 +47,8 @@ class DynamicScaling:
     """Larger base of the rotary frequencies for sequences beyond the original length."""
 
     factor: float
-    """Growth of the base: see `trainer.model.rotary_table`."""
+    """Rate at which the base grows with the length of the sequence: see
+    `trainer.model.rotary_table`."""
 
     original_seq_len: int
     """Number of positions up to which the frequencies are not scaled."""
@@ -64,7 +65,7 @@ class YarnScaling:
     """Number of positions before the scaling."""
 
     attention_factor: float
-    """Factor of cosines and sines."""
+    """Factor by which all cosines and sines are multiplied."""
 
     beta_fast: float = 32.0
     """Frequencies with more turns than this over the original positions are kept."""
@@ -73,7 +74,8 @@ class YarnScaling:
     """Frequencies with fewer turns than this are divided by the full `factor`."""
 
     truncate: bool = True
-    """Whether the ramp between both begins and ends at whole frequency numbers."""
+    """Whether the limits of the ramp between divided and kept frequencies are rounded to whole
+    indices."""
 
 
 Scaling = Llama3Scaling | LinearScaling | DynamicScaling | YarnScaling
@@ -92,7 +94,7 @@ def rope_of(config: Config) -> tuple[float, Scaling | None]:
     Raises:
         FormatError: the kind of scaling is not supported, or a value is missing or absurd.
     """
-    # transformers 5 has all values in one dict, version 4 has the base beside `rope_scaling`.
+    # transformers 5 has all values in one dict. Version 4 has the base beside `rope_scaling`.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
         raise _absurd("rope_parameters", "an object", rope)
@@ -113,12 +115,12 @@ def rope_of(config: Config) -> tuple[float, Scaling | None]:
 
 
 def rope_scaling_of(scaling: Scaling) -> dict[str, Any]:
-    """Return `rope_scaling` of `config.json`."""
+    """Return the contents of the key `rope_scaling` in `config.json`."""
     match scaling:
         case LinearScaling():
             return {"rope_type": "linear", "factor": scaling.factor}
         case DynamicScaling():
-            # The original length is `max_position_embeddings`.
+            # The original length is stored as `max_position_embeddings`.
             return {"rope_type": "dynamic", "factor": scaling.factor}
         case YarnScaling():
             return {
@@ -181,7 +183,7 @@ _PARSERS: Mapping[str, Callable[[Config], Scaling]] = {
     "llama3": _llama3,
     "yarn": _yarn,
 }
-"""Function that reads each kind of scaling."""
+"""Function that parses each kind of scaling, by its `rope_type`."""
 
 
 def _mscale(factor: float, scale: float) -> float:
@@ -189,7 +191,7 @@ def _mscale(factor: float, scale: float) -> float:
 
 
 def _positions(config: Config, key: str, *, default: int) -> int:
-    """Return a number of positions, or `default` if the key is missing: null is refused."""
+    """Return a number of positions, or `default` if the key is missing. A null value is refused."""
     if key not in config:
         return default
     number = int(_number(config, key))

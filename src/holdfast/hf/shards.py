@@ -27,8 +27,8 @@ class ExportLayout:
     """Contents of the index, such as `model.safetensors.index.json`; None for a single file."""
 
     dtype: str
-    """Floating-point dtype with the most bytes, which `config.json` gets. float32 if no tensor has
-    one."""
+    """Dtype for `config.json`: the floating-point dtype with the most bytes; float32 if there is
+    none."""
 
     dtypes: Mapping[str, str]
     """Dtype of each tensor."""
@@ -41,8 +41,8 @@ class ExportLayout:
 def shard(
     tensors: Mapping[str, DtypeAndShape], max_shard_bytes: int = SHARD_BYTES, *, stem: str = "model"
 ) -> ExportLayout:
-    """Assign whole tensors to files, one file after the other, in the given order. The names of all
-    files begin with `stem`."""
+    """Assign whole tensors to files, in the given order. The next file begins when one would have
+    more than `max_shard_bytes` of data. The names of all files begin with `stem`."""
     groups: list[dict[str, DtypeAndShape]] = [{}]
     group_nbytes = 0
     for name, (dtype, shape) in tensors.items():
@@ -73,7 +73,8 @@ def main_dtype(tensors: Iterable[DtypeAndShape]) -> str | None:
     """Return the floating-point dtype with the most bytes; None if no tensor has one."""
     nbytes: dict[str, int] = {}
     for dtype, shape in tensors:
-        # Small models may have more bytes in tables of indices than in weights.
+        # Count weights only: in small models, tables of indices may have more bytes than the
+        # weights.
         if is_floating(dtype):
             nbytes[dtype] = nbytes.get(dtype, 0) + prod(shape) * dtype_of(dtype).itemsize
     return max(nbytes, key=lambda dtype: nbytes[dtype], default=None)

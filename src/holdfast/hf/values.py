@@ -1,6 +1,6 @@
-"""Values of a model that its tensors do not show: rotary frequencies, epsilon, routing.
+"""Values of a configuration that a model's tensors do not show: rotary base, epsilon, routing.
 
-Weights that are loaded into a model with other values give other logits, without any error.
+If weights are loaded into a model with other values, its logits are wrong, without any error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ MODEL_TYPES: Mapping[str, tuple[str, ...]] = {
     "llama3": ("llama", "mistral"),
     "qwen3_moe": ("qwen3_moe",),
 }
-"""Values of `model_type` that a native model computes, by its name in `flavors.MODELS`."""
+"""Values of `model_type` that a native model can compute, by the model's name in
+`flavors.MODELS`."""
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "sliding_window": None},
@@ -38,7 +39,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "decoder_sparse_step": 1,
     },
 }
-"""Values of transformers for keys that a `config.json` lacks, by model type."""
+"""Values that transformers uses for keys missing in `config.json`, by model type."""
 
 _FIXED: Mapping[str, Any] = {
     "hidden_act": "silu",
@@ -47,7 +48,7 @@ _FIXED: Mapping[str, Any] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-"""Values that native models have, whatever the configuration."""
+"""The only values of these keys that native models can compute."""
 
 _COMPARED = (
     "num_attention_heads num_key_value_heads head_dim layer_types no_rope_layers "
@@ -60,23 +61,23 @@ _COMPARED = (
     "use_qk_norm norm_topk_prob num_experts_per_tok scoring_func topk_method topk_group n_group "
     "routed_scaling_factor"
 )
-"""Keys whose values change what a model computes, and not the shapes of its tensors. Numbers of
-heads are among them: four heads of 8 have the shape of eight heads of 4."""
+"""Keys whose values change what a model computes, but not the shapes of its tensors. Numbers of
+heads are among them: four heads of width 8 have the same shape as eight heads of width 4."""
 
 _HEADS = ("num_key_value_heads", "head_dim")
-"""Keys that may be null, for a value that follows from others."""
+"""Keys that may be null. Their value then follows from other keys."""
 
 ROPE = ("rope_parameters", "rope_scaling")
-"""Keys with the values of rotary positions, of transformers 5 and 4."""
+"""Keys of the rotary settings, in transformers 5 and in version 4."""
 
 
 def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
-    """Return a flavor with the values of a configuration.
+    """Return a flavor with the epsilon, rotary settings, routing and heads of a configuration.
 
     `where` names the configuration in errors, with backticks.
 
     Raises:
-        MismatchError: the native model cannot compute it. All such values are listed.
+        MismatchError: the native model cannot compute some values. All of them are listed.
     """
     config = _with_defaults(config)
     wrong = [
@@ -120,7 +121,7 @@ def with_values(flavor: Flavor, config: Config, *, where: str) -> Flavor:
 
 
 def with_sizes(flavor: Flavor, config: Config) -> Flavor:
-    """Return a flavor with the head of a configuration, tied or not, and the width of its heads."""
+    """Return a flavor with `tied` and `head_width` taken from a configuration."""
     width = config.get("head_dim")
     return replace(
         flavor,
@@ -143,7 +144,7 @@ def _sliding(config: Config) -> Iterator[str]:
 
 
 def value_differences(one: Config, other: Config) -> list[str]:
-    """Return one line per value that differs, if both configurations have it."""
+    """Return one line for each value that both configurations have and that differs."""
     values = _values(one), _values(other)
     return [
         f"`{key}` is {shortened(value)} and {shortened(values[1][key])}"
@@ -154,7 +155,7 @@ def value_differences(one: Config, other: Config) -> list[str]:
 
 def untrained_positions(config: Config, seq_len: int | None) -> str | None:
     """Return a note if a configuration allows longer inputs than the `seq_len` tokens of the
-    training sequences; None if it does not, or one of both is unknown."""
+    training sequences; None if it does not, or if one of the two lengths is unknown."""
     positions = config.get("max_position_embeddings")
     if seq_len is None or type(positions) is not int or positions <= seq_len:
         return None
@@ -172,11 +173,11 @@ def no_class(config: Config) -> str | None:
 
 
 def _values(config: Config) -> dict[str, Any]:
-    """Return the values of a configuration by name, and those that transformers uses for missing
-    keys of the models that can be trained here."""
+    """Return the values of a configuration by name. For model types in `_DEFAULTS`, missing keys
+    get the values that transformers uses."""
     known = _with_defaults(config)
     heads, width = known.get("num_attention_heads"), known.get("hidden_size")
-    # Other models have defaults of their own.
+    # Set these only for known model types: other models have defaults of their own.
     if str(known.get("model_type")) in _DEFAULTS and type(heads) is int and heads > 0:
         known["num_key_value_heads"] = known.get("num_key_value_heads") or heads
         known["head_dim"] = known.get("head_dim") or (width // heads if width else None)
@@ -193,15 +194,17 @@ def _values(config: Config) -> dict[str, Any]:
 
 
 def _rope_values(known: Config) -> dict[str, Any]:
-    """Return the values of rotary positions by name, the same for all versions of transformers."""
-    # `rope_of` refuses null, and a part of a head that is rotated.
+    """Return the rotary settings by name. The names are the same for all versions of
+    transformers."""
+    # `rope_of` rejects null values and partial rotary embeddings: drop the former here, and handle
+    # the latter below.
     given = {key: value for key, value in known.items() if value is not None}
     found: Any = next((given.pop(key) for key in ROPE if given.get(key)), {})
     if not isinstance(found, Mapping):
         return {"rope_scaling": found}
     by_layer = {str(k): v for k, v in found.items() if isinstance(v, Mapping)}
     if by_layer:
-        # Layers of different types have values of their own.
+        # Each type of layer has its own rotary settings.
         return {
             f"{key} of {kind}": value
             for kind, one in by_layer.items()
@@ -215,13 +218,13 @@ def _rope_values(known: Config) -> dict[str, Any]:
         theta, scaling = rope_of({**given, ROPE[0]: rope})
         scales = {} if scaling is None else asdict(scaling)
     except FormatError:
-        # Of a kind that native models do not compute.
+        # Native models do not compute this kind of scaling: compare its keys as they are.
         scales = {k: v for k, v in rope.items() if k not in ("rope_theta", "rope_type", "type")}
     values: dict[str, Any] = {
         "rope_type": kind,
         **{f"{ROPE[1]}.{key}": one for key, one in scales.items()},
     }
-    # Classes have defaults of their own for these.
+    # Model types outside of `_DEFAULTS` have their own default of `rope_theta`, which is unknown.
     if "rope_theta" in rope or "rope_theta" in given or known.get("model_type") in _DEFAULTS:
         values["rope_theta"] = theta
     return values if part is None else {**values, "partial_rotary_factor": part}

@@ -1,4 +1,4 @@
-"""Holdfast inside other frameworks: one module each, which imports its framework on use.
+"""Holdfast inside other frameworks. Each module imports its framework on first use.
 
 transformers   `HoldfastMixin` for `Trainer` and the trainers of TRL
 accelerate     `prepare` for an `Accelerator`

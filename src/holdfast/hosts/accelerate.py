@@ -1,4 +1,4 @@
-"""Holdfast in Accelerate: `save_state` seals, `load_state` takes the newest good checkpoint.
+"""Holdfast in Accelerate: `save_state` seals checkpoints, `load_state` loads the newest good one.
 
     accelerator = holdfast.hosts.accelerate.prepare(Accelerator(...))
 
@@ -30,23 +30,23 @@ from holdfast.hosts.sealing import delete, sealed_by_all
 logger: logging.Logger = logging.getLogger("holdfast")
 
 _NAMED = re.compile(r"checkpoint_[0-9]+")
-"""Folders of Accelerate's automatic names."""
+"""Names of folders that Accelerate chooses itself."""
 
 _ANY = re.compile(".*")
 
 
 def prepare(accelerator: Any, *, folder: str | os.PathLike[str] | None = None) -> Any:
-    """Let `save_state` and `load_state` of an `Accelerator` save and load as Holdfast does.
+    """Make `save_state` and `load_state` of an `Accelerator` publish and check checkpoints.
 
-    `save_state` writes the files that it always writes, into a hidden folder, and publishes them
-    with `holdfast.seal`, all or none. `load_state` checks the checkpoint before anything is loaded.
-    Without a path it takes the newest good one: of Accelerate's automatic names, or in `folder`.
-    The path may also be a folder of checkpoints.
+    `save_state` writes Accelerate's usual files into a hidden folder, and publishes all of them at
+    once, with `holdfast.seal`. `load_state` checks the checkpoint before it loads anything. Without
+    a path, it takes the newest good checkpoint: of those with Accelerate's automatic names, or of
+    those in `folder`. If the path is a folder of checkpoints, it takes the newest good one there.
 
     Returns the same `Accelerator`.
 
     Raises:
-        UsageError: this is no `Accelerator`.
+        UsageError: `accelerator` is not an `Accelerator`.
     """
     if not hasattr(accelerator, "save_state") or not hasattr(accelerator, "project_configuration"):
         raise UsageError(
@@ -60,7 +60,7 @@ def prepare(accelerator: Any, *, folder: str | os.PathLike[str] | None = None) -
 
 
 class _Host:
-    """Methods in place of the accelerator's own."""
+    """Methods that replace those of an `Accelerator`."""
 
     def __init__(self, accelerator: Any, folder: str | None) -> None:
         self._accelerator = accelerator
@@ -72,10 +72,11 @@ class _Host:
         self._resumed_from: Path | None = None
         self._background = BackgroundSync()
         self._resumed = False
-        """Whether checkpoints after the one that was loaded may be replaced."""
+        """Whether a checkpoint with an automatic name was loaded, so that saves may replace
+        later checkpoints."""
 
     def save_state(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Accelerator.save_state`: publishes the folder, complete, or leaves what was there.
+        """Save as `Accelerator.save_state` does. If that fails, what was at the path before stays.
 
         Collective.
         """
@@ -100,7 +101,7 @@ class _Host:
             shared=not settings.save_on_each_node,
             moves_aside=is_named,
         ) as folder:
-            # The folder is chosen already. The host's own rotation would delete before it saves.
+            # Else Accelerate would choose a folder itself, and delete old ones before it saves.
             settings.automatic_checkpoint_naming = False
             try:
                 self._save(str(folder), *args, **kwargs)
@@ -111,27 +112,27 @@ class _Host:
         return path
 
     def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Accelerator.load_state`, from a checkpoint that has been checked.
+        """Check a checkpoint, and load it as `Accelerator.load_state` does.
 
         Collective.
 
         Raises:
-            DamagedError: the checkpoint is damaged, or all are.
-            NotFoundError: there is none.
+            DamagedError: the checkpoint at the path is damaged, or all checkpoints are.
+            NotFoundError: there is no checkpoint.
         """
         path = self._good(input_dir)
         loaded = self._load(path, *args, **kwargs)
         settings = self._accelerator.project_configuration
         here = Path(path).resolve().parent == self._named_folder().resolve()
         if settings.automatic_checkpoint_naming and here:
-            # Otherwise the next save would begin at 0 again, which has a checkpoint.
+            # Otherwise the next save would be `checkpoint_0` again, which may exist already.
             settings.iteration = (number_of_folder(Path(path).name) or 0) + 1
             self._resumed = True
             self._resumed_from = Path(path).resolve()
         return loaded
 
     def end_training(self) -> None:
-        """`Accelerator.end_training`, once all checkpoints are durable.
+        """Wait until all checkpoints are durable, then call `Accelerator.end_training`.
 
         Collective.
 
@@ -142,7 +143,7 @@ class _Host:
         self._end()
 
     def _good(self, input_dir: str | None) -> str:
-        """The checkpoint to load. Collective."""
+        """Return the path of the checkpoint that `load_state(input_dir)` loads. Collective."""
         is_named = self._accelerator.project_configuration.automatic_checkpoint_naming
         if input_dir is None and is_named:
             return self._newest(self._named_folder(), _NAMED)
@@ -168,7 +169,8 @@ class _Host:
         return str(newest)
 
     def _publishes(self) -> bool:
-        """Whether this rank seals, chooses and deletes: one rank, or one per host."""
+        """Return whether this rank seals and deletes checkpoints. One rank does so, or one per
+        host."""
         if self._accelerator.project_configuration.save_on_each_node:
             return bool(self._accelerator.is_local_main_process)
         return bool(self._accelerator.is_main_process)
@@ -182,8 +184,9 @@ class _Host:
         return self._ranks
 
     def _rotate(self, saved: Path, limit: int | None) -> None:
-        """Keep the newest `limit` sealed checkpoints up to the one just saved. Later ones stay, and
-        at first the one that was loaded. Called after a save: a failed one costs none of them."""
+        """Keep the newest `limit` sealed checkpoints up to `saved`, the one just saved. Delete the
+        older ones. Checkpoints with later numbers stay. The one that was loaded stays until this
+        run has saved twice. Called only after a save, so that a failed save deletes nothing."""
         if limit is None:
             return
         last = number_of(saved.name) or 0
@@ -196,7 +199,7 @@ class _Host:
         for path in older[: -max(1, limit)]:
             if path.resolve() != self._resumed_from:
                 self._background.delete(str(path), partial(delete, path.absolute()))
-        # After the next save there are two of this run's own.
+        # After the next save, this run has two checkpoints of its own, and needs no other.
         self._resumed_from = None
 
 
@@ -209,22 +212,22 @@ def _check_free(path: Path) -> None:
 
 
 def _holds_sealed(folder: Path) -> bool:
-    """Whether a folder is no checkpoint, and has sealed folders in it."""
+    """Return whether a folder is not a checkpoint itself, but has sealed folders in it."""
     if not folder.is_dir() or (folder / SEAL).exists():
         return False
     return any((path / SEAL).exists() for path in folder.iterdir() if path.is_dir())
 
 
 def _check_path(path: Path) -> None:
-    """Raise an error if there is no checkpoint at a path, or a damaged one. Warns if it cannot be
-    checked."""
+    """Raise an error if there is no checkpoint at a path, or if it is damaged. Warn if it has no
+    seal, by which to check it."""
     if not path.is_dir():
         raise NotFoundError(f"`{path}` does not exist")
     check_sealed(path, hint=f"`load_state({str(path.parent)!r})` takes the newest good one there")
 
 
 def _refuse_damaged(folder: Path) -> None:
-    """Raise a DamagedError if a folder without any good checkpoint has anything in it."""
-    # A killed first save has left a hidden folder.
+    """Raise a DamagedError if a folder, which has no good checkpoint, is not empty."""
+    # Hidden files do not count: a first save that was killed leaves a hidden folder.
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise none_good(folder)

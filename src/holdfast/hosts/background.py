@@ -15,23 +15,24 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 
 _WAITING_MAX = 8
-"""Most syncs and deletions that wait while another save begins."""
+"""Largest number of paths whose syncs and deletions may be pending when another save begins."""
 
 
 class BackgroundSync:
-    """One thread that syncs what a host has saved, and then deletes what the host keeps no longer.
+    """One thread that syncs the checkpoints that a framework has saved, and deletes those that it
+    no longer keeps.
 
     A checkpoint that was not synced survives the death of the process, but a power cut may damage
-    it. Therefore each deletion waits for the syncs before it, and is left out if one failed. The
-    next save and the end of the process wait for the thread.
+    it. Therefore each deletion waits for the syncs before it, and is skipped if one of them failed.
+    The next save and the end of the process wait for the thread.
     """
 
     def __init__(self) -> None:
         self._durable: set[str] = set()
-        """Folders in which a checkpoint of this process is durable."""
+        """Folders in which this process has saved a checkpoint that is durable."""
 
         self._jobs: list[tuple[str, Future[None]]] = []
-        """Path and future of each sync and each deletion that may still wait."""
+        """Path and future of each sync and each deletion that may not have finished yet."""
 
         self._errors: list[StorageError] = []
         """Errors of the syncs that failed since the last `wait`."""
@@ -40,8 +41,8 @@ class BackgroundSync:
         self._process = os.getpid()
 
     def may_follow(self, folder: str) -> bool:
-        """Whether the sync of a checkpoint in `folder` may follow its publication: a durable one is
-        there to resume from."""
+        """Return whether a checkpoint in `folder` may be published before it is synced. It may if
+        the folder has a durable checkpoint, from which a run could resume."""
         return os.path.realpath(folder) in self._durable
 
     def note_durable(self, folder: str) -> None:
@@ -49,7 +50,7 @@ class BackgroundSync:
         self._durable.add(os.path.realpath(folder))
 
     def sync(self, path: str, work: Callable[[], object]) -> None:
-        """Run `work` in the thread, which makes the checkpoint at `path` durable."""
+        """Run `work`, which makes the checkpoint at `path` durable, in the thread."""
 
         def run() -> None:
             try:
@@ -65,7 +66,7 @@ class BackgroundSync:
         self._submit(path, run)
 
     def delete(self, path: str, work: Callable[[], object]) -> None:
-        """Run `work` in the thread, which deletes the checkpoint at `path` and must not raise."""
+        """Run `work`, which deletes the checkpoint at `path` and must not raise, in the thread."""
 
         def run() -> None:
             if not self._errors:
@@ -90,9 +91,11 @@ class BackgroundSync:
             raise first
 
     def make_way(self, path: str) -> None:
-        """Wait as `wait` does, if something waits for `path` or much waits. Otherwise only raise.
+        """Call `wait` if a sync has failed, or if work is pending on `path` or on more than
+        `_WAITING_MAX` paths.
 
-        For hosts that save several files at once, the last of which need not wait for the first.
+        For frameworks that save several files at a time: a file need not wait for the syncs of the
+        files before it.
         """
         self._jobs[:] = [(at, job) for at, job in self._jobs if not job.done() or job.exception()]
         waiting = {other for other, _ in self._jobs}
@@ -101,10 +104,12 @@ class BackgroundSync:
 
     def _submit(self, path: str, run: Callable[[], None]) -> None:
         if self._pool is None or os.getpid() != self._process:
-            # Made on use: hosts pickle their plugins, and a forked child needs a thread of its own.
+            # Made on use, since frameworks pickle their plugins, and a pool cannot be pickled. A
+            # forked child needs a thread of its own.
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="holdfast-sync")
             self._process, self._jobs, self._errors = os.getpid(), [], []
-            # Holds neither this object nor its pool, whose thread ends once they are collected.
+            # The finalizer does not refer to this object or its pool, so both can be collected,
+            # which ends the thread.
             weakref.finalize(self, _log_unraised, self._process, self._jobs, self._errors)
         self._jobs.append((path, self._pool.submit(run)))
 
@@ -112,7 +117,7 @@ class BackgroundSync:
 def _log_unraised(
     process: int, jobs: Sequence[tuple[str, Future[None]]], errors: Sequence[StorageError]
 ) -> None:
-    """Wait for all jobs, then log the error that nobody can catch any more."""
+    """Wait for all jobs, then log the first error, since no caller can get it any more."""
     if os.getpid() != process:
         return  # A forked child has no such thread.
     for _, job in jobs:

@@ -1,4 +1,4 @@
-"""Choose the checkpoint that all ranks load, where each host may have a folder of its own."""
+"""Choose the checkpoint that all ranks load, even if each host has a folder of its own."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ def newest_good_on_all_hosts(
     decides: bool,
     last_file: str | None = None,
 ) -> Path | None:
-    """The newest checkpoint in `root` that is good on every host; None if no host has any.
+    """Return the newest checkpoint in `root` that is good on every host; None if no host has
+    a good checkpoint.
 
-    `decides`: whether this rank looks into `root`. That is one rank per folder: rank 0 if all hosts
-    share it, else the first rank of each host. The path of the others is that of the nearest
-    deciding rank before them, since the ranks of a host follow each other.
+    `pattern`: names of checkpoints. `last_file`: name of the file that the framework writes last.
+
+    `decides`: whether this rank looks into `root`. One rank per folder does: rank 0 if all hosts
+    share the folder, else the first rank of each host. Every other rank gets the path of the
+    nearest deciding rank before it, since the ranks of a host are consecutive.
 
     Collective.
 
     Raises:
-        DamagedError: some hosts have a good checkpoint, but no two the same one.
+        DamagedError: hosts have good checkpoints, but no checkpoint is good on every host.
     """
 
     def find(below: float) -> Path | None:
@@ -67,17 +70,20 @@ def newest_good_on_all_hosts(
             return gather_and_run(ranks, found, settle)[ranks.rank]
         if lowest < 0:
             raise _differ(root)
-        # A host has nothing newer that is good.
+        # Some host has no good checkpoint after `lowest`, so none after it is good on all hosts.
         below = lowest + 1
 
 
 def run_on_hosts(ranks: Ranks, work: Callable[[], object], *, decides: bool) -> None:
-    """Run `work` on the ranks that decide. An error of one is raised on all. Collective."""
+    """Run `work` on the ranks on which `decides` is true. An error of one rank is raised on all.
+
+    Collective.
+    """
     run_on_all(ranks, lambda: work() if decides else None)
 
 
 def check_sealed(path: Path, hint: str) -> None:
-    """Raise a DamagedError with this hint if a sealed folder is damaged. Warns if a folder has no
+    """Raise a DamagedError with this hint if the folder differs from its seal. Warn if it has no
     seal."""
     if not (path / SEAL).exists():
         logger.warning("`%s` has no seal, so its bytes cannot be checked", path)
@@ -86,7 +92,7 @@ def check_sealed(path: Path, hint: str) -> None:
 
 
 def none_good(folder: Path) -> DamagedError:
-    """Returns the error of a folder whose checkpoints are all damaged."""
+    """Return the error for a folder whose checkpoints are all damaged."""
     return DamagedError(
         f"no checkpoint in `{folder}` is good",
         hint=f"`holdfast doctor {folder}` says what is wrong with each",

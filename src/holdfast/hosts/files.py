@@ -3,7 +3,8 @@
 .part-NAME-1f2e3d4c   a file that is being written
 .kept-NAME-1f2e3d4c   the earlier NAME, until the file that has replaced it is durable
 
-Their writers hold a lock on both. Without it they are leftovers of a killed process.
+A process that saves holds a lock on its hidden files. Those that are not locked are leftovers of
+killed processes.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ _HIDDEN = re.compile(r"\.(part|kept)-(.+)-[0-9a-f]{8}")
 
 @contextmanager
 def published(path: Path, background: BackgroundSync) -> Iterator[IO[bytes]]:
-    """Give a file to write. At the end it gets the name `path`.
+    """Context that yields a hidden file, open for writing. At the end, it is renamed to `path`.
 
-    It is durable then, if it is the first one in its folder; else `background` makes it so. A file
-    that it replaces is kept until then.
+    The file is durable then if its folder has no durable checkpoint yet, or if the file that it
+    replaces cannot be kept. Otherwise `background` makes it durable, and until then the file that
+    it replaces is kept.
     """
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     background.make_way(str(path))
     _clean_up(path.parent)
-    # A name of its own: another process may be saving to this path too.
+    # The hidden name is unique, since another process may be saving to this path too.
     part = _hidden("part", path)
     kept = None
     try:
@@ -60,7 +62,7 @@ def published(path: Path, background: BackgroundSync) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
         if kept is not None:
             kept.delete()
-        # `torch.save` raises a RuntimeError while it handles the error of the file.
+        # If a write fails, `torch.save` raises a RuntimeError with the cause in `__context__`.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError):
             raise StorageError(f"cannot save `{path}`: {cause.strerror or cause}") from error
@@ -74,8 +76,9 @@ def published(path: Path, background: BackgroundSync) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def file_moved_aside(path: Path) -> Iterator[None]:
-    """Give a file at `path` a hidden name, so that a folder may take its own. Deletes it at the
-    end, or renames it back after an error. Without such a file nothing happens."""
+    """Context in which a file at `path` has a hidden name, so that a folder may be named `path`. At
+    the end the file is deleted, or renamed back after an error. Without such a file, nothing
+    happens."""
     if not path.is_file():
         yield
         return
@@ -91,12 +94,12 @@ def file_moved_aside(path: Path) -> Iterator[None]:
 
 
 def kept_aside(folder: Path, name: str) -> list[Path]:
-    """Earlier files called `name` that a killed process has left beside it."""
+    """Return earlier versions of file `name` in a folder, which are kept under hidden names."""
     return [path for path, role, of in _all_hidden(folder) if (role, of) == ("kept", name)]
 
 
 def why_not_good(path: Path) -> str | None:
-    """Reason why a checkpoint must not be loaded; None if it is good."""
+    """Return why a checkpoint must not be loaded; None if it is good."""
     try:
         findings = check(path)
     except HoldfastError as error:
@@ -106,16 +109,16 @@ def why_not_good(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An earlier file, under a hidden name."""
+    """File that a save has replaced or will replace, kept under a hidden name."""
 
     path: Path
     lock: int
-    """Descriptor that locks it."""
+    """Open descriptor that holds a lock on the file."""
 
     @classmethod
     def link(cls, path: Path) -> Self | None:
-        """Give the file at `path` a second name. None if there is no file, or there are no links on
-        this file system."""
+        """Give the file at `path` a second, hidden name. Return None if there is no file, or if it
+        cannot be linked."""
         if not path.is_file() or path.is_symlink():
             return None
         kept = _hidden("kept", path)
@@ -133,8 +136,8 @@ class _Kept:
 
 
 def _replace_durably(path: Path, kept: _Kept | None) -> None:
-    """Make the file at `path` durable, then delete the one it has replaced. If that fails, this
-    process goes on to hold the lock of the earlier file, so no save deletes it."""
+    """Make the file at `path` durable, then delete the earlier file that it has replaced. If this
+    fails, this process keeps the lock on the earlier file, so that no save deletes that file."""
     sync_path(path)
     sync_path(path.parent)
     if kept is not None:
@@ -152,13 +155,19 @@ def _locked(path: Path) -> int:
 
 
 def _lock(opened: int) -> None:
-    """Lock an open file, if its file system knows locks. Without them, no leftover is deleted."""
+    """Lock the file with descriptor `opened`, if its file system has locks.
+
+    In a file system without locks, leftovers are never deleted.
+    """
     with suppress(OSError):
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _all_hidden(folder: Path) -> list[tuple[Path, str, str]]:
-    """Hidden files in a folder: path, role, and the name of the file that each belongs to."""
+    """Return each hidden file in a folder: its path, its role, and the name of a visible file.
+
+    "part": it is to become that file. "kept": it is an earlier version of that file.
+    """
     if not folder.is_dir():
         return []
     matches = ((path, _HIDDEN.fullmatch(path.name)) for path in sorted(folder.iterdir()))
@@ -166,8 +175,8 @@ def _all_hidden(folder: Path) -> list[tuple[Path, str, str]]:
 
 
 def _clean_up(folder: Path) -> None:
-    """Delete what killed saves have left, unless a process holds it. An earlier file gets its name
-    back if the file that has replaced it is damaged or missing."""
+    """Delete the hidden files that killed saves have left, but not those that a process has locked.
+    An earlier file gets its name back if the file that has replaced it is damaged or missing."""
     for path, role, name in _all_hidden(folder):
         with suppress(OSError):
             opened = os.open(path, os.O_RDWR)
@@ -179,7 +188,11 @@ def _clean_up(folder: Path) -> None:
 
 
 def _clean_up_file(path: Path, role: str, later: Path) -> None:
-    """Delete a leftover, or give an earlier file the name `later` back."""
+    """Delete a hidden file.
+
+    But if its role is "kept", and `later`, the file that has replaced it, is damaged or missing,
+    rename the hidden file to `later`.
+    """
     why = "it is missing"
     if role == "kept" and (not later.exists() or (why := why_not_good(later) or "")):
         logger.warning("`%s` gets its earlier file back: %s", later, why)

@@ -45,7 +45,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _module(kind: str, name: str) -> Any:
-    """Module `name` of Lightning's part `kind`, in the package that the process uses."""
+    """Import module `name` of Lightning's part `kind`, which is "pytorch" or "fabric".
+
+    Use the package `lightning` if the process has imported it, else `pytorch_lightning` or
+    `lightning_fabric`.
+    """
     own = {"pytorch": "pytorch_lightning", "fabric": "lightning_fabric"}[kind]
     package = f"lightning.{kind}" if "lightning" in sys.modules else own
     return import_module(f"{package}.{name}")
@@ -59,9 +63,10 @@ def _io_class() -> type:
         """Plugin that gives a checkpoint file its name once it is complete, makes it durable in a
         thread, and checks it before it is loaded.
 
-        The file stays Lightning's: `torch.save` has a CRC-32 per tensor in it, which is checked
-        here. `ckpt_path="last"` loads the newest good file of the folder: with a warning if that is
-        another one, because `last` is damaged or older. Any other damaged file is an error.
+        The format of the file stays Lightning's. The check uses the CRC-32 that `torch.save` stores
+        for each tensor. `ckpt_path="last"` loads the newest good file of the folder. If that
+        file is not `last`, because `last` is damaged or another good file is newer, a warning says
+        so. Under any other path, a damaged file is an error.
         """
 
         def __init__(self) -> None:
@@ -128,8 +133,8 @@ def _strategy_class(kind: str) -> type:
         """`ModelParallelStrategy` whose checkpoints appear complete or not at all: the shards and
         `meta.pt` together, with `holdfast.seal`.
 
-        A checkpoint is checked before it is loaded, on rank 0. `ckpt_path="last"` loads the newest
-        good one of the folder: with a warning if that is another one than `last`.
+        Rank 0 checks a checkpoint before it is loaded. `ckpt_path="last"` loads the newest good
+        checkpoint of the folder. If this is not `last`, a warning says so.
         """
 
         def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -192,8 +197,11 @@ def _delete_later(background: BackgroundSync, path: Path) -> None:
 
 
 def good_at(path: Path) -> Path:
-    """The checkpoint at `path`, checked. For a `last`: the newest good one of its folder, which is
-    another one if a save was killed before it replaced `last`."""
+    """Check the checkpoint at `path`, and return the path to load.
+
+    If the name of `path` begins with `last`, return the newest good checkpoint of its folder: a
+    save that was killed before it replaced `last` may have left a newer one.
+    """
     candidates = [path] if path.exists() else []
     candidates += kept_aside(path.parent, path.name)
     if path.name.startswith(_LAST) and candidates:
@@ -218,8 +226,8 @@ def good_at(path: Path) -> Path:
 
 
 def _holds_weights_alone(path: Path) -> bool:
-    """Whether this is a file that a `ModelCheckpoint` with `save_weights_only` has written: no run
-    can resume from it. False if it is damaged."""
+    """Return whether a `ModelCheckpoint` with `save_weights_only` has written this file, so that no
+    run can resume from it. False if the file is damaged."""
     if path.is_dir():
         return False
     store, name = open_for_reading(path)

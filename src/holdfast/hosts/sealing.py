@@ -1,4 +1,4 @@
-"""Seal what all ranks of a host write: begin on one rank, write on all, publish on one."""
+"""Seal checkpoints that other frameworks write on all ranks, and publish them on one rank."""
 
 from __future__ import annotations
 
@@ -34,17 +34,19 @@ def sealed_by_all(
     replaces_file: Callable[[Path], AbstractContextManager[Any]] | None = None,
     link: str | None = None,
 ) -> Iterator[Path]:
-    """Publish what all ranks write in the `with` block, all or none, as the folder `path`.
+    """Publish the files that all ranks write in the `with` block as the folder `path`, all or none.
 
-    The context gives the same folder on every rank. `publishes`: whether this rank makes, seals and
-    renames it: one rank, or one per host if the folder is not `shared` by all hosts, so that each
-    has a path of its own. `background`: makes the checkpoint durable after this returns, if it may.
+    The context gives the hidden folder to write to. `publishes`: whether this rank makes, seals and
+    renames that folder. If all hosts have the folder in common (`shared`), one rank does; otherwise
+    one rank of each host does, and each host may have another `path`. `background`: makes the
+    checkpoint durable later, if there is a durable one beside it.
 
-    A checkpoint at `path` is replaced. Any other folder there is an error, or is renamed, with a
-    warning, if `moves_aside`; files that were added to a sealed folder are then kept.
-    `replaces_file`: context in which a file at `path` has another name, so that the folder takes
-    its own. `link`: name under which the folder holds a link to itself while it is written, for
-    hosts that append it.
+    A checkpoint at `path` is replaced. Any other folder there is an error, and so is a sealed
+    checkpoint to which files were added. With `moves_aside`, such a folder is renamed instead, with
+    a warning, and such files are copied to the new checkpoint. `replaces_file`: context in which a
+    file at `path` has another name, so that the folder can get the name `path`. `link`: name of a
+    link in the hidden folder that leads to the folder itself, for frameworks that append this name
+    to the path that they get.
 
     Collective. An error of one rank is raised on all, and nothing is published.
     """
@@ -121,7 +123,10 @@ def _sync_later(background: BackgroundSync, unsealed: Unsealed, path: Path) -> N
 
 
 def _raise_on_all(ranks: Ranks, error: BaseException | None) -> None:
-    """Raise the host's own error where it happened, and a RankError elsewhere."""
+    """Raise the framework's error on the rank where it happened, and a RankError on the others.
+
+    `error`: None if the framework's code did not fail on this rank. Collective.
+    """
     described = None
     if error is not None:
         described = RankError(
@@ -139,10 +144,10 @@ def _raise_on_all(ranks: Ranks, error: BaseException | None) -> None:
 
 
 def _make_way(path: str) -> dict[str, Path]:
-    """Rename a folder that may not be replaced, such as one that a host has left half written.
+    """Rename the folder `path` if it may not be replaced, such as one that was left incomplete.
 
-    A sealed folder stays, since it may be all there is to resume from until the new one is
-    published. Returns the files that were added to it, by name.
+    A sealed folder to which files were added stays, since it may be the only one to resume from
+    until the new one is published. Return name -> path of the added files; {} if there are none.
     """
     catalog, name = open_folder_for_saving(path)
     store = catalog.store
@@ -168,7 +173,7 @@ def _make_way(path: str) -> dict[str, Path]:
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint: its name first, then its files. Warns where that fails."""
+    """Delete a checkpoint: give it a hidden name, then delete its files. Warn if this fails."""
     try:
         catalog, name = open_folder_for_saving(path)
         catalog.store.remove(catalog.set_aside_for_deletion(name))

@@ -50,7 +50,7 @@ else:
 logger: logging.Logger = logging.getLogger("holdfast")
 
 dcp: Any = torch.distributed.checkpoint
-"""Untyped, since torch does not export its functions to type checkers."""
+"""torch's DCP. Untyped, since torch does not export its functions to type checkers."""
 
 __all__ = ["CheckpointManager"]  # noqa: F822 - made on use
 
@@ -62,14 +62,15 @@ def __getattr__(name: str) -> Any:
 
 
 def _titan() -> Any:
-    """TorchTitan's class."""
+    """Return TorchTitan's `CheckpointManager`."""
     return import_module("torchtitan.components.checkpointer").CheckpointManager
 
 
 @cache
 def _manager_class() -> Any:
     base = _titan()
-    # Made by `type`, since the base is known at run time only. By these names pickle finds both.
+    # Both classes are made at run time, when TorchTitan's class is known. pickle finds them by
+    # these names.
     names = {"__module__": __name__, "__qualname__": "CheckpointManager.Config"}
     config = make_dataclass(
         "Config", [], bases=(base.Config,), namespace=names, kw_only=True, slots=True
@@ -80,13 +81,14 @@ def _manager_class() -> Any:
 
 
 class _TitanManager(_Manager):  # type: ignore[misc]
-    """`CheckpointManager` of TorchTitan that saves and loads by Holdfast.
+    """TorchTitan's `CheckpointManager`, with Holdfast for saving and loading.
 
     A checkpoint appears complete or not at all, with a checksum per block. `load_step = -1` takes
     the newest checkpoint that a run can resume from, and passes over damaged ones. `keep_latest_k`
-    counts good checkpoints only. Stock TorchTitan loads what it saves.
+    counts good checkpoints only. TorchTitan can load these checkpoints without Holdfast.
 
-    The folder may be in an object store. A folder at another URL is left to TorchTitan.
+    The folder may be in an object store. If it is at a URL that Holdfast cannot write to,
+    TorchTitan's own code saves and loads.
     """
 
     _catalog: Catalog | None = None
@@ -181,7 +183,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return purges
 
     def _pin_exempt(self) -> None:
-        """Pin the steps of `purge_exempt`, a key of versions of TorchTitan after 0.3."""
+        """Pin the steps that `purge_exempt` selects: a setting that TorchTitan has after 0.3."""
         exempt = getattr(self, "purge_exempt", None)
         if exempt is not None and self._catalog is not None:
             for step in filter(exempt, self._catalog.steps()):
@@ -201,7 +203,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         there is nothing to load.
 
         Raises:
-            NotFoundError: there are checkpoints, and a run can resume from none of them.
+            NotFoundError: there are checkpoints, but a run cannot resume from any of them.
             DamagedError: the checkpoint `step` is damaged.
         """
         catalog = self._catalog
@@ -220,7 +222,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             try:
                 loaded = self._load_by_titan(newest)
             except UNREADABLE as error:
-                # Raised on every rank, so all ranks try the same step next.
+                # The error is raised on every rank, so all ranks try the same step next.
                 self._pass_over(f"step {newest}: {error.what}", passed_over)
                 if self._ranks().rank == 0 and not self.load_only:
                     mark_unless_store_failed(catalog, newest, error)
@@ -230,7 +232,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
                 return loaded
 
     def _prepare(self) -> bool:
-        """Clean up after killed saves. Returns whether the folder exists."""
+        """Clean up after killed saves. Return whether the folder of checkpoints exists."""
         assert self._catalog is not None, "a URL has no catalog"
         store = self._catalog.store
         try:
@@ -243,7 +245,10 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return True
 
     def _newest(self, below: int | None) -> tuple[int | None, list[str]]:
-        """Newest step to resume from, and a line on each newer one that was refused."""
+        """Return the newest step to resume from, and a line on each newer step that was refused.
+
+        `below`: look only at earlier steps than this one; None for all steps.
+        """
         assert self._catalog is not None, "a URL has no catalog"
         found, refused = newest_resumable(self._catalog, below)
         return (None if found is None else found.step), refused
@@ -265,7 +270,10 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return loaded
 
     def _load_initial(self, passed_over: list[str]) -> bool:
-        """Load `initial_load_path`, or nothing, where no checkpoint was passed over."""
+        """Load `initial_load_path`, if it is set.
+
+        If `passed_over` says that checkpoints of the run were passed over, raise a NotFoundError.
+        """
         assert self._catalog is not None, "a URL has no catalog"
         store = self._catalog.store
 
@@ -273,7 +281,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             folders = steps_among(store.list()).values()
             return any(is_checkpoint(store, folder) for folder in folders)
 
-        # TorchTitan's own killed saves leave folders without an index, which are no checkpoints.
+        # Folders without an index do not count: killed saves of TorchTitan itself leave them.
         is_damaged: bool = bool(passed_over) and run_on_rank_0(self._ranks(), holds_checkpoint)
         if is_damaged:
             listed = "\n  ".join(passed_over)
@@ -285,13 +293,13 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return self._load_by_titan(-1)
 
     def _load_by_titan(self, step: int) -> bool:
-        """Load a step as TorchTitan does, which calls `dcp_load`."""
+        """Load a step by TorchTitan's own method, which calls `dcp_load`."""
         with _buckets_seen():
             loaded: bool = super().load(step)
         return loaded
 
     def _protect(self, step: int) -> None:
-        """Keep the step that the run resumed from, and newer ones, from retention."""
+        """Exempt from retention the step that the run resumed from, and all newer steps."""
         if self._catalog is not None and self._retainer is not None and self._ranks().rank == 0:
             self._retainer.resumed(step, [s for s in self._catalog.steps() if s > step])
 
@@ -310,11 +318,12 @@ class _TitanManager(_Manager):  # type: ignore[misc]
     ) -> None:
         """Load a checkpoint of Holdfast or stock DCP, and check each block that is read.
 
-        Collective. TorchTitan itself loads Hugging Face folders and other URLs.
+        Collective. Hugging Face folders, and URLs that Holdfast cannot open, are loaded by
+        TorchTitan's own code.
 
         Raises:
             DamagedError: bytes are missing, or are not the bytes that were written.
-            FormatError: the checkpoint refers to code, or cannot be read.
+            FormatError: the checkpoint cannot be read, or only by running code that it names.
         """
         if from_hf or _is_left(checkpoint_id):
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
@@ -324,7 +333,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
     def _load_checkpoint(
         self, states: dict[str, Any], checkpoint_id: str, *, from_hf: bool, from_quantized: bool
     ) -> None:
-        """Stands for `dcp_load` in versions of TorchTitan after 0.3."""
+        """Load as `dcp_load` does. Versions of TorchTitan after 0.3 call this method instead."""
         if from_hf or _is_left(checkpoint_id):
             super()._load_checkpoint(
                 states, checkpoint_id, from_hf=from_hf, from_quantized=from_quantized
@@ -339,12 +348,12 @@ class _TitanManager(_Manager):  # type: ignore[misc]
 
 
 def _is_left(path: str) -> bool:
-    """Whether a path is a URL that TorchTitan reads and writes without Holdfast."""
+    """Return whether a path is a URL that TorchTitan reads and writes without Holdfast."""
     return is_url(without_scheme(path)) and written_store(path) is None
 
 
 class _Filesystem:
-    """TorchTitan's module `filesystem`, which finds folders in object stores by Holdfast."""
+    """TorchTitan's module `filesystem`, with Holdfast's `isdir` and `exists` for object stores."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -353,7 +362,7 @@ class _Filesystem:
         return getattr(self._module, name)
 
     def isdir(self, path: str) -> bool:
-        """Return whether there is such a folder."""
+        """Return whether there is a folder at `path`."""
         if not is_url(path) or _is_left(path):
             found: bool = self._module.isdir(path)
             return found
@@ -367,8 +376,8 @@ class _Filesystem:
 
 @contextmanager
 def _buckets_seen() -> Iterator[None]:
-    """Let TorchTitan's manager look for folders in object stores by Holdfast, which needs no
-    clients of fsspec."""
+    """Context in which TorchTitan's manager uses Holdfast to look for folders in object stores, so
+    that no client of fsspec is needed."""
     module: Any = import_module(_titan().__module__)
     before = getattr(module, "filesystem", None)
     if before is None:
@@ -384,14 +393,18 @@ def _buckets_seen() -> Iterator[None]:
 def _read(state_dict: dict[str, Any], checkpoint_id: str, states: dict[str, Any]) -> None:
     with _own_errors():
         dcp.load(state_dict, storage_reader=Reader(checkpoint_id), checkpoint_id=checkpoint_id)
-    # TorchTitan saves the model without a key of its own, so DCP does not see its wrapper.
+    # The model's tensors are at the top level of the state, so DCP does not call `load_state_dict`
+    # of TorchTitan's wrapper of the model.
     if MODEL in states:
         states[MODEL].load_state_dict(state_dict)
 
 
 @contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise Holdfast's error itself, on every rank, where DCP wraps it with those of all ranks."""
+    """Context that converts DCP's `CheckpointException`, which wraps the errors of all ranks.
+
+    If all of them are errors of Holdfast, the first one is raised instead.
+    """
     try:
         yield
     except CheckpointException as wrapped:

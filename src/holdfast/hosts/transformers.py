@@ -46,7 +46,7 @@ _SENTINEL = "checkpoint-is-incomplete.txt"
 class HoldfastMixin(_Trainer):  # type: ignore[misc]
     """Trainer whose checkpoints appear complete or not at all, with checksums.
 
-    Put it before the trainer: `class SafeTrainer(HoldfastMixin, SFTTrainer): ...`. The files of a
+    List it before the trainer: `class SafeTrainer(HoldfastMixin, SFTTrainer): ...`. The files of a
     checkpoint stay the Trainer's, and `holdfast.seal` is added to them. Arguments keep their
     meaning; these do more:
 
@@ -57,7 +57,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     """
 
     _staged: str | None = None
-    """Folder of the save in progress, which stands for the output folder."""
+    """Hidden folder of the save in progress, which the Trainer uses as its output folder."""
 
     _push_waits = False
     """Whether the save in progress is to be pushed to the Hub once it is published."""
@@ -90,11 +90,12 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         name = f"checkpoint-{self.state.global_step}"
         path = os.path.join(run_folder, name)  # noqa: PTH118 - text, as the Trainer keeps it
         publishes = bool(self.args.should_save)
-        # On SIGTERM every rank writes the sentinel, so all must be here before it goes.
+        # On SIGTERM every rank writes the file `_SENTINEL`, so wait for all before deleting it.
         self._ranks().all_reduce_max([0])
         if publishes:
             _remove_sentinel(Path(path))
-        # The Trainer writes to `checkpoint-N` in its output folder: that is the folder itself.
+        # The Trainer writes to `checkpoint-N` in its output folder, which is the hidden folder for
+        # now. There this name is a link to the hidden folder itself.
         with sealed_by_all(
             path,
             ranks=self._ranks(),
@@ -124,13 +125,13 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staged is not None:
-            # The upload runs in a thread, and would lose the folder when that is renamed.
+            # The upload runs in a thread, and would fail when the folder is renamed.
             self._push_waits = True
         else:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        # The Trainer deletes checkpoints here itself.
+        # The Trainer deletes old checkpoints in this method: wait until the others are durable.
         self._wait()
         return super()._finalize_training(*args, **kwargs)
 
@@ -153,7 +154,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         run_on_all(self._ranks(), self._background().wait)
 
     def _good(self, wanted: Any) -> Any:
-        """The checkpoint to load: `wanted`, or the newest good one if it is True. Collective."""
+        """Return the checkpoint to load: `wanted`; for True, the newest good one. Collective."""
         ranks, decides = self._ranks(), bool(self.args.should_save)
         if wanted is not True:
             run_on_hosts(ranks, lambda: _check_path(Path(wanted)), decides=decides)
@@ -168,21 +169,25 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         return True if newest is None else str(newest)
 
     def _correct_best(self, staged: str, path: str) -> None:
-        """Name the best checkpoint by its later path, in the Trainer's state and its file."""
+        """Store the final path of the best checkpoint in the Trainer's state and in its file.
+
+        `staged`: hidden folder with that file. `path`: final path of the checkpoint being saved.
+        """
         best_step, named = self.state.best_global_step, self.state.best_model_checkpoint
         if not best_step:
             return
         best = Path(path).parent / f"checkpoint-{best_step}"
         is_there = best == Path(path) or best.is_dir()
-        # The Trainer looks for it in its output folder, which the staged one stands for.
+        # The Trainer looks for the best checkpoint in the hidden folder, its output folder for now.
         if is_there and named != str(best):
             self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(staged, _STATE))  # noqa: PTH118
 
     def _rotate(self, saved: Path) -> None:
-        """Keep `save_total_limit` checkpoints up to the one just saved: that one, the best, and the
-        newest good ones. Later ones stay, and at first the one that the run resumed from."""
+        """Delete checkpoints older than the one just saved until `save_total_limit` remain: the one
+        just saved, the best, and the newest good ones. Later steps stay. The checkpoint that the
+        run resumed from stays until the run has saved twice."""
         limit = self.args.save_total_limit
         if not limit or limit <= 0:
             return
@@ -192,38 +197,38 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         best = self.state.best_model_checkpoint
         kept = {saved}
         kept |= {path for path in checkpoints if best and path.resolve() == Path(best).resolve()}
-        # Others fill up the number, such as checkpoints from before there were seals.
+        # If too few are good, others are kept too, such as checkpoints without a seal.
         for path in (*good, *checkpoints):
             if len(kept) < limit:
                 kept.add(path)
         for path in checkpoints:
             if path not in kept and path.resolve() != self._resumed_from:
                 self._background().delete(str(path), partial(delete, path.absolute()))
-        # After the next save there are two of this run's own.
+        # After the next save, this run has two checkpoints of its own, and needs no other.
         self._resumed_from = None
 
 
 def _check_path(path: Path) -> None:
-    """Raise a DamagedError if the checkpoint is damaged. Warns if it cannot be checked."""
+    """Raise a DamagedError if the checkpoint is damaged. Warn if it has no seal to check."""
     if not path.is_dir():
         return  # The Trainer's own error says more.
     check_sealed(path, hint="`resume_from_checkpoint=True` takes the newest good one")
 
 
 def _refuse_damaged(folder: Path) -> None:
-    """Raise a DamagedError if a folder without any good checkpoint has others."""
+    """Raise a DamagedError if a folder without a good checkpoint has other checkpoints."""
     if folder.is_dir() and _checkpoints(folder):
         raise none_good(folder)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of the Trainer in a folder, the newest first."""
+    """Return the checkpoints of the Trainer in a folder, the newest first."""
     paths = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
     return sorted(paths, key=lambda path: number_of(path.name) or 0, reverse=True)
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a checkpoint has all files, each with its size."""
+    """Return whether a checkpoint has a seal, and all files that the seal lists, in these sizes."""
     if not (path / SEAL).exists():
         return False
     try:
@@ -233,7 +238,10 @@ def _is_whole(path: Path) -> bool:
 
 
 def _remove_sentinel(path: Path) -> None:
-    """Remove the sentinel of a save on SIGTERM, and the folder if it holds nothing else."""
+    """Delete the file that the Trainer writes into a folder before it saves there on SIGTERM.
+
+    If the folder is empty then, delete the folder.
+    """
     (path / _SENTINEL).unlink(missing_ok=True)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()

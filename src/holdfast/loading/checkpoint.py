@@ -53,7 +53,8 @@ class Checkpoint:
     """A checkpoint of Holdfast, or of stock `torch.distributed.checkpoint`."""
 
     def __init__(self, source: Source, opened: Opened | None = None) -> None:
-        """`opened` recognizes a replacement of the checkpoint."""
+        """`source`: reads the files of the checkpoint. `opened`: tells later whether another save
+        has replaced the checkpoint; None if reads need not notice this."""
         self._source, self._opened = source, opened
 
     @property
@@ -84,7 +85,7 @@ class Checkpoint:
         return f"<checkpoint `{self._source.url}`: {self._summary()}>"
 
     def _repr_html_(self) -> str:
-        """Table of the first tensors, for notebooks."""
+        """Return an HTML table of the first tensors, which a notebook shows."""
         rows = "".join(
             f"<tr><td>{escape(name)}</td><td>{entry.dtype}</td><td>{list(entry.shape)}</td></tr>"
             for name, entry in islice(self.tensors.items(), _ROWS_MAX)
@@ -106,11 +107,12 @@ class Checkpoint:
 
     @uncompiled
     def state(self) -> dict[Any, Any]:
-        """Read everything, nested as it was saved, with the types of its containers and keys.
+        """Read everything, nested as it was saved, with the same types of dicts, lists and keys.
 
-        Tensors are new and on the CPU. An object is read as the state that was saved for it; an
-        optimizer's entries have the names of its parameters. Stock DCP does not store types: there,
-        keys are texts, and consecutive numbers make a list.
+        Tensors are new and on the CPU. In place of each object there is its saved state. The state
+        of an optimizer has keys such as `state.NAME.exp_avg`, with the name of the parameter. Stock
+        DCP does not store types: from its checkpoints, keys are read as text, and a dict with the
+        keys 0, 1, ... as a list.
 
         Raises:
             DamagedError: bytes differ from those that were saved.
@@ -129,8 +131,8 @@ class Checkpoint:
 
     @uncompiled
     def read(self, name: str, region: Region | tuple[slice, ...] | None = None) -> torch.Tensor:
-        """Read a tensor, or a box of its elements, into a new tensor on the CPU. Only those blocks
-        are read, and they are checked.
+        """Read a tensor, or a box of its elements, into a new tensor on the CPU. Only the
+        blocks that hold these elements are read and checked.
 
         `region`: a `Region`, or one slice per dim as in indexing (without steps).
 
@@ -141,7 +143,7 @@ class Checkpoint:
         """
         entry = self._entry("tensor", name, self.tensors)
         box = region_of(name, entry.shape, region)
-        # Before the allocation: a damaged index may state a huge shape that no chunks fill.
+        # Check the chunks before the allocation: a damaged index may state a huge shape.
         read_items(name, entry, box)
         target = torch.empty(box.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         if box.num_elements:
@@ -152,7 +154,7 @@ class Checkpoint:
 
     @uncompiled
     def value(self, name: str) -> Any:
-        """Read a value.
+        """Read the value `name`. Everything in a checkpoint that is not a tensor is a value.
 
         Raises:
             NotFoundError: there is no value of that name.
@@ -165,7 +167,8 @@ class Checkpoint:
 
     @contextmanager
     def _unless_replaced(self) -> Iterator[None]:
-        """Raise NotFoundError in place of DamagedError if another save replaced the checkpoint."""
+        """Context in which a failed read raises NotFoundError if the checkpoint was replaced or
+        deleted."""
         try:
             yield
         except UNREADABLE as error:
@@ -177,7 +180,7 @@ class Checkpoint:
             ) from error
 
     def _entry(self, kind: str, name: object, entries: Mapping[str, T]) -> T:
-        """The entry of that name.
+        """Return the entry named `name` in `entries`. `kind`: "tensor" or "value", for the message.
 
         Raises:
             UsageError: the name is not text.
@@ -189,7 +192,7 @@ class Checkpoint:
             return entries[name]
         near = difflib.get_close_matches(name, entries, n=3)
         hint = f"near it: {', '.join(near)}" if near else "`names()` lists what is there"
-        # A tensor read as a value, or a value read as a tensor, needs the other method.
+        # If a tensor is read as a value, or a value as a tensor, suggest the other method.
         other = {"value": self.tensors, "tensor": self._source.manifest.values}[kind]
         if name in other:
             hint = f'`read("{name}")`' if kind == "value" else f'`value("{name}")`'

@@ -1,4 +1,4 @@
-"""Load numbers as another dtype: check that it can represent each of them."""
+"""Check that numbers fit the dtype that they are loaded as."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from holdfast.errors import MismatchError
 
 def needs_check(stored: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether a load from dtype `stored` to `wanted` must check every number by `fits`, before any
-    state is changed. It must if one of the two is an integer dtype and `wanted` cannot represent
-    all numbers of `stored`. Such tensors are few and small.
+    state is changed. It must if `wanted` is the dtype of scales (float8_e8m0fnu), or if one of the
+    two is an integer dtype and `wanted` cannot represent all numbers of `stored`. Few tensors of a
+    state have such dtypes, so the check costs little.
 
     >>> needs_check(torch.int64, torch.int32), needs_check(torch.int64, torch.float32)
     (True, True)
@@ -44,18 +45,19 @@ def fits(numbers: torch.Tensor, wanted: torch.dtype) -> bool:
     back = converted.to(numbers.dtype)
     same = (back == numbers) | ((back != back) & (numbers != numbers))
     if _is_scale(wanted):
-        # 0 becomes the smallest scale, which becomes 0 again in a small dtype: that looks exact.
+        # 0 is converted to the smallest scale. If this is converted back to a dtype that cannot
+        # represent it, it rounds to 0, so the comparison above finds no difference.
         same &= (converted != torch.finfo(wanted).tiny) | (numbers != 0)
     if _is_integer(wanted) and _is_integer(numbers.dtype):
-        # A number too large for a signed dtype becomes negative, and back the same number, which
-        # looks exact too.
+        # A number too large for a signed dtype becomes negative. Converted back, it is the same
+        # number, so the comparison above finds no difference.
         same &= _is_negative(converted) == _is_negative(numbers)
     return bool(same.all())
 
 
 def put(target: torch.Tensor, numbers: torch.Tensor, name: str, *, blocking: bool = True) -> None:
-    """Copy numbers to `target`, converted to its dtype. Not `blocking`: keep `numbers` as they are
-    until the copy in the current stream has ended.
+    """Copy numbers to `target`, converted to its dtype. Without `blocking`, the caller must not
+    change `numbers` until the copy in the current stream has ended.
 
     Raises:
         MismatchError: a number is too large for that dtype.
@@ -71,12 +73,13 @@ def put(target: torch.Tensor, numbers: torch.Tensor, name: str, *, blocking: boo
 
 
 def _overflows(target: torch.Tensor, numbers: torch.Tensor) -> bool:
-    """Whether a number is too large for the dtype of `target`, which holds the converted ones."""
+    """Whether any of `numbers` was too large for the dtype of `target`, to which they have been
+    copied."""
     wanted = target.dtype
     if _is_integer(wanted) or _is_integer(numbers.dtype):
         return False
     if wanted.itemsize == 1:
-        # Casts to one byte saturate or give NaN, so the converted numbers do not tell.
+        # Casts to one byte saturate or give NaN, so an overflow does not show in them.
         numbers = _comparable(numbers)
         too_large = numbers.abs() >= _overflow_limit(wanted)
         return bool((too_large & numbers.isfinite() if _has_infinity(wanted) else too_large).any())
@@ -87,8 +90,8 @@ def _overflows(target: torch.Tensor, numbers: torch.Tensor) -> bool:
 
 @cache
 def _overflow_limit(dtype: torch.dtype) -> float:
-    """Smallest number that rounds to more than the largest of `dtype`: half a unit in the last
-    place above it."""
+    """Return the smallest number that overflows: the largest number of `dtype` plus half a unit in
+    its last place."""
     largest = torch.finfo(dtype).max
     return largest + math.ldexp(torch.finfo(dtype).eps, math.frexp(largest)[1] - 2)
 
@@ -99,20 +102,21 @@ def _has_infinity(dtype: torch.dtype) -> bool:
 
 
 def _comparable(numbers: torch.Tensor) -> torch.Tensor:
-    """One-byte floats as float32, since torch has hardly any operators for them."""
+    """Convert one-byte floats to float32, since torch has few operators for them. Return other
+    numbers unchanged."""
     small = numbers.is_floating_point() and numbers.dtype.itemsize == 1
     return numbers.float() if small else numbers
 
 
 def _is_negative(numbers: torch.Tensor) -> torch.Tensor:
-    # Torch has no comparison for wide unsigned integers.
+    # Unsigned numbers are never negative. Torch cannot compare the wide ones, so do not ask it.
     if numbers.dtype == torch.bool or torch.iinfo(numbers.dtype).min == 0:
         return torch.zeros_like(numbers, dtype=torch.bool)
     return numbers < 0
 
 
 def _is_scale(dtype: torch.dtype) -> bool:
-    """Whether the dtype has only positive powers of two: it stores the scales of quantization."""
+    """Whether the dtype is for scales of quantized weights: it has only positive powers of two."""
     return dtype == torch.float8_e8m0fnu
 
 

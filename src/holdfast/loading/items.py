@@ -1,4 +1,4 @@
-"""Items of the messages between ranks that want the same data, or columns of the same rows."""
+"""Divide data that several ranks want into parts that one rank reads, and sends to the others."""
 
 from __future__ import annotations
 
@@ -18,69 +18,74 @@ from holdfast.state.layout import box_of
 from holdfast.state.shard import Piece
 
 BUNDLE_BYTES = 4 << 20
-"""Largest message: whole blocks."""
+"""Most bytes of the items that are sent as one message, a multiple of the block size."""
 
 _ALIGNMENT = 16
-"""Alignment of the items in a message: itemsize of the widest dtype."""
+"""Alignment in bytes of each item in a message: the itemsize of the widest dtype."""
 
 Place = tuple[str, int]
 """A file, and an offset in it."""
 
 Read = Callable[[Source, torch.Tensor], "Wanted | int"]
-"""`read(source, room)`: reads an item into `room`, its bytes of the bundle, checks it, and returns
-the bytes read. Or returns `room` as a tensor to fill, so that boxes close to each other are read
-together."""
+"""`read(source, room)`: reads an item into the memory `room`, checks it, and returns the number of
+bytes read. Or it reads nothing, and returns a `Wanted` for this memory: then the caller reads the
+item, together with boxes that lie close to it in the file."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Item:
-    """Part of a request that fits into one message."""
+    """Data that several ranks want and that one message can hold: part of a tensor, or a value."""
 
     sort_key: tuple[Place, tuple[int, ...], tuple[int, ...], str]
-    """Place of the chunk or container, region or range of bytes, and name: gives all ranks the same
-    order."""
+    """Place of the chunk or container; start and stop of the region or of the range of bytes; name.
+    All ranks sort the items by this key, so that they have the same order."""
 
     nbytes: int
     read: Read
     take: Callable[[torch.Tensor], None]
-    """`take(room)`: copies this rank's part from its bytes of the message to its target."""
+    """`take(room)`: copies the item from `room`, its part of the message, to the memory in which
+    this rank wants it."""
 
     rows: Rows | None = None
-    """The columns that each rank wants of it. None if each wants all of it."""
+    """Columns of the item that each rank wants. None if each rank wants the whole item."""
 
     def nbytes_for(self, rank: int) -> int:
-        """Bytes of the part that `rank` wants."""
+        """Return the number of bytes of the item that `rank` wants."""
         return self.nbytes if self.rows is None else self.rows.nbytes_for(rank)
 
 
 def room_bytes(nbytes: int) -> int:
-    """Bytes that an item of `nbytes` occupies in a message."""
+    """Return the number of bytes that an item of `nbytes` occupies in a message: `nbytes`, rounded
+    up to the alignment."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Consecutive elements of rows, of which each rank wants some columns."""
+    """Run of consecutive elements of some rows of a tensor. Each rank wants only some columns of
+    these rows."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Shape of all the rows."""
+    """Shape of the box that the rows form."""
 
     first: int
-    """Number of the first element, in row-major order."""
+    """Row-major index in this box of the first element of the run."""
 
     count: int
-    """Number of elements."""
+    """Number of elements in the run."""
 
     cuts: Mapping[int, Region]
-    """Columns that each rank wants: a box in the rows, by rank."""
+    """Box of columns that each rank wants, keyed by rank. Its position is relative to the first
+    element of the rows."""
 
     def nbytes_for(self, rank: int) -> int:
         elements = sum(part.num_elements for _, _, part in self._parts(rank))
         return elements * self.dtype.itemsize
 
     def pack(self, room: torch.Tensor, rank: int, packed: torch.Tensor) -> None:
-        """Copy the part of `rank` from `room`, the bytes of all the elements, to `packed`."""
+        """Copy the elements that `rank` wants to `packed`, one after the other. `room`: all
+        elements of the run."""
         elements, packed = room.view(self.dtype), packed.view(self.dtype)
         position = 0
         for start, box, part in self._parts(rank):
@@ -90,7 +95,9 @@ class Rows:
             position = stop
 
     def unpack(self, packed: torch.Tensor, rank: int, target: torch.Tensor, name: str) -> None:
-        """Copy the packed part of `rank` to `target`, which has all its columns."""
+        """Copy the elements that `pack` has packed for `rank`, the calling rank, to their places in
+        `target`. `target`: memory for all columns of the rows that this rank wants. `name`: name of
+        the tensor, for messages."""
         packed, cut, position = packed.view(self.dtype), self.cuts[rank], 0
         for _, _, part in self._parts(rank):
             stop = position + part.num_elements
@@ -99,8 +106,8 @@ class Rows:
             position = stop
 
     def _parts(self, rank: int) -> Iterator[tuple[int, Region, Region]]:
-        """Boxes that make up the elements and hold some for `rank`: number of the first element,
-        the box, and the part for `rank`."""
+        """Divide the run into boxes, and yield those that have elements for `rank`: the index of
+        the box's first element in the run, the box, and the part of the box that `rank` wants."""
         start, cut = 0, self.cuts[rank]
         for box in boxes_of_run(self.shape, self.first, self.count):
             part = box & cut
@@ -110,8 +117,9 @@ class Rows:
 
 
 def tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> Iterator[Item]:
-    """Items of at most `BUNDLE_BYTES` that make up one piece. They depend only on the checkpoint
-    and the piece, so all ranks that want the piece make equal ones."""
+    """Divide the only piece of `want` into items of at most `BUNDLE_BYTES`. `read`: the read items
+    of this piece. The result depends only on the checkpoint and the piece, so all ranks that want
+    the piece make equal items."""
     (piece,) = want.pieces
     for item in read:
         target = box_of(want.local, piece.local_of(item.region))
@@ -130,7 +138,7 @@ def tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> 
 
 
 def _box_item(name: str, dtype: torch.dtype, item: ReadItem, target: torch.Tensor) -> Item:
-    """Box of a tensor that lies in one chunk."""
+    """Make the `Item` for a box of elements in one chunk. `target`: memory for these elements."""
     region, shape = item.region, item.region.shape
 
     def take(room: torch.Tensor) -> None:
@@ -149,7 +157,8 @@ def _run_item(
     target: torch.Tensor,
     first: int,
 ) -> Item:
-    """Bytes `run` of a chunk's data: elements from number `first` on of `target`."""
+    """Make the `Item` for the bytes `run` (start and stop) of a chunk's data. `first`: row-major
+    index in `target` of the first element of the run."""
     start, stop = run
 
     def take(room: torch.Tensor) -> None:
@@ -171,8 +180,9 @@ def rows_items(
     cuts: Mapping[int, Region],
     rank: int,
 ) -> Iterator[Item]:
-    """Items of at most `BUNDLE_BYTES` that make up `rows`, a box of the whole tensor in one chunk.
-    `rank`, this one, wants `item` of them. `cuts`: see `Rows`."""
+    """Divide whole rows of one chunk into items of at most `BUNDLE_BYTES`. `rows`: position of the
+    rows in the whole tensor. `item`: the columns of these rows that this rank wants. `rank`: number
+    of this rank. `cuts`: see `Rows`."""
     (piece,) = want.pieces
     name, chunk = want.name, item.chunk
     target = box_of(want.local, piece.local_of(item.region))
@@ -197,13 +207,14 @@ def rows_items(
 
 
 def _box_reader(name: str, dtype: torch.dtype, region: Region) -> Read:
-    """Reads a box of a tensor."""
+    """Return a `Read` for the box `region` of a tensor: it returns a `Wanted`, for its caller to
+    read."""
     piece = Piece(region, Region.whole(region.shape))
     return lambda _, room: Wanted(name, [piece], room.view(dtype).view(region.shape))
 
 
 def _run_reader(name: str, dtype: torch.dtype, chunk: Chunk, run: tuple[int, int]) -> Read:
-    """Reads bytes `run` of a chunk's data."""
+    """Return a `Read` that reads the bytes `run` (start and stop) of a chunk's data."""
     start, stop = run
 
     def read(source: Source, room: torch.Tensor) -> int:
@@ -220,7 +231,8 @@ def _run_reader(name: str, dtype: torch.dtype, chunk: Chunk, run: tuple[int, int
 
 
 def value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) -> list[Item]:
-    """Container of a value. `take` adds it to `containers`."""
+    """Return a list with one `Item`: the container of a value. The item's `take` adds the bytes of
+    the container to `containers`."""
     place = (entry.file, entry.item.offset)
 
     def read(source: Source, room: torch.Tensor) -> int:
@@ -230,7 +242,7 @@ def value_items(name: str, entry: ValueEntry, containers: dict[Place, bytes]) ->
     def take(room: torch.Tensor) -> None:
         containers[place] = room.numpy().tobytes()
 
-    # Without the name: ranks may use different names for one container.
+    # The sort key has no name, since ranks may use different names for one container.
     return [Item((place, (), (), ""), entry.item.nbytes, read, take)]
 
 

@@ -1,4 +1,4 @@
-"""Load: match the state with the manifest, plan, read, apply."""
+"""Load: match the state with the manifest, plan, read, and put what was read into the state."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Result of a load."""
+    """What a load has read, and how the loaded state differs from the saved one."""
 
     where: str
     nbytes: int
@@ -90,7 +90,8 @@ class Loaded:
     spans: Spans
 
     differences: tuple[str, ...] = ()
-    """One line per difference between checkpoint and state, over all ranks, of a partial load."""
+    """One line per difference between checkpoint and state, over all ranks. Only a partial load
+    allows differences."""
 
     notes: tuple[str, ...] = ()
     """One line per component that was not loaded exactly as saved, over all ranks, such as the
@@ -100,23 +101,23 @@ class Loaded:
     """Number of entries that this rank has loaded."""
 
     lacking: tuple[str, ...] = ()
-    """Names of this rank's tensors that are not in the base model, and need not be. They are
-    unchanged."""
+    """Names of this rank's tensors that the checkpoint lacks, which is allowed for some parameters
+    of a model that is trained in part. These tensors are unchanged."""
 
 
 Fill = Callable[[Source, Sequence[Wanted]], int]
 """`fill(source, wanted)`: reads the wanted tensors into memory. Returns the bytes read."""
 
 Fetch = Callable[[Source, Sequence[Wanted], Iterable[ValueEntry]], object]
-"""`fetch(source, wanted, values)`: makes the data that this rank will read available. Collective.
-"""
+"""`fetch(source, wanted, values)`: is called before the reads, and makes available what this rank
+will read: the data of `wanted` and of `values`. Collective."""
 
 Replicas = Literal["auto", "read", "broadcast"]
-"""How several ranks get the same data, or columns of the same rows. `read`: each rank reads it.
-`broadcast`: one rank reads and checks it and sends each rank what it wants, so no byte is read
-twice. `auto`: `broadcast` if the checkpoint is behind a URL or the ranks are on several hosts,
-since each would fetch the data over the network. Ranks of one host share its page cache, so reading
-is faster there than waiting for each other."""
+"""How several ranks get the same data, or different columns of the same rows. `read`: each rank
+reads it. `broadcast`: one rank reads and checks it and sends each rank what it wants, so no byte is
+read twice. `auto`: `broadcast` if the checkpoint is behind a URL or the ranks are on several hosts,
+since with `read` each rank would fetch the data over the network. Ranks of one host share its page
+cache, so for them `read` is faster than waiting for each other."""
 
 
 def load_tree(
@@ -130,9 +131,10 @@ def load_tree(
     replicas: Replicas = "read",
     fetch: Fetch | None = None,
 ) -> Loaded:
-    """Load an open checkpoint into a tree of state.
+    """Load an open checkpoint into the state `tree`.
 
-    `partial`: entries that are missing or do not fit stay as they are, and are reported.
+    `partial`: state whose entries are missing or do not fit stays as it is, and is listed in
+        `Loaded.differences`.
     `fill`: replaces `read_tensors`; then every rank reads for itself.
     `fetch`: called before the first read.
 
@@ -169,14 +171,15 @@ def load_tree(
 
 
 def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """One line per difference between the checkpoint and the state of all ranks, and all notes.
-
-    An entry is unexpected only if no rank wants it: each pipeline stage has other layers.
+    """Return two lists over all ranks: one line per difference between the checkpoint and the
+    state, and the notes of each `match`. An entry is unexpected only if no rank wants it, since
+    each pipeline stage wants only its own layers.
 
     Collective.
     """
     own = {"lines": [*match.mismatches.values()], "notes": [*match.notes], "extra": [*match.extra]}
-    # Nearly always equal on all ranks, or on all ranks of a pipeline stage, and then sent once.
+    # These lists are nearly always equal on all ranks, or on all ranks of a pipeline stage. Equal
+    # lists are sent once.
     reports = gather_deduplicated(ranks, own)
     lines: list[str] = []
     notes: list[str] = []
@@ -200,7 +203,7 @@ def _mismatch(source: Source, lines: Sequence[str]) -> MismatchError:
 
 
 def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas) -> int:
-    """Fill the tensors. Returns the bytes read. Collective."""
+    """Fill the tensors of `reading`. Returns the bytes that this rank has read. Collective."""
     source, hosts = reading.source, hosts_of(ranks)
     num_local = hosts.count(hosts[ranks.rank])
 
@@ -223,7 +226,8 @@ def _read(reading: _Reading, ranks: Ranks, fill: Fill | None, replicas: Replicas
 
 
 def _apply(match: Match, values: MadeValues, ranks: Ranks) -> None:
-    """Give objects and containers their new state. Collective."""
+    """Put the loaded values into dicts and lists, and call `load_state_dict` of objects.
+    Collective."""
     try:
         run_on_all(ranks, lambda: match.take(values))
     except HoldfastError as error:
@@ -233,11 +237,12 @@ def _apply(match: Match, values: MadeValues, ranks: Ranks) -> None:
 
 
 _Staged = tuple[torch.Tensor, torch.Tensor]
-"""A tensor read into memory of its own to be checked, and the memory that it is copied to."""
+"""A new tensor, into which an entry is read to be checked, and the tensor of the state to which
+it is copied then."""
 
 
 class _Reading:
-    """Tensors and values that one rank reads."""
+    """All tensors and values that this rank reads in one load."""
 
     @torch.no_grad()
     def __init__(self, source: Source, match: Match) -> None:
@@ -257,7 +262,7 @@ class _Reading:
             stored: torch.dtype = getattr(torch, tensors[name].dtype)
             narrowed = needs_check(stored, local.dtype)
             if narrowed or name in tied:
-                # Nothing is overwritten before all checks have passed.
+                # The state must not change before all checks have passed.
                 staged = torch.empty_strided(
                     local.shape, local.stride(), dtype=stored, device=local.device
                 )
@@ -277,11 +282,11 @@ class _Reading:
         return bool(self._staged or self._match.checks)
 
     def check(self, read: Callable[[Sequence[Wanted]], int]) -> int:
-        """Read the entries that must be checked before the state is changed. Returns the bytes
-        read.
+        """Read by `read` the entries that must be checked before the state changes, and check them.
+        Return the number of bytes read. `read` returns it too.
 
         Raises:
-            MismatchError: entries do not fit; all of them are listed.
+            MismatchError: entries do not fit. The message lists all of them.
         """
         nbytes = read([want for name, want in self.wanted.items() if name in self._read_first])
         wrong = [
@@ -309,7 +314,7 @@ class _Reading:
         return [want for name, want in self.wanted.items() if name not in self._read_first]
 
     def values(self) -> MadeValues:
-        """All values. Their containers are read, unless another rank has passed them on."""
+        """Decode all values. Reads their containers, except those that another rank has sent."""
         return self._made_values(self.entries)
 
     def _made_values(self, names: Iterable[str]) -> MadeValues:
@@ -325,7 +330,8 @@ class _Reading:
         return MadeValues(self._made, values)
 
     def copy_staged(self) -> None:
-        """Copy the checked tensors to their memory."""
+        """Copy the tensors that `check` has read into separate memory to the tensors of the
+        state."""
         for staged, local in self._staged.values():
             local.copy_(staged)
 
@@ -342,8 +348,8 @@ class _Reading:
 def _tied_here_only(
     into: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
 ) -> list[tuple[str, str]]:
-    """Pairs of entries that are one tensor in the state, but two in the checkpoint: weights that
-    were not tied when saved, or that were stored twice."""
+    """Return pairs of names that belong to one tensor in the state, but to two in the checkpoint:
+    weights that were not tied when saved, or that were stored twice."""
     first_at: dict[tuple[object, ...], str] = {}
     pairs = []
     for name, tensor in into.items():
@@ -359,8 +365,8 @@ def _tied_here_only(
 
 
 def _same_bytes(one: _Staged, other: _Staged) -> bool:
-    """Whether two staged tensors, each with its own strides, leave the same bytes in the memory
-    that both are copied to."""
+    """Return whether copying either of two staged tensors into the state leaves the same bytes
+    there. Both have the same memory as target, but may view it with different strides."""
     left = []
     for staged, local in (one, other):
         dims = zip(local.shape, local.stride(), strict=True)

@@ -1,4 +1,4 @@
-"""Loads a checkpoint that another process may replace meanwhile."""
+"""Load a checkpoint that another process may replace during the load."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ T = TypeVar("T")
 def read_on_all(
     ranks: Ranks, store: ReadStore, find: Callable[[], Opened], read: Callable[[Opened], T]
 ) -> T:
-    """Return `read(opened)` for the checkpoint that `find` opens on rank 0. If it fails because
-    another process has replaced the checkpoint, call both again.
+    """Return `read(opened)` for the checkpoint that `find` opens on rank 0. If `read` fails
+    because another process has replaced the checkpoint, call both again.
 
     Collective: every rank calls this. `read` must fail either on all ranks or on none.
     """

@@ -34,38 +34,39 @@ from holdfast.state.shard import Piece
 from holdfast.storage.store import FileReader
 
 THREADS_MAX = 4
-"""Most threads per rank that read into host memory: more are no faster."""
+"""Most threads per rank that read into host memory. More threads are no faster."""
 
 DISTANT_THREADS_MAX = 16
-"""Most threads of a host that read from a distant store: each waits for its request, without a
-core."""
+"""Most threads of a host that read from a `Distant` store. They mostly wait for answers, and need
+hardly any CPU time."""
 
 DISTANT_THREADS_MIN = 4
-"""Least threads per rank that read from a distant store."""
+"""Fewest threads per rank that read from a `Distant` store."""
 
 DEVICE_THREADS_MAX = 16
-"""Most threads per rank that read for an accelerator, whose link is faster than four threads."""
+"""Most threads per rank that read for an accelerator. Its link carries more than four threads can
+read."""
 
 RING_BUFFERS = 3
-"""Buffers of a thread that reads for an accelerator: one is read into while the others are
-copied."""
+"""Number of buffers of a thread that reads for an accelerator. While the thread reads into one, the
+others are copied to the device."""
 
 JOB_BYTES = 32 << 20
-"""Approximate size of one job of a thread, a multiple of a block. Two jobs on one chunk may both
-read the block between them."""
+"""Approximate number of bytes that one job reads, a multiple of the block size. Two jobs that read
+adjacent parts of a chunk may both read the block at their boundary."""
 
 SMALL_BYTES = 128 << 10
-"""Size up to which chunks that lie close to each other are read together: one more copy costs less
-than one more read call."""
+"""Largest chunk that is read together with chunks close to it. They are read into a buffer and
+copied from there, which costs less than a read call for each."""
 
 GAP_BYTES_MAX = 16 << 10
-"""Largest gap between small chunks that are read together: larger than the headers that
+"""Largest gap between small chunks that are read together. It is larger than the headers that
 `torch.save` writes between two tensors."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
-    """A tensor to fill: pieces of a stored tensor, and the memory that they go to."""
+    """A tensor to fill: the pieces of a stored tensor to read, and the memory that they go to."""
 
     name: str
     pieces: Sequence[Piece]
@@ -77,8 +78,8 @@ def read_tensors(
 ) -> int:
     """Fill every wanted tensor. Returns the bytes read.
 
-    Files are read in the order of their bytes, by `threads` threads; None for as many as one of
-    `num_local` processes on this host uses. The first error stops all threads.
+    Files are read in the order of their bytes. The first error stops all threads. `threads`: number
+    of reading threads; None: as `threads_for` decides. `num_local`: number of ranks on this host.
 
     Raises:
         DamagedError: bytes are missing, or are not the bytes that were written.
@@ -89,11 +90,11 @@ def read_tensors(
 
 
 def threads_for(num_local: int, source: Source, *, on_device: bool = False) -> int:
-    """Number of reading threads per rank, for `num_local` ranks on this host. `on_device`: they
-    read for an accelerator.
+    """Return the number of reading threads per rank, for `num_local` ranks on this host.
+    `on_device`: whether they read for an accelerator.
 
-    All ranks together use no more threads than the host has cores, unless the store is distant:
-    more would evict each other's blocks from the CPU cache before they are checked.
+    Unless the store is `Distant`, the ranks divide the cores of the host among them. More threads
+    would evict each other's blocks from the CPU cache before the blocks are checked.
     """
     if source.request_bytes is not None:
         return max(DISTANT_THREADS_MIN, DISTANT_THREADS_MAX // num_local)
@@ -104,22 +105,23 @@ def threads_for(num_local: int, source: Source, *, on_device: bool = False) -> i
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReadJob:
-    """Unit of work of a thread."""
+    """Part of a read, done by one thread."""
 
     file: str
     start: int
     """Approximate offset in the file."""
 
     run: Callable[[_Worker], int]
-    """Returns the bytes read."""
+    """Function that reads the data, and returns the number of bytes read."""
 
 
 @gc_paused()
 def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
-    """All jobs of a read, in the order of their bytes."""
+    """Return the jobs that fill all wanted tensors, in the order of their bytes in the files."""
     jobs: list[ReadJob] = []
     small: list[_Read] = []
-    # A thread of a distant store has one request in flight, so that each job is one.
+    # A thread sends the requests of its job one after another, and waits for each answer. For a
+    # `Distant` store, make each job one request, so that all threads have work.
     job_bytes = source.request_bytes or JOB_BYTES
     for want in wanted:
         entry = source.manifest.tensors[want.name]
@@ -147,7 +149,7 @@ def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Read:
-    """Wanted region of one chunk, and the memory that it goes to."""
+    """Read of a region of one chunk, and the memory that the elements go to."""
 
     name: str
     dtype: torch.dtype
@@ -157,7 +159,7 @@ class _Read:
 
     target: torch.Tensor
     nbytes: int
-    """Bytes of the whole chunk's data."""
+    """Bytes of data in the whole chunk, of which `region` may be a part."""
 
     @property
     def box(self) -> Region:
@@ -179,7 +181,8 @@ def _run(
 ) -> int:
     """Run all jobs in threads, this one included. Returns the bytes read."""
     queue = deque(jobs)
-    # A target may still be in use, such as by the kernel that initializes it.
+    # A target may still be in use, such as by the kernel that initializes it. The reading threads
+    # wait for such work.
     queued = accelerator.QueuedWork(devices)
     num_read: list[int] = []
     errors: list[BaseException] = []
@@ -210,8 +213,8 @@ def _run(
 
 
 class _Worker:
-    """State of one thread: its open file, and buffers for bytes that cannot be read straight into
-    the target."""
+    """State of one reading thread: its open file, and buffers for bytes that cannot be read
+    straight into the wanted tensor."""
 
     def __init__(self, source: Source, devices: Sequence[torch.device]) -> None:
         self.source = source
@@ -231,7 +234,8 @@ class _Worker:
                 num_read += job.run(self)
 
     def reader(self, file: str) -> FileReader:
-        """FileReader of a file. The file that was open before is closed."""
+        """Open `file` if it is not open yet, and return its reader. Closes the file that was open
+        before."""
         if file != self._file:
             self._open.close()
             self._reader = self._open.enter_context(self.source.store.open(self.source.key(file)))
@@ -239,7 +243,8 @@ class _Worker:
         return self._reader
 
     def data(self, read: _Read, start: int, checksums: Sequence[int] | None) -> ChunkData:
-        """Data of a chunk, which begins at `start` in its file."""
+        """Return a reader of a chunk's data. `start`: offset of the data in its file. `checksums`:
+        one per block of the data; None if they are unknown."""
         place = read.chunk.file, Span(start, read.nbytes)
         reader = self.reader(read.chunk.file)
         return ChunkData(self.source, read.name, place, checksums, reader, self.ring.current)
@@ -250,7 +255,7 @@ class _Worker:
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
-    """Bytes `start` to `stop` of a byte range, read by one call."""
+    """Bytes `start` to `stop` of a chunk's data, read by one call. They lie in `range`."""
 
     range: ByteRange
     start: int
@@ -270,8 +275,8 @@ def _read_slices(read: _Read, slices: Sequence[_Slice], worker: _Worker) -> int:
 
 
 def _slices(read: _Read, direct_bytes: int = JOB_BYTES) -> Iterator[_Slice]:
-    """Slices of a chunk that hold the wanted elements: up to `direct_bytes` if they are read
-    straight into the target, otherwise up to `WINDOW_BYTES`."""
+    """Yield the slices of a chunk that hold the wanted elements. A slice has up to `direct_bytes`
+    if it is read straight into the wanted tensor, otherwise up to `WINDOW_BYTES`."""
     itemsize = read.dtype.itemsize
     for whole in byte_ranges(read.box, read.chunk.region.shape, itemsize, WINDOW_BYTES):
         if _is_direct(whole, read.dtype, box_of(read.target, whole.box)):
@@ -280,7 +285,7 @@ def _slices(read: _Read, direct_bytes: int = JOB_BYTES) -> Iterator[_Slice]:
         elif whole.stop - whole.start <= WINDOW_BYTES:
             yield _Slice(whole, whole.start, whole.stop)
         else:
-            # Only a contiguous range is longer than a window.
+            # Only a contiguous range is longer than `WINDOW_BYTES`.
             start = whole.start
             for rows in divide(whole.box, WINDOW_BYTES // itemsize):
                 stop = start + rows.num_elements * itemsize
@@ -289,13 +294,14 @@ def _slices(read: _Read, direct_bytes: int = JOB_BYTES) -> Iterator[_Slice]:
 
 
 def _is_direct(stored: ByteRange, dtype: torch.dtype, target: torch.Tensor) -> bool:
-    """Whether the bytes can be read straight into `target`."""
+    """Whether the bytes of the range `stored` can be read straight into `target`, without a
+    conversion."""
     plain = target.is_cpu and target.is_contiguous() and not (target.is_conj() or target.is_neg())
     return stored.contiguous and plain and target.dtype == dtype
 
 
 def _read_slice(data: ChunkData, part: _Slice, read: _Read, ring: accelerator.Ring) -> None:
-    """Read one slice into its place in the target."""
+    """Read one slice, and put its elements into the wanted tensor."""
     stored = part.range
     target = box_of(read.target, stored.box)
     if _is_direct(stored, read.dtype, target):
@@ -359,13 +365,13 @@ def _batches(small: list[_Read]) -> Iterator[list[_Read]]:
 
 
 def _read_container(read: _Read, worker: _Worker) -> int:
-    """Read from a chunk that another program wrote, whose data offset and strides are known only
-    from its container."""
+    """Read from a chunk that another program wrote. The index has neither the offset of its data
+    nor its strides, so both are read from the archive around the data."""
     shape = read.chunk.region.shape
     stored = locate_chunk(worker.source, read.name, read.chunk)
     transposed = stored.strides != contiguous_strides(shape)
     if transposed and read.nbytes > read.dtype.itemsize:
-        # Such as a transposed parameter. This is rare, so the whole chunk is read.
+        # For example, a transposed parameter was saved. This is rare, so read the whole chunk.
         count = stored.data.nbytes // read.dtype.itemsize
         whole = torch.empty(count, dtype=read.dtype, device="cpu")
         data = worker.data(replace(read, nbytes=whole.nbytes), stored.data.offset, None)

@@ -1,4 +1,4 @@
-"""Read data that several ranks want on one of them only, and pass it on to the others."""
+"""Let one rank read the data that several ranks want, and send it to the others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ AHEAD = 4
 """Number of bundles that a rank reads in advance."""
 
 SENDING = 2
-"""Number of bundles that may still be on their way while the next one is handled."""
+"""Number of bundles that a rank may still be sending while it handles the next one."""
 
 _DIGEST_BYTES = 16
 
@@ -48,12 +48,14 @@ def read_shared(
     ranks: Ranks,
     num_local: int,
 ) -> tuple[int, Mapping[Place, bytes]]:
-    """Fill every wanted tensor, and fetch values. One rank reads and checks what several want, or
-    the rows of which they want different columns, and passes to each what it wants. Returns the
-    bytes read by this rank, and the containers that were passed on.
+    """Fill every wanted tensor, and fetch the containers of those values that several ranks want.
+    If several ranks want the same data, or different columns of the same rows, one of them reads
+    and checks it, and sends each rank the data that it wants. Returns the bytes read by this rank,
+    and the containers, keyed by their places in the files.
 
-    `num_local`: number of ranks on this host. Needs memory for ten bundles and for the buffers of
-    the reading threads.
+    `num_local`: number of ranks on this host.
+
+    A rank needs memory for ten bundles and for the buffers of its reading threads.
 
     Collective: every rank calls this. An error of one rank is raised on all.
 
@@ -68,7 +70,7 @@ def read_shared(
     def read() -> int:
         bundles, alone = _agree(requests, ranks)
         passing = _Passing(source, ranks)
-        # Bundles are read into host memory, also for devices.
+        # Even if the tensors are on a device, bundles are read into host memory.
         threads = threads_for(num_local, source)
         with ThreadPoolExecutor(threads, thread_name_prefix="holdfast-read") as pool:
             passing.run(bundles, pool)
@@ -84,21 +86,23 @@ def read_shared(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
-    """A piece of a tensor, columns of rows, or a value, that this rank wants."""
+    """Request of this rank for a piece of a tensor, for some columns of a tensor's rows, or for a
+    value."""
 
     digest: bytes | None
-    """Hash of the request: equal on all ranks that want the same, or columns of the same rows. None
-    if this rank reads it for itself even if others want it too."""
+    """Hash of the request, equal on all ranks that want the same data, or columns of the same rows.
+    None if each rank reads the data for itself, even if others want it too."""
 
     items: Callable[[], Iterable[Item]]
-    """Makes the items, if the request is shared."""
+    """Function that divides the data into items. It is called if other ranks want the data too."""
 
     alone: Wanted | None = None
-    """The piece to read if no other rank wants it. None for a value: it is read when decoded."""
+    """Piece to read if no other rank wants it. None for a value, which is read when decoded."""
 
     cuts: dict[int, Region] = field(default_factory=dict)
-    """Columns that each rank wants: a box in the rows, by rank. Empty if all want the same;
-    `_exchange_cuts` adds those of the other ranks."""
+    """Box of columns that each rank wants, keyed by rank. Its position is relative to the first
+    element of the rows. `_exchange_cuts` adds the boxes of the other ranks. Empty if all ranks want
+    the same data."""
 
 
 def _requests(
@@ -136,8 +140,9 @@ def _requests(
 
 
 def _rows_of(item: ReadItem, dtype: torch.dtype) -> Region | None:
-    """Rows to read at once for all ranks that want columns of them, as a box of the whole tensor.
-    None if the item is none of columns, or is known only from a container that is too large."""
+    """If `item` is a box of columns, return the rows that contain it, as a box of the whole tensor.
+    One rank reads them for all ranks that want columns of them. Return None for other boxes, and if
+    the rows are large and the manifest does not have the offset of their data."""
     chunk = item.chunk
     rows = rows_around(item.region.within(chunk.region), chunk.region.shape, dtype.itemsize)
     if rows is None:
@@ -154,19 +159,20 @@ def _columns(
     rank: int,
     repeats: Counter[bytes],
 ) -> _Request:
-    """Request of a rank for columns of `rows`. `repeats`: number of its requests for the same
-    rows."""
+    """Return the request of `rank`, this rank, for `item`, a box of columns of `rows`. `repeats`:
+    counts the requests of this rank for the same rows."""
     digest = _digest("rows", want.name, *place_of(item.chunk), *rows.start, *rows.stop)
     repeats[digest] += 1
     cuts = {rank: item.region.within(rows)}
     items = partial(rows_items, want, dtype, item, rows, cuts, rank)
-    # Each of several is shared with one of every other rank.
+    # A rank may request the same rows several times. The digest includes the number of the request,
+    # so that the first requests of all ranks are equal, the second ones too, and so on.
     return _Request(_digest(digest, repeats[digest]), items, want, cuts)
 
 
 def _is_read_whole(item: ReadItem, dtype: torch.dtype) -> bool:
-    """Whether the chunk can be checked only by reading all of it at once: a large chunk of another
-    program, which has one checksum for the whole chunk."""
+    """Whether the item's data can be checked only by reading all of it at once: it is large, and
+    another program wrote it, with one checksum for the whole chunk."""
     nbytes = item.region.num_elements * dtype.itemsize
     return item.chunk.first_block is None and nbytes > BUNDLE_BYTES
 
@@ -176,12 +182,12 @@ def _digest(*parts: object) -> bytes:
 
 
 class _Passing:
-    """Reads, receives and sends the bundles of one rank."""
+    """Reads, receives and sends the bundles that this rank wants."""
 
     def __init__(self, source: Source, ranks: Ranks) -> None:
         self._source, self._ranks = source, ranks
         self.num_read: list[int] = []
-        """Bytes of each read."""
+        """Number of bytes of each read."""
 
         self.good = True
         """False once this rank has failed, or has received a bad bundle."""
@@ -190,10 +196,10 @@ class _Passing:
         """First error of this rank."""
 
     def run(self, bundles: Sequence[_Bundle], pool: ThreadPoolExecutor) -> None:
-        """Handle every bundle in its turn.
+        """Handle every bundle in order.
 
-        A receiving rank waits only for ranks at the same or an earlier bundle, never a later one.
-        So no circle of ranks can wait for each other.
+        A rank that receives a bundle waits only for a rank that is at this bundle or an earlier
+        one. So ranks cannot wait for each other in a circle.
         """
         rank = self._ranks.rank
         to_read = (bundle for bundle in bundles if bundle.members[0] == rank)
@@ -235,7 +241,7 @@ class _Passing:
         self.num_read.append(read_tensors(self._source, boxes, threads=1))
 
     def _take(self, bundle: _Bundle, message: torch.Tensor) -> None:
-        """Copy the items of a good message to their targets."""
+        """If a message is good, copy its items to the memory in which this rank wants them."""
         self.good = self.good and bool(message[-1])
         if self.good:
             sizes = [item.nbytes_for(self._ranks.rank) for item in bundle.items]
@@ -258,24 +264,24 @@ def _wait(sending: Sequence[Sending]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Bundle:
-    """Items that one rank reads together.
+    """Items that one rank reads together, and sends to the other ranks that want them.
 
-    If all ranks want the same, the message is what was read, and each rank passes it on to the
-    next. If they want columns, the reader sends a message to each, with its columns. The last byte
-    of a message is 1 if the rest is good.
+    If these ranks want the same data, one message has all of it, and each rank passes the message
+    on to the next. If they want different columns, the rank that reads sends each of the others a
+    message with its columns. The last byte of a message is 1 if the data before it is good.
     """
 
     turn: tuple[int, int, int, int]
     """Position among all bundles: every rank handles its bundles in this order."""
 
     members: Sequence[int]
-    """Ranks that want it. The first reads it."""
+    """Ranks that want the bundle. The first of them reads it."""
 
     items: Sequence[Item]
 
     @property
     def nbytes(self) -> int:
-        """Size of what is read, and one byte."""
+        """Size of the data that is read, plus the last byte, which says if the data is good."""
         return sum(room_bytes(item.nbytes) for item in self.items) + 1
 
     def nbytes_for(self, rank: int) -> int:
@@ -283,18 +289,18 @@ class _Bundle:
         return sum(room_bytes(item.nbytes_for(rank)) for item in self.items) + 1
 
     def sender(self, rank: int) -> int:
-        """The rank that sends the message to `rank`."""
+        """Return the rank that sends the message to `rank`."""
         return self.members[0 if self._is_cut else self.members.index(rank) - 1]
 
     def receivers(self, rank: int) -> Sequence[int]:
-        """Ranks that `rank` sends a message to."""
+        """Return the ranks that `rank` sends a message to."""
         position = self.members.index(rank)
         if self._is_cut:
             return () if position else self.members[1:]
         return self.members[position + 1 : position + 2]
 
     def message(self, memory: torch.Tensor, rank: int) -> torch.Tensor:
-        """The message to `rank`, of what was read or received."""
+        """Return the message to `rank`. `memory`: the bundle, as it was read or received."""
         if not self._is_cut:
             return memory
         packed = torch.empty(self.nbytes_for(rank), dtype=torch.uint8, device="cpu")
@@ -314,7 +320,7 @@ class _Bundle:
 def _rooms(
     memory: torch.Tensor, items: Sequence[Item], sizes: Sequence[int]
 ) -> Iterator[tuple[Item, torch.Tensor]]:
-    """Each item, with its bytes of `memory`, in which the items have these sizes."""
+    """Yield each item with its part of `memory`. `sizes`: bytes of each item there."""
     offset = 0
     for item, nbytes in zip(items, sizes, strict=True):
         yield item, memory[offset : offset + nbytes]
@@ -322,11 +328,11 @@ def _rooms(
 
 
 def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], list[Wanted]]:
-    """Returns the bundles of this rank, in an order that all ranks keep to, and the tensors that it
-    reads for itself.
+    """Return the bundles that this rank wants, in the order that all ranks use, and the pieces
+    that it reads for itself.
 
-    Collective: one message from each rank, one back, and one between each two that want columns of
-    the same rows.
+    Collective: each rank sends rank 0 a message and gets one back. Ranks that want columns of the
+    same rows send each other messages.
     """
     digests = [request.digest for request in requests if request.digest]
     groups, numbers = ranks.scatter(_grouped(ranks.gather(b"".join(digests))))
@@ -351,13 +357,14 @@ def _agree(requests: Sequence[_Request], ranks: Ranks) -> tuple[list[_Bundle], l
 
 
 def _exchange_cuts(requests: Sequence[_Request], members: Sequence[int], ranks: Ranks) -> None:
-    """Tell the other members which columns this rank wants, and learn which they want.
+    """For each request, tell the other ranks in `members` which columns this rank wants, and add
+    the columns that they want to the `cuts` of the request.
 
-    Collective over `members`, which all have these requests.
+    Collective over `members`, which all have requests with these digests.
     """
     if not requests:
         return
-    # The same order on all members.
+    # Sort, since all members must send and receive the columns in the same order.
     requests = sorted(requests, key=lambda request: request.digest or b"")
     own = [request.cuts[ranks.rank] for request in requests]
     numbers = torch.tensor([n for cut in own for n in cut.start + cut.stop], device="cpu")
@@ -376,10 +383,12 @@ def _exchange_cuts(requests: Sequence[_Request], members: Sequence[int], ranks: 
 def _bundles(
     items: Sequence[Item], members: Sequence[int], number: int, kind: int
 ) -> Iterator[_Bundle]:
-    """Bundles of the items that the members of group `number` want.
+    """Divide items into bundles. `members`: the ranks that want the items. `number`: number of this
+    group of ranks. `kind`: 0 if all of them want the whole items, 1 if they want columns. `kind`
+    only decides the order of the bundles.
 
-    They share the reading by bytes: each reads one contiguous share, in file order, and they take
-    turns.
+    Each member reads an equal share of the bytes, which is contiguous in file order. The order of
+    all bundles begins with the first bundle of each member, then the second of each, and so on.
     """
     in_order = sorted(items, key=lambda item: item.sort_key)
     total, before = sum(item.nbytes for item in items), 0
@@ -387,7 +396,8 @@ def _bundles(
     for bundled in grouped(in_order, lambda item: room_bytes(item.nbytes), BUNDLE_BYTES):
         share = before * len(members) // max(1, total)
         before += sum(item.nbytes for item in bundled)
-        # Without the group's number, low ranks would read the first share of every group.
+        # A group with few bytes has only a first share. Add the group's number, so that the lowest
+        # rank of each group does not always read it.
         first = (share + number) % len(members)
         in_turn = (*members[first:], *members[:first])
         yield _Bundle((num_taken[share], number, kind, share), in_turn, bundled)
@@ -395,12 +405,12 @@ def _bundles(
 
 
 _Groups = dict[int, tuple[int, ...]]
-"""Ranks that want the same data, by number of the group."""
+"""Groups of ranks that want the same data, keyed by number of the group."""
 
 
 def _grouped(sent: Sequence[bytes]) -> list[tuple[_Groups, list[int]]]:
-    """For each rank: the groups that it is in, and the number of the group of each digest that it
-    sent."""
+    """Return, for each rank, the groups that it is in, and the group number of each digest that it
+    sent. `sent`: concatenated digests of each rank's requests."""
     senders: dict[bytes, list[int]] = {}
     for rank, data in enumerate(sent):
         senders.setdefault(data, []).append(rank)

@@ -1,1 +1,1 @@
-"""What a training loop holds: when to save, what to keep, where to resume from."""
+"""The manager of a training run: when to save, what to keep, where to resume from."""

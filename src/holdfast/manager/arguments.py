@@ -1,4 +1,4 @@
-"""Checks the arguments of a `CheckpointManager` before it changes its folder or saves a step."""
+"""Check the arguments of a `CheckpointManager`, before the manager changes its folder or saves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 logger: logging.Logger = logging.getLogger("holdfast")
 
 Metrics = Mapping[str, float] | Callable[[], Mapping[str, float]]
-"""Numbers by name, or a function that gives them."""
+"""Metrics of a step: numbers by name, or a function that returns them."""
 
 
 def check(
@@ -50,13 +50,14 @@ def check(
     on_stop: object,
     on_saved: object,
 ) -> None:
-    """Check that `CheckpointManager` can save and load these arguments. Logs a warning if settings
-    have no effect.
+    """Check the arguments of `CheckpointManager`. If `config.enable` is off, log a warning that
+    lists the other changed settings, since they have no effect.
 
     Collective: every rank calls this. An error on one rank is raised on all.
 
     Raises:
-        UsageError: an argument of another type, or a name in `states` that is taken.
+        UsageError: an argument has the wrong type or value, or a component has the same name as
+            another component or as a tensor of the model.
     """
 
     def check_on_this_rank() -> None:
@@ -95,7 +96,8 @@ def check(
                     f"{shown(optimizer)} has none",
                     hint='async_mode = "async"',
                 )
-        # Owner of each name that is taken. A component that is not passed may be one of `states`.
+        # Names that `states` must not use, each with its owner. The names of components that are
+        # not passed are free.
         taken = {MODEL: "`model`", RNG: "every step", DATALOADER_KEYS[1]: "`dataloader`"}
         taken |= {OPTIMIZER: "`optimizers`"} if given else {}
         taken |= {SCHEDULER: "`lr_schedulers`"} if schedulers else {}
@@ -113,7 +115,7 @@ def check(
 
 
 def _check_place(folder: object, store: object) -> None:
-    """Check that either a folder or a store is given."""
+    """Check that only one of `folder` and `store` is given, and that it has the right type."""
     if store is None:
         checked_path(folder, "folder")
     elif folder is not None:
@@ -126,17 +128,18 @@ def _check_place(folder: object, store: object) -> None:
 
 
 def is_container(optimizers: object) -> bool:
-    """Whether this is one object that holds optimizers, such as TorchTitan's
-    `OptimizersContainer`: its own `state_dict` is saved."""
+    """Return whether `optimizers` is a single object that holds optimizers, such as TorchTitan's
+    `OptimizersContainer`. A checkpoint stores what the object's own `state_dict` returns."""
     if isinstance(optimizers, Sequence) or _is_optimizer(optimizers):
         return False
-    # A scheduler has no `zero_grad`, a module has no `step`.
+    # Schedulers and modules have states too, but schedulers lack `zero_grad`, modules lack `step`.
     return _is_stateful(optimizers) and _has(optimizers, "step", "zero_grad")
 
 
 def _check_names(models: Sequence[nn.Module], states: object, taken: Mapping[str, str]) -> None:
-    """Check that all components and all tensors of the model have different names: a checkpoint
-    could not tell them apart."""
+    """Check that `states` holds objects that can be saved, and that no component has the name of
+    another component or of a tensor of the model: a checkpoint could not tell the two apart.
+    `taken`: names that `states` must not use, each with its owner as error messages call it."""
     tensors = {name for module in models for name in map(Names(module).of, memory_of(module))}
     if both := tensors & {OPTIMIZER, SCHEDULER, RNG, *taken}:
         raise UsageError(
@@ -165,8 +168,8 @@ def _check_names(models: Sequence[nn.Module], states: object, taken: Mapping[str
 
 
 def checked_config(config: object) -> CheckpointConfig:
-    """The given settings, or the default: a save every 500 steps. Raises a UsageError if `config`
-    is something else."""
+    """Return the given settings, or for None the defaults, which save every 500 steps. Raise a
+    UsageError if `config` has another type."""
     if config is None:
         return CheckpointConfig(enable=True)
     if not isinstance(config, CheckpointConfig):
@@ -176,7 +179,7 @@ def checked_config(config: object) -> CheckpointConfig:
 
 
 def checked_ranks(ranks: Ranks) -> Ranks:
-    """The given ranks. Raises a UsageError if a method is missing."""
+    """Return `ranks`. Raise a UsageError if the object lacks an attribute or method of `Ranks`."""
     if not _has(ranks, "rank", "size", "gather", "broadcast"):
         hint = "leave it out: the ranks of `torch.distributed` are found"
         raise _wrong("ranks", "ranks as `holdfast.comm` has them", ranks, hint)
@@ -190,13 +193,15 @@ def agree(
     measured: Sequence[float] = (),
     **flags: object,
 ) -> tuple[int, Sequence[bool], Sequence[float]]:
-    """Check the arguments of `save` on all ranks. Returns `step`, the flags, and the maximum of
-    each measurement over all ranks.
+    """Check the arguments of `CheckpointManager.save` on all ranks. `flags`: its arguments that are
+    True or False, by name. Returns `step`, the values of the flags, and the maximum over all ranks
+    of each number in `measured`.
 
-    Collective: every rank calls this after every step, so it costs one `all_reduce_max`.
+    Collective: every rank calls this after every step. It is fast: one `all_reduce_max`.
 
     Raises:
-        UsageError: an argument of another type on any rank, or arguments that differ between ranks.
+        UsageError: an argument has the wrong type on some rank, or `step` or a flag is not the same
+            on all ranks.
     """
 
     def check_call() -> list[int]:
@@ -206,8 +211,8 @@ def agree(
         return [checked_step(step, "step"), *checked]
 
     call = capture(check_call)
-    # First, whether this call is invalid. Then the arguments and their negatives, since the maximum
-    # of the negatives gives the minimum.
+    # The first number says whether this call is invalid. The arguments and their negatives follow:
+    # their maxima over all ranks show the largest and the smallest value of each argument.
     num = 1 + len(flags)
     numbers = [1.0, *[-math.inf] * 2 * num]
     if not isinstance(call, HoldfastError):
@@ -224,8 +229,8 @@ def agree(
 
 
 def numbers_in(metrics: Metrics | None) -> dict[str, float]:
-    """The metrics of a step as plain numbers. Raises a UsageError if a name is no text, or a value
-    is no number."""
+    """Return the metrics of a step as plain numbers by name. If `metrics` is a function, call it.
+    Raise a UsageError if a name is not text, or a value is not a number."""
     given: object = {} if metrics is None else metrics
     if not isinstance(given, Mapping) and callable(given):
         given = given()
@@ -235,7 +240,7 @@ def numbers_in(metrics: Metrics | None) -> dict[str, float]:
     for name, value in given.items():
         if not _is_name(name):
             raise UsageError(f"`metrics` must have text as names, found: {shown(name)}")
-        # An array or a tensor of one element counts as that number.
+        # An array or a tensor with a single element is accepted as a number.
         is_array = hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1
         single = value.item() if is_array else value
         as_number = number(single) if flag(single) is None else float(single)
@@ -246,7 +251,8 @@ def numbers_in(metrics: Metrics | None) -> dict[str, float]:
 
 
 def as_list(given: T | Sequence[T]) -> list[T]:
-    """One object or several, as a list."""
+    """Return the items of a sequence as a list. For text or any other object, return a list with
+    only this object."""
     if isinstance(given, Sequence) and not isinstance(given, str | bytes):
         return list(given)
     return [given]
@@ -255,7 +261,9 @@ def as_list(given: T | Sequence[T]) -> list[T]:
 def _several(
     what: str, given: object, expected: str, is_one: Callable[[object], bool]
 ) -> list[Any]:
-    """One object or several, as a list. Raises a UsageError if `is_one` rejects any."""
+    """Return `given`, the value of the argument named `what`, as a list: see `as_list`. Raise a
+    UsageError if `is_one` returns False for an item. `expected`: words for the right type in the
+    error message."""
     items: list[Any] = as_list(given)
     for item in items:
         if not is_one(item):
@@ -264,7 +272,7 @@ def _several(
 
 
 def _is_name(name: object) -> bool:
-    """Whether this is a text, not empty, that UTF-8 can encode."""
+    """Return whether `name` is a string that is not empty and that UTF-8 can encode."""
     try:
         return isinstance(name, str) and bool(name.encode())
     except UnicodeEncodeError:
@@ -272,7 +280,7 @@ def _is_name(name: object) -> bool:
 
 
 def _has(value: object, *names: str) -> bool:
-    """Whether this is an object, not a class, with all of these attributes."""
+    """Return whether `value` is an object, not a class, and has all attributes in `names`."""
     return not isinstance(value, type) and all(hasattr(value, name) for name in names)
 
 
@@ -287,7 +295,7 @@ def _is_optimizer(value: object) -> bool:
 
 
 def _hint_for(what: str, value: object) -> str | None:
-    """Hint for a frequent mistake: a wrong `value` of the argument `what`."""
+    """Return a hint if a wrong `value` of the argument `what` is a frequent mistake, else None."""
     if isinstance(value, type):
         return f"an instance of it: {value.__name__}(...)"
     if isinstance(value, Iterator):

@@ -1,4 +1,4 @@
-"""The checkpoints that a run has found complete, so that it need not open them after every save."""
+"""Remembers which checkpoints are complete, so that retention need not open all after each save."""
 
 from __future__ import annotations
 
@@ -13,56 +13,57 @@ from holdfast.format.manifest import Manifest
 from holdfast.storage.store import ReadStore
 
 LOOKS_MAX = 256
-"""Most files of known checkpoints that are looked at after a save. A run of 2,048 ranks that keeps
-10 checkpoints has 20,480: each look is a request to the server of a network file system."""
+"""Largest number of files that are checked again after a save. A run of 2,048 ranks that keeps 10
+checkpoints has 20,480 files, and on a network file system each check is a request to the server."""
 
 _TAIL_BYTES = 1 << 20
-"""Bytes at the end of an index, or of another small file, that are compared."""
+"""Number of bytes at the end of a file that its checksum covers, if the file is not a data file."""
 
 
 @dataclass(slots=True)
 class _Complete:
-    """A complete checkpoint."""
+    """A checkpoint that was found complete."""
 
     manifest: Manifest
-    """Manifest without entries, of which there may be a million."""
+    """Manifest without its entries, since there may be a million of them."""
 
     files: dict[str, object]
-    """Expected size of each data file; of any other file, size and checksum of its end."""
+    """Size of each data file. For any other file, its size and the checksum of its last MiB."""
 
     unseen: list[str] = field(default_factory=list)
-    """Files that the current round has not reached yet."""
+    """Files that the current round has still to check. A round checks each file once."""
 
 
 class CompleteCheckpoints:
     """Checkpoints that a run has found complete.
 
-    Each is opened once. After that, every call of `look_again` looks at some of their files, in
-    turn, so the work after a save does not grow with the checkpoints that are kept, nor with their
-    files. A small run's files are all looked at each time.
+    Each checkpoint is opened once. After that, each call of `look_again` checks at most `LOOKS_MAX`
+    files, in rotation, so the work after a save does not grow with the number of checkpoints and
+    files. In a small run, each call checks all files.
     """
 
     def __init__(self, store: ReadStore) -> None:
         self._store = store
         self._known: dict[str, _Complete] = {}
-        """Known checkpoints by folder. The one that was looked at longest ago comes first."""
+        """Known checkpoints by folder. The one that was checked longest ago comes first."""
 
     def manifest(self, folder: str) -> Manifest:
-        """The manifest of a complete checkpoint, without entries. Raises an error if it is not
-        complete."""
+        """Return the manifest, without entries, of the checkpoint in a folder. Raise a
+        HoldfastError if the checkpoint is not complete."""
         if folder not in self._known:
             self._add(folder, read_any(self._store, folder, entries=False))
         return self._known[folder].manifest
 
     def published(self, folder: str) -> None:
-        """Add a checkpoint that this run has just published, or published again. Reads its index
-        only, since each rank has confirmed what it wrote."""
+        """Add a checkpoint that this run has just published, or published again. Read only the
+        index of the checkpoint, since each rank has confirmed that its own data file is complete.
+        """
         self._known.pop(folder, None)
         self._add(folder, read_any(self._store, folder, entries=False, check_files=False))
 
     def look_again(self, folders: Collection[str]) -> None:
-        """Forget known checkpoints that are not in `folders`, and those with a file that has
-        changed. Looks at `LOOKS_MAX` files."""
+        """Check up to `LOOKS_MAX` files of known checkpoints. Forget each checkpoint that has a
+        changed file, or is not in `folders`."""
         for folder in self._known.keys() - folders:
             del self._known[folder]
         left = LOOKS_MAX
@@ -94,7 +95,7 @@ class CompleteCheckpoints:
             return False
 
     def _ending(self, folder: str, file: str) -> object:
-        """Size of a file, and the checksum of its last MiB."""
+        """Return the size of a file, and the checksum of its last MiB."""
         nbytes = self._store.size(f"{folder}/{file}")
         tail = self._store.read(f"{folder}/{file}", max(0, nbytes - _TAIL_BYTES), nbytes)
         return nbytes, checksum(tail)
@@ -103,7 +104,9 @@ class CompleteCheckpoints:
 def read_any(
     store: ReadStore, folder: str, *, entries: bool = True, check_files: bool = True
 ) -> Manifest:
-    """Open a checkpoint of a run. The last one may be a Hugging Face folder."""
+    """Return the manifest of a checkpoint of a run, or of the Hugging Face folder that a run may
+    save in place of its last checkpoint. `entries`: whether to read the entries too. `check_files`:
+    whether to check that all files are complete."""
     if not entries and is_sealed(store, folder):
         return open_sealed(store, folder)
     return open_any(store, folder, check_files=check_files, entries=entries).manifest

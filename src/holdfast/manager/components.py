@@ -1,4 +1,4 @@
-"""The components of a training state: which to load, and log lines and hints about them."""
+"""The components of a training state: which of them to load, and messages about them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from holdfast.state.tree import Stateful
 
 
 def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any]:
-    """The components that each rank has for itself: data loader and random number generators.
+    """Return the components whose state may differ between ranks: the data loader, if there is one,
+    and the random number generators. `rank`: number of this rank.
 
-    The generators come last, since making an iterator or a worker draws random numbers.
+    The generators come last, since loading the data loader may create an iterator or a worker,
+    which draws random numbers.
     """
     loader = {} if dataloader is None else {DATALOADER: _loader_component(dataloader, rank)}
     return {**loader, RNG: RankState(ObjectState(RngState()), rank, may_lack=True)}
@@ -28,8 +30,8 @@ def components_per_rank(dataloader: Stateful | None, rank: int) -> dict[str, Any
 def ignored_names(
     manifest: Manifest, loaded: Sequence[str], excluded: Collection[str] = ()
 ) -> set[str]:
-    """First keys of a checkpoint that a load of the components `loaded` ignores: those excluded by
-    the user, and, if only the model is loaded, all that do not belong to the model."""
+    """Return the top-level keys of a checkpoint that a load of the components `loaded` ignores:
+    those in `excluded`, and if only the model is loaded, the keys of all other components too."""
     names = canonical(excluded)
     if [*loaded] == [MODEL]:
         names |= {*(COMPONENTS if manifest.components is None else manifest.components)}
@@ -37,12 +39,12 @@ def ignored_names(
 
 
 def canonical(names: Collection[str]) -> set[str]:
-    """Names of components, each in one spelling."""
+    """Return the names of components. Replace `data_loader`, another spelling, by `dataloader`."""
     return {DATALOADER if name in DATALOADER_KEYS else name for name in names}
 
 
 def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None:
-    """Check that only components are excluded from loading; raises a UsageError otherwise."""
+    """Raise a UsageError if a name in `excluded` is not a component, or is the model."""
     known = {*components, *DATALOADER_KEYS} - {MODEL}
     for name in excluded:
         if name not in known:
@@ -54,21 +56,21 @@ def check_excluded(excluded: Sequence[str], components: Collection[str]) -> None
 
 
 def _loader_component(loader: Stateful, rank: int) -> ObjectState | RankState:
-    """Return the component of a data loader.
+    """Return the component that saves and loads the state of a data loader.
 
     A loader with `state_is_global = True` has a state that is valid on all ranks, such as a
-    position in a global order of samples. It is saved once, and any number of ranks can load it.
-    Otherwise each rank saves its own state, and a load needs the same number of ranks.
+    position in a global order of samples. This state is saved once, and any number of ranks can
+    load it. Otherwise each rank saves its own state, and a load needs the same number of ranks.
     """
-    # torchdata's loader creates its iterator in `state_dict`, and keeps it. The iterator draws a
-    # seed, so the load must create it before it restores the generators.
+    # torchdata's loader creates its iterator in `state_dict`, and this draws a seed. So a load must
+    # call `state_dict` too, before the random number generators are restored.
     state = ObjectState(loader, is_read_back=True)
     return state if getattr(loader, "state_is_global", False) else RankState(state, rank)
 
 
 def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
-    """Check that a data loader with a state for each rank was saved by `num_ranks` ranks; raises a
-    MismatchError otherwise."""
+    """If a checkpoint has one state of the data loader for each rank, check that these are the
+    states of `num_ranks` ranks. Raise a MismatchError otherwise."""
     paths = [tensor.path for tensor in manifest.tensors.values()]
     paths += [value.path for value in manifest.values.values()]
     keys = {str(path[1]) for path in paths if path[0] == DATALOADER and len(path) > 1}
@@ -84,13 +86,14 @@ def check_dataloader(manifest: Manifest, num_ranks: int) -> None:
 
 
 def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str | None:
-    """Hint with the setting that excludes the mismatched components; None if only the model is
-    mismatched. `components` are all but the model."""
+    """Return a hint for the error of a load. The hint names the setting that excludes the
+    components which do not match the checkpoint. Return None if only the model does not match.
+    `components`: names of all components but the model."""
     named = {name.partition(".")[0] for name in re.findall(r"`([^`/]+)`", error.what)}
     mismatched = sorted(named & {*components})
     if not mismatched:
         return None
-    # Below its first line, an error lists the differences, each with the name of an entry first.
+    # After its first line, the message lists the differences. Each line begins with a name.
     lines = [line.strip() for line in error.what.splitlines()[1:]]
     first_names = {line.split("`")[1].partition(".")[0] for line in lines if line[:1] == "`"}
     if first_names <= {*components}:
@@ -105,7 +108,7 @@ def hint_for_mismatch(error: HoldfastError, components: Collection[str]) -> str 
 
 
 def differences(loaded: Loaded) -> list[str]:
-    """Log lines on the differences that a load has allowed."""
+    """Return log lines about differences between checkpoint and run that a load has tolerated."""
     lines = [*loaded.differences]
     if lines:
         lines.append(
@@ -121,7 +124,7 @@ def differences(loaded: Loaded) -> list[str]:
 
 
 def conversions(loaded: Loaded, manifest: Manifest) -> list[str]:
-    """Log line on the tensors that a load has converted to another dtype, if any."""
+    """Return a list with one log line if a load has converted tensors to another dtype, else []."""
     if not loaded.converted:
         return []
     first = loaded.converted[0]
@@ -132,7 +135,8 @@ def conversions(loaded: Loaded, manifest: Manifest) -> list[str]:
 
 
 def why_no_generators(manifest: Manifest, num_ranks: int) -> str | None:
-    """Reason why a checkpoint has no random number generators for each rank; None if it has."""
+    """Return why a run of `num_ranks` ranks cannot load the states of the random number generators
+    from a checkpoint; None if it can."""
     saved_by = manifest.layout.get("world_size")
     if not any(entry.path[0] == RNG for entry in manifest.tensors.values()):
         return "not saved"

@@ -32,7 +32,7 @@ class CheckpointConfig:
     """Save checkpoints, and resume from them."""
 
     folder: str = "checkpoint"
-    """Folder of the checkpoints, below `job.dump_folder`; or the URL of one in an object store."""
+    """Folder of the checkpoints, below `job.dump_folder`, or a URL in an object store."""
 
     interval: int | Literal["auto"] = 500
     """Steps between saves. `auto` computes it from the duration of a save, the duration of a step
@@ -52,8 +52,9 @@ class CheckpointConfig:
     """Largest number of steps between saves with `interval = "auto"`."""
 
     load_step: int = -1
-    """Step to resume from; an error if it cannot be loaded. -1 takes the newest good checkpoint. A
-    seed or a stock checkpoint at step 0 loads the model only."""
+    """Step to resume from. If its checkpoint cannot be loaded, the run ends with an error. -1 takes
+    the newest good checkpoint. From a seed, or a stock checkpoint at step 0, only the model is
+    loaded."""
 
     initial_load_path: str | None = None
     """Path or URL of a checkpoint to start from while `folder` has no good checkpoint."""
@@ -67,26 +68,26 @@ class CheckpointConfig:
 
     initial_load_renames: tuple[str, ...] = ()
     """Renames of tensors in `initial_load_path`, each as `theirs=ours`. A rename replaces the
-    beginning of a name; `{}` matches any one part of it."""
+    beginning of a name. `{}` matches one part of a name, without dots."""
 
     initial_load_in_hf: bool = False
-    """Start from a Hugging Face folder: `initial_load_path`, or `model.hf_assets_path` if that is
-    not set."""
+    """Start from a Hugging Face folder: `initial_load_path`, or by default
+    `model.hf_assets_path`."""
 
     initial_load_in_hf_quantized: bool = False
-    """Declare that this folder is quantized. Quantized folders are recognized and dequantized in
-    any case."""
+    """Declare that the Hugging Face folder to start from is quantized; if it is not, the log says
+    so. Quantized folders are recognized and dequantized in any case."""
 
     save_frozen: bool = True
-    """Save frozen parameters (`requires_grad` is false) too. Off: checkpoints leave them out, such
-    as the base model below adapters, and every start loads them from `initial_load_path` before it
+    """Save frozen parameters (`requires_grad` is false) too, such as the base model below adapters.
+    Off: checkpoints leave them out, and every start loads them from `initial_load_path` before it
     resumes."""
 
     last_save_model_only: bool = True
     """Write the last checkpoint with the model only, in `export_dtype`."""
 
     last_save_in_hf: bool = False
-    """Write the last checkpoint as a Hugging Face folder, which transformers opens as it is."""
+    """Write the last checkpoint as a Hugging Face folder, which transformers can load directly."""
 
     hf_export_interval: int = 0
     """Steps between Hugging Face exports of the model, in `hf/step-N` below `folder`. Retention
@@ -97,51 +98,54 @@ class CheckpointConfig:
     exports."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Mode of a save, by what training waits for. `disabled`: the durable checkpoint. `async`: a
-    copy of the state in host memory, which is written in the background. `async_with_pinned_mem`:
-    almost nothing; the copy is made during the next forward and backward, and optimizers wait for
-    it before they step."""
+    """Mode of a save, by the part of it that training waits for. `disabled`: all, until the
+    checkpoint is durable. `async`: a copy of the state in host memory, from which the checkpoint is
+    written in the background. `async_with_pinned_mem`: almost nothing. The copy is made during the
+    next forward and backward pass, and optimizers wait for it before they step."""
 
     on_save_overlap: Literal["wait", "skip", "queue"] = "wait"
     """Action if a save is due while the previous one is being written. `wait`: training waits.
-    `skip`: the save is skipped. `queue`: it is made afterwards, of the step reached by then."""
+    `skip`: the save is skipped. `queue`: the step reached when the previous save has ended is
+    saved."""
 
     on_low_memory: Literal["raise", "wait"] = "raise"
     """Action if host memory is too small for the copy of `async_mode`. `raise`: an error. `wait`:
     training waits for the durable checkpoint, as with `disabled`."""
 
     write_bandwidth_limit: float = 0.0
-    """Most MB/s that all ranks together write, for file systems that others share. 0 is no
-    limit."""
+    """Limit on the MB/s that all ranks together write, for file systems that other jobs use too. 0:
+    no limit."""
 
     files: Literal["rank", "node"] = "rank"
     """Data files of a checkpoint: one for each `rank`, or one for each `node`, which the ranks of a
-    host write together. `node` needs a folder, and suits many ranks on a parallel file system."""
+    host write together. `node` suits many ranks on a parallel file system, and does not work with
+    an object store."""
 
     deduplicate: bool = False
-    """Link the files of tensors that have not changed, instead of writing them again: a frozen base
-    model, experts that are seldom trained. Needs hard links; an object store copies the files
-    instead. Two consecutive checkpoints share no file, so each tensor is stored twice."""
+    """Link the files of tensors that have not changed since an earlier checkpoint, instead of
+    writing them again. For a frozen base model, or experts that are seldom trained. Needs hard
+    links; an object store copies the files instead. Two consecutive checkpoints share no file, so
+    each tensor is stored twice."""
 
     deduplicate_check_every: int = 20
-    """Number of saves that link a file before it is read and compared with its checksums. Damage
-    makes the save write its tensors again. 0 never reads it."""
+    """Number of saves that link a file before the file is read and compared with its checksums. If
+    it is damaged, the save writes its tensors again. 0: files are never read."""
 
     local_folder: str | None = None
     """Folder on a disk of each host, or in its memory, for frequent saves: the fast tier. The name
-    of the host replaces `{host}`. `interval` then says which of these checkpoints are copied to
-    `folder`, in the background, within `write_bandwidth_limit`."""
+    of the host replaces `{host}`. `interval` then selects the checkpoints that are copied from
+    there to `folder`, in the background, within `write_bandwidth_limit`."""
 
     local_interval: int = 50
     """Steps between saves to `local_folder`."""
 
     local_replicas: int = 0
-    """Number of other hosts whose `local_folder` keeps the files of a host too: 0 or 1. With 1, a
-    run resumes from `local_folder` after any single host is lost."""
+    """Number of other hosts that keep a copy of each host's files in their `local_folder`: 0 or 1.
+    With 1, a run can resume from `local_folder` after the loss of any single host."""
 
     keep_latest_k: int = 10
-    """Number of newest good checkpoints to keep. 0 keeps all. 1 is refused: one damaged file would
-    end the run."""
+    """Number of newest good checkpoints to keep. 0 keeps all. 1 is refused, since one damaged file
+    could then end the run."""
 
     keep_every_n_steps: int = 0
     """Keep all checkpoints whose step is a multiple of this number, in addition to other rules. 0
@@ -155,7 +159,7 @@ class CheckpointConfig:
     """Metric for `keep_best_k`: a name that the training loop passes to `save`."""
 
     keep_best_mode: Literal["min", "max"] = "min"
-    """Which metric is the best: the smallest (`min`) or the largest (`max`)."""
+    """Best value of the metric: the smallest (`min`) or the largest (`max`)."""
 
     exclude_from_loading: tuple[str, ...] = field(default=())
     """Components that a resume leaves as they are: `optimizer`, `lr_scheduler`, `dataloader`,
@@ -164,14 +168,14 @@ class CheckpointConfig:
     load_replicas: Literal["auto", "read", "broadcast"] = "auto"
     """How ranks load data that several of them need. `read`: each rank reads it. `broadcast`: one
     rank reads and checks it, and sends it to the others. `auto`: `broadcast` for a URL or for ranks
-    on several hosts, else `read`, since one page cache serves a host."""
+    on several hosts, else `read`, since the ranks of one host share its page cache."""
 
     enable_first_step_checkpoint: bool = False
     """Also save after step 1, to see early that saving works."""
 
     create_seed_checkpoint: bool = False
-    """Save the initial weights of the whole model as step 0, from one CPU process, and end. Any
-    layout can start from them."""
+    """Save the initial weights of the whole model as step 0, from one CPU process, and end. Runs
+    with any parallelism can start from these weights."""
 
     load_only: bool = False
     """Resume, but never save."""
@@ -185,15 +189,15 @@ class CheckpointConfig:
 
     stop_deadline_s: float = 30.0
     """Seconds from a stop signal until the process is killed. If a full save takes longer than the
-    time left, the model only is saved, or nothing."""
+    time left, the run saves only the model, or nothing."""
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Self:
         """Make the settings from a mapping, such as the `[checkpoint]` section of a TOML file.
 
         Raises:
-            UsageError: this is no mapping, a key is unknown, or a value has the wrong type. The
-                message names the key.
+            UsageError: `mapping` is not a mapping, a key is unknown, or a value has the wrong type.
+                The message names the key.
         """
         if not isinstance(mapping, Mapping):
             raise UsageError(
@@ -216,7 +220,7 @@ class CheckpointConfig:
         if self.local_folder is not None:
             checked_path(self.local_folder, "checkpoint.local_folder")
             if self.deduplicate:
-                # The copy from the fast tier to `folder` would write every byte again.
+                # No file would be linked, since the copy from the fast tier writes every byte.
                 raise UsageError(
                     "`checkpoint.deduplicate` links files in `checkpoint.folder`, and does not "
                     "work with `checkpoint.local_folder`",
@@ -282,7 +286,7 @@ class CheckpointConfig:
                 )
 
     def _check_frozen(self) -> None:
-        """Refuse settings that need the whole model if frozen parameters are not saved."""
+        """If `save_frozen` is off, raise a UsageError for settings that do not work without it."""
         for key in ("last_save_in_hf", "hf_export_interval", "create_seed_checkpoint"):
             if getattr(self, key) and not self.save_frozen:
                 raise UsageError(

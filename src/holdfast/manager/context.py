@@ -1,4 +1,4 @@
-"""Objects that loading and saving a run share."""
+"""Context that the loader and the saver of a run share."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from holdfast.manager.config import CheckpointConfig
 from holdfast.manager.goodput import Goodput
 
 OnSaved = Callable[[int, str, Mapping[str, float]], object]
-"""Function of the step, the path and the metrics of a checkpoint that is durable."""
+"""Function that is called with the step, path and metrics of each checkpoint once it is durable."""
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """Catalog, settings and ranks of a run."""
+    """The checkpoints (`catalog`), settings and ranks of a run."""
 
     catalog: Catalog
     config: CheckpointConfig
@@ -31,7 +31,8 @@ class RunContext:
     on_saved: OnSaved | None = None
 
     def note_saved(self, step: int, where: str, metrics: Mapping[str, float]) -> None:
-        """Call `on_saved` on rank 0. Logs its errors: the checkpoint is there all the same."""
+        """Call the user's function `on_saved`, if there is one, on rank 0. Log its errors, since
+        they do not harm the checkpoint. `where`: path or URL of the checkpoint."""
         if self.on_saved is None or self.ranks.rank:
             return
         try:
@@ -46,7 +47,7 @@ class RunContext:
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Limit on the bytes that each rank writes to the folder per second; None for none."""
+        """Bytes per second that each rank may write to the run folder; None for no limit."""
         return self.config.write_bandwidth_limit * 1e6 / self.ranks.size or None
 
     def info(self, line: str) -> None:

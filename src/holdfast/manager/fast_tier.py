@@ -15,7 +15,7 @@ from holdfast.tier.local import LocalTier
 
 
 class FastTier:
-    """The fast tier of a run that has locked its folder.
+    """The fast tier of a run. Made after the run has locked its own folder.
 
     Collective: every rank makes one and calls its methods in the same order.
     """
@@ -23,12 +23,15 @@ class FastTier:
     def __init__(
         self, run: RunContext, folder: str, held: ExitStack, note: str, on_drained: OnDrained
     ) -> None:
-        """Lock `folder` on each host until `held` ends. `note` describes this process.
+        """Lock `folder` on each host until the context `held` ends.
+
+        `note` describes this process; it is written into the lock files. `on_drained` is called on
+        every rank when a checkpoint was copied to the folder of the run.
 
         Raises:
             UsageError: `folder` is a URL.
-            ExistsError: two hosts have one folder, or another run uses it.
-            StorageError: it cannot be written on some host.
+            ExistsError: two hosts share `folder`, or another run uses it.
+            StorageError: `folder` cannot be written on some host.
         """
         config, ranks = run.config, run.ranks
         path = run_on_all(ranks, partial(local_path, folder))

@@ -20,7 +20,8 @@ SAVING_LOCALLY = "saving to the fast tier"
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Durations of saves and loads since the last call, by stage and over all ranks."""
+    """Durations of the saves and loads since the last call of `CheckpointManager.timings`. Each is
+    divided into stages such as `plan` and `write`, and combines all ranks."""
 
     saves: tuple[Times, ...] = ()
     """Saves that became durable."""
@@ -32,9 +33,9 @@ class Timings:
 
 
 class Goodput:
-    """Counts steps, and the seconds that training lost, by cause.
+    """Counts steps, and the seconds in which the run did not train, by cause.
 
-    The thread that finishes a save in the background adds to `saves`.
+    `saves`: times of the saves that became durable. The thread of a background save appends to it.
     """
 
     def __init__(self) -> None:
@@ -47,8 +48,8 @@ class Goodput:
 
     @contextmanager
     def lost_to(self, cause: str) -> Iterator[None]:
-        """Count the time in this context as lost to `cause`. An inner context counts for its own
-        cause."""
+        """Count the time in this context as lost to `cause`. The time in an inner context counts
+        only for the cause of that context."""
         started, before = time.perf_counter(), self.lost_s
         try:
             yield
@@ -58,7 +59,7 @@ class Goodput:
             self._lost[cause] = self._lost.get(cause, 0.0) + spent
 
     def note_load(self, loaded: Loaded, step: int, ranks: Ranks) -> None:
-        """Record the duration of a load that resumes from `step`. Collective."""
+        """Record the size and duration of a load. `step`: step of the loaded state. Collective."""
         every = ranks.gather((loaded.nbytes, loaded.spans.seconds))
         if every:
             sizes, seconds = zip(*every, strict=True)
@@ -75,7 +76,7 @@ class Goodput:
         return self.lost_s - self._lost.get(RESUMING, 0.0)
 
     def timings(self) -> Timings:
-        """Saves and loads recorded since the last call."""
+        """Return the saves and loads that were recorded since the last call of this method."""
         saves, loads = (
             tuple(added.popleft() for _ in range(len(added))) for added in (self.saves, self.loads)
         )
@@ -87,15 +88,15 @@ class Goodput:
         self._num_steps += 1
 
     def count_save(self) -> None:
-        """Count the save of the step that was counted last."""
+        """Count a save of the step that `count_step` has just counted."""
         self._num_saves += 1
         self._steps_at_save, self._saved_at = self._num_steps, time.perf_counter()
 
     def progress(self) -> Progress:
-        """Steps and durations of this rank. `StepSaver` adds the other fields."""
+        """Return a `Progress` whose first four fields are measured on this rank; others are 0."""
         now = time.perf_counter()
         trained = now - self._began - self.lost_s
-        # Before the first save, time was lost only to asking whether one is due.
+        # Without a save, `blocked_s` is only the time in which the run decided that no save is due.
         blocked_s = self.blocked_s - self._lost.get(SAVING_LOCALLY, 0.0)
         save_s = blocked_s / self._num_saves if self._num_saves else 0.0
         return Progress(
@@ -106,7 +107,7 @@ class Goodput:
         )
 
     def report(self) -> str:
-        """One line that says where the time went."""
+        """Return one line on how the time was spent: training, and losses by cause."""
         whole = max(time.perf_counter() - self._began, 1e-9)
         trained = max(whole - self.lost_s, 0.0)
         lost = "".join(f", {spent:.2f} s {cause}" for cause, spent in self._lost.items())

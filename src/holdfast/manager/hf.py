@@ -34,21 +34,24 @@ from holdfast.state.subclass import UNINITIALIZED
 from holdfast.storage.opening import folder_store, is_url
 
 FOLDER = "hf"
-"""Folder of the exports at an interval, below the folder of the checkpoints."""
+"""Folder of the exports of `hf_export_interval`, below the folder of the checkpoints."""
 
 _INNER = (*WRAPPERS, OUTER_WRAPPER)
-"""Names that wrappers give to the module inside."""
+"""Names under which wrapper modules hold the module that they wrap."""
 
 Export = Literal["as_step", "beside", "alone"]
-"""Place of an export: in the folder `step-N` itself, in addition to a checkpoint, or without a
-checkpoint of this step."""
+"""Place of an export. `as_step`: the folder `step-N`, in place of a checkpoint. `beside`: a folder
+below `FOLDER`, in addition to a checkpoint of the step. `alone`: a folder below `FOLDER`, for a
+step that has no checkpoint."""
 
 
 def _with_class(model: HFModel, live: Sequence[nn.Module]) -> HFModel:
-    """Return the description with the class of the live model, if it lacks one.
+    """If the configuration of `model` has no class name, and the live model is of transformers,
+    return `model` with the class name of the live model. Else return `model` unchanged. `live`:
+    this rank's modules of the live model.
 
-    The configuration of a model of transformers has a class only after `save_pretrained`, and
-    loaders choose the model by it.
+    Loaders choose the class by the key `architectures`, which transformers adds to a configuration
+    only in `save_pretrained`.
     """
     names = [name for part in live if (name := _class_of(part))]
     if model.config.get("architectures") or not model.config.get("model_type") or not names:
@@ -57,10 +60,11 @@ def _with_class(model: HFModel, live: Sequence[nn.Module]) -> HFModel:
 
 
 def _class_of(module: nn.Module) -> str | None:
-    """Return the name of a class of transformers, inside any wrappers; None for other classes."""
+    """Return the class name of a transformers model, also if wrapper modules hold it; None for
+    other models."""
     while (inner := next((m for n, m in module.named_children() if n in _INNER), None)) is not None:
         module = inner
-    # FSDP makes a class of its own from each class.
+    # FSDP replaces the class of a module by a subclass whose name begins with `FSDP`.
     classes = [kind for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP")]
     if not any(kind.__name__ == "PreTrainedModel" for kind in classes):
         return None
@@ -72,7 +76,7 @@ def _is_without_memory(tensor: Tensor) -> bool:
 
 
 class HFFormat:
-    """Reads and writes the model in HF format.
+    """Reads and writes the model in Hugging Face format.
 
     Collective: every rank makes one and calls its methods in the same order.
     """
@@ -80,10 +84,11 @@ class HFFormat:
     def __init__(
         self, run: RunContext, model: HFModel | None, live: Sequence[nn.Module] = ()
     ) -> None:
-        """`live`: this rank's parts of the model.
+        """`model`: description of the model for exports. `live`: this rank's modules of the model.
 
-        Raises a UsageError if the settings ask for exports, and `model` is None or has adapters, or
-        the run saves to an object store.
+        Raises:
+            UsageError: the settings ask for exports, but `model` is None, the live model has
+                adapters, or the run saves to an object store.
         """
         self._run, self._config, self._ranks = run, run.config, run.ranks
         self._model = None if model is None else _with_class(model, live)
@@ -102,17 +107,17 @@ class HFFormat:
                 "Hugging Face folders need to know the model: its `config.json`",
                 hint="`hub=holdfast.hf.export.HFModel(config, assets)` of CheckpointManager",
             )
-        # Known only at the first export otherwise, after hours of training.
+        # Checked now, since the first export would fail only after hours of training.
         names = [name for part in live for name, _ in part.named_parameters()]
         run_on_all(run.ranks, lambda: check_no_adapters(names))
 
     def check_live(self, model: ModelState) -> None:
-        """Check that the live model can be exported, if the settings ask for exports: an error at
-        the first export would come after hours of training. Without a check if a part of the model
-        has no memory yet. Collective.
+        """If the settings ask for exports, check that the live model can be exported, since the
+        first export would fail only after hours of training. Skip the check if tensors of the model
+        have no memory yet, such as those on the meta device. Collective.
 
         Raises:
-            MismatchError: it has other tensors than its configuration.
+            MismatchError: the model has other tensors than its configuration describes.
         """
         exports = self._config.last_save_in_hf or self._config.hf_export_interval
         if self._model is None or not exports:
@@ -131,10 +136,10 @@ class HFFormat:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """Catalog of the exports at an interval."""
+        """`Catalog` of the folder that holds the exports of `hf_export_interval`."""
         above = self._run.catalog
         catalog = Catalog(folder_store(f"{above.store.url}/{FOLDER}"))
-        # Not `above.check_lock` itself, which is set when the run locks its folder.
+        # `above.check_lock` is set only when the run locks its folder, so read it at each call.
         catalog.check_lock = lambda: above.check_lock()
         return catalog
 
@@ -144,8 +149,8 @@ class HFFormat:
         return {} if self._model is None else self._model.config
 
     def export_at(self, step: int, *, last_step: bool, saved: bool) -> Export | None:
-        """Place of the export of this step; None if none is due. `saved`: a checkpoint of the step
-        is saved too."""
+        """Return the place of this step's export; None if no export is due. `saved`: whether a
+        checkpoint of the step is saved too."""
         if last_step and self._config.last_save_in_hf:
             return "as_step"
         interval = self._config.hf_export_interval
@@ -154,10 +159,12 @@ class HFFormat:
         return "beside" if saved else "alone"
 
     def check_values(self, config: Mapping[str, Any], where: str) -> None:
-        """Check that weights of `where`, trained with `config`, suit the values of this model.
+        """Compare `config`, the configuration of the weights at `where`, with that of the run's
+        model. Log a warning for each value that differs, such as `rope_theta`.
 
         Raises:
-            MismatchError: they do not, and the model is `exact`. All differences are listed.
+            MismatchError: values differ, and `HFModel.exact` is set. The message lists all
+                differences.
         """
         lines = value_differences(of_language_model(config), of_language_model(self.config))
         if not lines or self._model is None:
@@ -174,7 +181,7 @@ class HFFormat:
             self._run.warn(f"{where} was trained with another value: {line}")
 
     def load(self, path: str | None, tree: StateTree) -> Loaded:
-        """Load the model from `path`, or from the assets of the model."""
+        """Load the model in `tree` from the Hugging Face folder `path`; None: `HFModel.assets`."""
         model = self._model
         folder = path or (model.assets if model is not None else None)
         if folder is None:
@@ -199,7 +206,7 @@ class HFFormat:
         return loaded
 
     def prepare(self) -> None:
-        """Create the folder of exports, or clean it up. Collective."""
+        """Create the folder of the exports, if there is none, and clean it up. Collective."""
 
         def make() -> None:
             store = self.catalog.store
@@ -209,7 +216,8 @@ class HFFormat:
         run_on_rank_0(self._ranks, make)
 
     def export(self, pending: Pending, ranks: Ranks, step: int, place: Export) -> int:
-        """Write the model of a save as a Hugging Face folder, and publish it. Returns its bytes.
+        """Write the model of the save `pending` as a Hugging Face folder, and publish the folder at
+        `place`. Returns the number of bytes of its tensors.
 
         Collective. Nothing else may use `ranks` in the meantime.
         """

@@ -21,14 +21,15 @@ from holdfast.storage.opening import is_url
 
 
 class Lifetime:
-    """Context that releases everything a manager holds, even if an error ends it."""
+    """Context that closes a `CheckpointManager` when it ends, also after an error: it releases
+    everything that the manager holds."""
 
     def __init__(self) -> None:
         self.held: ExitStack = ExitStack()
-        """Context that ends when the manager is closed."""
+        """Contexts that end, and functions that are called, when the manager is closed."""
 
         self._pid = os.getpid()
-        # Releases them if the program ends without `close`, before modules are torn down.
+        # If the program ends without `close`, release everything before Python unloads modules.
         weakref.finalize(self, _release, self.held, self._pid)
         self._closed = False
 
@@ -38,7 +39,7 @@ class Lifetime:
         return not self._closed and self._pid == os.getpid()
 
     def check_open(self) -> None:
-        """Raise a UsageError if the manager is closed, or was inherited by a fork."""
+        """Raise a UsageError if the manager is closed, or if this process is a forked child."""
         if self._pid != os.getpid():
             raise UsageError(
                 f"this CheckpointManager belongs to process {self._pid}; this one, {os.getpid()}, "
@@ -53,14 +54,19 @@ class Lifetime:
             )
 
     def take(self, catalog: Catalog, hf: HFFormat) -> None:
-        """Lock the folder of `catalog` for this process, or raise an ExistsError. Clean up after
-        killed runs, in that folder and in the folder of exports below it."""
+        """Lock the folder of `catalog` for this process, then clean up after killed runs in that
+        folder and in the folder of exports below it.
+
+        Raises:
+            ExistsError: another run or manager has locked the folder.
+        """
         store = catalog.store
         store.make_folder("")
         catalog.check_lock = self.held.enter_context(store.lock(LOCK, note_of_process()))
         put_in_order(store)
         if f"{FOLDER}/" in store.list() and not is_url(store.url):
-            # Other programs, which read exports, cannot restore a `.replaced` one.
+            # A killed replacement leaves an export as `.replaced-...`, where other programs do not
+            # look for it. Give it its name back.
             put_in_order(hf.catalog.store)
 
     def callback(self, release: Callable[[], object]) -> None:
@@ -75,20 +81,20 @@ class Lifetime:
 
 
 def note_of_process() -> str:
-    """Description of this process, for the files that it locks."""
+    """Return the note for a lock file: host and PID of this process, and the current time."""
     since = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     return f"host {host_name()}, pid {os.getpid()}, since {since}"
 
 
 class OptimizerHooks:
-    """Hooks that make optimizers call `wait` before each step, until the manager is closed."""
+    """Hooks that make optimizers call `wait` before each step, until `lifetime` ends."""
 
     def __init__(self, lifetime: Lifetime, wait: Callable[[], None]) -> None:
         self._lifetime, self._wait = lifetime, wait
         self._hooked: WeakSet[Optimizer] = WeakSet()
 
     def add(self, optimizer: Optimizer) -> None:
-        """Add the hook to an optimizer, unless it has one."""
+        """Add the hook to an optimizer, unless the optimizer already has the hook."""
         if optimizer not in self._hooked:
             self._hooked.add(optimizer)
             hook = optimizer.register_step_pre_hook(lambda *_: self._wait())

@@ -41,7 +41,7 @@ from holdfast.tier.union import Fetching, LocalCheckpoint, fetching, find
 
 
 class Loader:
-    """Loads the components of a run.
+    """Loads the components of a run from a checkpoint.
 
     Collective: every rank makes one and calls its methods in the same order.
     """
@@ -55,8 +55,9 @@ class Loader:
         hf: HFFormat,
         saver: Saver,
     ) -> None:
-        """`whole_model` includes frozen parameters that are not saved. `saver` has the fast tier,
-        applies the retention rules, and gets to know the checkpoint that the run resumes from."""
+        """`components`: objects to load, by name. `whole_model`: the model, including frozen
+        parameters that are not saved. `saver` has the fast tier, and is told which checkpoint the
+        run resumes from, for retention and deduplication."""
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._components, self._whole_model = components, whole_model
@@ -65,7 +66,13 @@ class Loader:
         self._hf, self._saver = hf, saver
 
     def load(self, requested: int) -> Resumed:
-        """Resume from step `requested`; -1 takes the newest."""
+        """Resume from step `requested`, or for -1 from the newest good checkpoint. If -1 finds no
+        checkpoint, load the configured initial weights; if none are configured, start at step 0.
+
+        Raises:
+            NotFoundError: there is no step `requested`. Or there are checkpoints, but none of them
+                can be resumed from, and no initial weights are configured.
+        """
         start = None if self._config.save_frozen else self._load_initial()
         if requested >= 0:
             local = self._local_at(requested)
@@ -88,7 +95,7 @@ class Loader:
         if self._config.save_frozen:
             start = self._load_initial()
         elif passed_over:
-            start = None  # A load that failed may have overwritten some trained parameters.
+            start = None  # A failed load may have overwritten some of the initial weights.
         if start is not None:
             return start
         if passed_over:
@@ -102,10 +109,10 @@ class Loader:
         return Resumed(0)
 
     def _from_newest(self) -> tuple[Resumed | None, list[str]]:
-        """Resume from the newest checkpoint that loads.
+        """Resume from the newest checkpoint that can be loaded.
 
-        Returns None if there is none; and a line on each checkpoint that was passed
-        over.
+        Returns the result, which is None if there is no such checkpoint, and a line about each
+        checkpoint that was passed over.
         """
         passed_over: list[str] = []
         below, num_failed = None, 0
@@ -143,7 +150,7 @@ class Loader:
                     mark_unless_store_failed(self._catalog, below, error)
 
     def latest_step(self) -> int | None:
-        """The newest step that can be resumed from: see `CheckpointManager.latest_step`."""
+        """Return the newest step to resume from: see `CheckpointManager.latest_step`."""
 
         def find() -> int | None:
             opened, _ = newest_resumable(self._catalog, None)
@@ -156,19 +163,20 @@ class Loader:
         return max(steps, default=None)
 
     def _local_checkpoints(self) -> list[LocalCheckpoint]:
-        """The checkpoints of the fast tier, newest first. The same on all ranks."""
+        """Return the checkpoints of the fast tier, newest first; the same on all ranks."""
         tier = self._saver.tier
         return [] if tier is None else find(tier.local, self._ranks)
 
     def _local_at(self, step: int) -> LocalCheckpoint | None:
-        """The checkpoint of a step that only the fast tier has."""
+        """Return the fast tier's checkpoint of `step`; None if the fast tier has none, or if the
+        folder of the run has one too. Collective."""
         local = [found for found in self._local_checkpoints() if found.step == step]
         if not local or step in run_on_rank_0(self._ranks, self._catalog.steps):
             return None
         return local[0]
 
     def _resume_local(self, found: LocalCheckpoint, *, explicit: bool) -> Resumed:
-        """Load a checkpoint of the fast tier."""
+        """Resume from a checkpoint of the fast tier. `explicit`: see `_resume`."""
         tier = self._saver.tier
         assert tier is not None, "it has found the checkpoint"
         with fetching(tier.local, found, self._ranks) as fetched:
@@ -177,14 +185,15 @@ class Loader:
     def _resume(
         self, opened: Opened, *, explicit: bool, fetched: Fetching | None = None
     ) -> Resumed:
-        """Load a checkpoint of this folder, or one of the fast tier. Protect it and newer ones from
-        retention."""
+        """Resume from a checkpoint of the run's folder, or of the fast tier if `fetched` is given.
+        Protect its step and newer steps from retention. `explicit`: whether the user has requested
+        this step."""
         started = time.perf_counter()
         step, manifest = opened.step, opened.manifest
         assert step is not None, "only checkpoints of this folder are resumed from"
         source = opened.source(self._catalog.store if fetched is None else fetched.store)
         self._hf.check_values(manifest.model, source.url)
-        # Step 0 may be a seed, or TorchTitan's first step: only its model is loaded.
+        # Step 0 may be a seed or a stock checkpoint, of which only the model is loaded.
         is_full = step > 0 or manifest.kind == "full"
         self._load_components(source, self._resumed_names if is_full else [MODEL], step, fetched)
         speed = rate(manifest.nbytes, time.perf_counter() - started)
@@ -206,15 +215,16 @@ class Loader:
         return Resumed(step, "checkpoint" if is_full else "seed", source.url)
 
     def _before(self, step: int) -> list[tuple[str, Manifest]]:
-        """The newest checkpoint that a run could resume from and that is older than `step`."""
+        """Return folder name and manifest of the newest resumable checkpoint before `step`, as a
+        list of one pair. The list is empty if there is no such checkpoint."""
         found = capture(lambda: newest_resumable(self._catalog, step)[0])
-        # Without it, the next save writes everything.
+        # Without such a checkpoint, the next save links nothing and writes everything.
         if found is None or isinstance(found, HoldfastError) or found.step is None:
             return []
         return [(step_name(found.step), found.manifest)]
 
     def _load_initial(self) -> Resumed | None:
-        """Load weights from elsewhere if the settings ask for it. Returns None if they do not."""
+        """Load the configured initial weights. Return None if none are configured."""
         path = self._config.initial_load_path
         then = ": starting at step 0" if self._config.save_frozen else ", to train in part"
         if self._config.initial_load_in_hf:
@@ -269,7 +279,7 @@ class Loader:
                 tree,
                 ranks=self._ranks,
                 partial=partial_load,
-                # What came to a host is on its disk, for all of its ranks.
+                # All ranks of a host can read the files that were fetched to its disk.
                 replicas=self._config.load_replicas if fetched is None else "read",
                 fetch=None if fetched is None else fetched.fetch,
             )
@@ -285,7 +295,7 @@ class Loader:
 
 
 def _is_newer(found: LocalCheckpoint, opened: Opened) -> bool:
-    """Whether a checkpoint of the fast tier is newer than one of the folder, or the same. Of two
-    attempts at one step, the later one is."""
+    """Return whether `found` in the fast tier is at least as new as `opened` in the run's folder.
+    Of two checkpoints of the same step, the one that was committed later is newer."""
     assert opened.step is not None, "only checkpoints of this folder are resumed from"
     return (found.step, found.created) >= (opened.step, opened.manifest.created)

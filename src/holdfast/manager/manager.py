@@ -49,12 +49,13 @@ T = TypeVar("T")
 def _one_at_a_time(
     method: Callable[Concatenate[CheckpointManager, P], T],
 ) -> Callable[Concatenate[CheckpointManager, P], T]:
-    """Let a call wait until the calls of other threads have returned."""
+    """Return `method` with a lock: a call waits while another thread is in a method of the same
+    manager that has this decorator."""
 
     @uncompiled
     @wraps(method)
     def call(self: CheckpointManager, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        # In a forked child, the lock may be held by a thread that does not exist there.
+        # In a forked child, the lock may be held by a thread of the parent, and never released.
         if not self._lifetime.is_open:
             return method(self, *args, **kwargs)
         with self._calls:
@@ -73,8 +74,8 @@ class CheckpointManager:
                 step += 1
                 manager.save(step)
 
-    Collective where `torch.distributed` is initialized: every rank makes one and calls its methods
-    in the same order. An error on one rank is raised on all.
+    Collective if `torch.distributed` is initialized: every rank makes one and calls its methods in
+    the same order. An error on one rank is raised on all.
     """
 
     @uncompiled
@@ -96,23 +97,24 @@ class CheckpointManager:
     ) -> None:
         """Lock `folder` against other runs, and clean up what killed runs left there.
 
-        `model` may be a list of pipeline stages. `states` are further objects, by name. The state
-        of a `dataloader` is saved for each rank, unless it has `state_is_global = True`, as an
-        `ElasticLoader` of `holdfast.data` has. `config` defaults to a save every 500 steps, `ranks`
-        to those of `torch.distributed`. `hub` describes the model in Hugging Face format, for
-        exports and for loading such folders.
+        `model` may be a list of pipeline stages. `states` are further objects to save, by name. The
+        state of a `dataloader` is saved once for each rank, unless `state_is_global` of the loader
+        is True, as in `holdfast.data.ElasticLoader`. `config` defaults to a save every 500 steps,
+        `ranks` to those of `torch.distributed`. `hub` describes the model in Hugging Face format,
+        for exports and for loading Hugging Face folders.
 
-        `optimizers` may be one object that holds optimizers; its own `state_dict` is saved then.
-        `store`: keep the checkpoints in this store; `folder` is None then. `on_stop`: what `save`
-        does after a stop signal, once it has saved. `raise` raises SystemExit, `return` sets
-        `stop_requested`. `on_saved(step, path, metrics)` is called on rank 0 when a checkpoint is
-        durable, for background saves in their thread; its errors are logged.
+        `optimizers` may be one object that holds optimizers; then its own `state_dict` is saved.
+        `store`: store for the checkpoints, in place of `folder`, which must be None then.
+        `on_stop`: action of `save` once it has saved after a stop signal. `raise` raises
+        SystemExit, `return` returns with `stop_requested` set. `on_saved(step, path, metrics)` is
+        called on rank 0 once a checkpoint is durable; after a background save, the thread of that
+        save calls it. Its errors are logged.
 
         Raises:
-            UsageError: an argument of another type, two components of one name, or a `folder` that
-                is a URL to which Holdfast cannot write. Nothing was changed.
+            UsageError: an argument has the wrong type, two components have the same name, or
+                `folder` is a URL to which Holdfast cannot write. Nothing was changed.
             MismatchError: the settings ask for exports, and the model has other tensors than `hub`
-                says. Nothing was changed.
+                describes. Nothing was changed.
             ExistsError: another run, or another manager of this process, saves to this folder.
             StorageError: the folder cannot be written.
         """
@@ -177,7 +179,8 @@ class CheckpointManager:
                 raise
 
     def _open(self, hf: HFFormat) -> None:
-        """Lock the folder, and check that all hosts share it. Collective."""
+        """Lock the folder of the run, check that all hosts share it, and start the fast tier if one
+        is configured. A run that does not save does only the check. Collective."""
         run = self._run
 
         def take() -> None:
@@ -193,21 +196,22 @@ class CheckpointManager:
 
     @_one_at_a_time
     def load(self, step: int | None = None) -> Resumed:
-        """Resume. Returns the step to continue from, an int that also says what was loaded; 0 if
-        there is nothing to resume from.
+        """Resume the run. Returns the step to continue from, an int that also says what was loaded;
+        0 if there is nothing to resume from.
 
-        `step` defaults to `load_step`. -1 takes the newest good checkpoint; newer ones that are
-        damaged or hold the model alone are passed over, and logged. A number takes that step, or
-        raises an error. From a seed, or a stock checkpoint at step 0, only the model is loaded. If
-        the folder holds no checkpoint, `initial_load_path` is loaded, if set.
+        `step` defaults to `load_step`. -1 takes the newest good checkpoint, and logs the newer ones
+        that it passes over because they are damaged or hold only the model. Any other number takes
+        that step, or raises an error. From a seed, or a stock checkpoint at step 0, only the model
+        is loaded. If -1 finds no checkpoint to resume from, and `initial_load_path` is set, that
+        checkpoint is loaded.
 
         Collective: every rank calls this, and all load the same step.
 
         Raises:
             NotFoundError: there is no such step, or no checkpoint can be resumed from.
-            MismatchError: the checkpoint is of another model, and nothing was changed. Or an object
-                refused its state, or a number is too large for a smaller float: then the state is
-                loaded in part.
+            MismatchError: the checkpoint is of another model; nothing was changed. Or an object
+                rejects its state, or a number is too large for a smaller float dtype; then the
+                state is loaded in part.
             DamagedError: the requested step is damaged.
             StorageError: the requested step cannot be read.
         """
@@ -231,27 +235,27 @@ class CheckpointManager:
         metrics: Metrics | None = None,
         force: bool = False,
     ) -> bool:
-        """Save the state after `step` if it is due. Returns whether it was saved.
+        """Save the state after `step` if a save is due. Returns whether the step is saved.
 
-        `force` saves it in any case, in full.
+        `force` saves the step in any case, in full.
 
-        `metrics` are numbers by name, stored with the checkpoint for `keep_best_metric` and for
-        people; or a function that returns them, which is called on every rank if the step is saved.
-        Those of rank 0 are stored.
+        `metrics` are numbers by name, or a function that returns them. Those of rank 0 are stored
+        with the checkpoint, for `keep_best_metric` and for people. A function is called on every
+        rank, but only if the step is saved.
 
         Blocks until the checkpoint is published and durable. With `async_mode = "async"`, blocks
         until the state is copied; a later call raises errors of the background save. With
         `async_with_pinned_mem`, parameters and optimizer state are copied after this returns, and
         optimizers wait for the copy before they step: see `wait_for_staging`.
 
-        Inside the context of this manager, one of `stop_signals` to any rank makes the next call
+        In a `with` block of this manager, one of `stop_signals` to any rank makes the next call
         save, whatever the interval, and raise SystemExit with status 128 + signal on every rank:
         see `on_stop`. Under `torchrun`, which restarts workers that fail, the status is 0.
 
         Collective: every rank calls this after every step.
 
         Raises:
-            UsageError: an argument of another type, or arguments that differ between ranks.
+            UsageError: an argument has the wrong type, or arguments differ between ranks.
             HoldfastError: the step could not be saved; earlier checkpoints are unchanged. With
                 `on_save_error = "warn"`, the error is logged, and the run continues.
         """
@@ -260,7 +264,7 @@ class CheckpointManager:
 
     @_one_at_a_time
     def save_seed(self) -> None:
-        """Save the model as step 0, in its own dtypes, as a start for other runs.
+        """Save the model as step 0, in its own dtypes, as a starting point for other runs.
 
         Collective: every rank calls this.
 
@@ -277,7 +281,7 @@ class CheckpointManager:
         Optimizers given as `optimizers` or in `states` call this before each step. Call it yourself
         before you change parameters or optimizer state in another way.
         """
-        # A forked child has no thread that copies, and would wait forever.
+        # A forked child has no thread that makes the copy, so it would wait forever.
         if self._lifetime.is_open:
             self._saver.wait_for_staging()
 
@@ -298,7 +302,7 @@ class CheckpointManager:
 
     @uncompiled
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, good or damaged, oldest first.
+        """Return the steps that have a checkpoint, good or damaged, oldest first.
 
         Collective: every rank calls this.
         """
@@ -306,8 +310,8 @@ class CheckpointManager:
 
     @uncompiled
     def latest_step(self) -> int | None:
-        """The newest step that can be resumed from, as far as its index and file sizes tell; None
-        if there is none.
+        """Return the newest step that can be resumed from; None if there is none. Only the index of
+        its checkpoint and the sizes of the files are checked.
 
         Collective: every rank calls this.
         """
@@ -315,8 +319,8 @@ class CheckpointManager:
 
     @uncompiled
     def final_step(self) -> int | None:
-        """The newest good step, if its checkpoint holds the model alone, as at the end of a run;
-        else None.
+        """Return the newest good step if its checkpoint holds only the model, as the last one of a
+        finished run does; else None.
 
         Collective: every rank calls this.
         """
@@ -326,8 +330,9 @@ class CheckpointManager:
 
     @uncompiled
     def timings(self) -> Timings:
-        """Durations of the saves and loads that have finished since the last call, by stage and
-        over all ranks. Empty on all ranks but 0."""
+        """Return the durations of the saves and loads that have finished since the last call. Each
+        is divided into stages such as `plan` and `write`, and combines all ranks. On ranks other
+        than 0, there are none."""
         return self._run.goodput.timings()
 
     @property
@@ -337,7 +342,7 @@ class CheckpointManager:
 
     @uncompiled
     def goodput(self) -> str:
-        """One line on the time since this manager was made: training, and losses by cause."""
+        """Return a line on the time since this manager was made: training, and losses by cause."""
         return self._run.goodput.report()
 
     @_one_at_a_time
@@ -370,6 +375,6 @@ class CheckpointManager:
             self.close()
             self._stop_signals.pass_on()
         elif self._lifetime.is_open:
-            # A stopping run has a deadline: the next start deletes what retention has not yet.
+            # A stopping run has a deadline: leave unfinished deletions to the next start.
             with self._lifetime:
                 self._saver.settle()

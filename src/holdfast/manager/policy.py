@@ -1,4 +1,4 @@
-"""Pure decisions: when to save, what to save, and which checkpoints to delete."""
+"""Decisions without side effects: when and what to save, and which checkpoints to delete."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from holdfast.manager.config import CheckpointConfig
 
 
 class Progress(NamedTuple):
-    """Measurements of one rank after a step, or the largest of each over all ranks."""
+    """Measurements of one rank after a step, or the maximum of each measurement over all ranks."""
 
     steps: float = 0
     """Steps since the last save, or since the run began."""
 
     seconds: float = 0
-    """Seconds since then."""
+    """Seconds since the last save, or since the run began."""
 
     step_s: float = 0
-    """Average duration of a step; 0 before the first."""
+    """Average duration of a step; 0 before the first step."""
 
     save_s: float = 0
     """Average time for which a save blocks training; 0 before the first save."""
 
     full_save_s: float = 0
-    """Longest duration of a full save until it was durable; 0 before the first."""
+    """Longest duration of a full save until it was durable; 0 before the first full save."""
 
     model_share: float = 0
     """Share of the model in the bytes of a full checkpoint."""
@@ -37,23 +37,23 @@ class Progress(NamedTuple):
     """1 if the background save has failed, else 0."""
 
     busy: float = 0
-    """1 while the save before is being written, else 0."""
+    """1 while the previous save is being written, else 0."""
 
     draining: float = 0
-    """1 while a checkpoint is copied from the hosts to the folder of the run, else 0."""
+    """1 while a checkpoint is or will be copied from the fast tier to the run's folder, else 0."""
 
     lacks_memory: float = 0
-    """1 after the first step if the memory for snapshots must be page-locked, else 0."""
+    """1 after the first step if page-locked memory must be reserved for snapshots, else 0."""
 
     signal: float = 0
     """Number of a stop signal that was received; 0 if there is none."""
 
     signal_age_s: float = 0
-    """Seconds since that signal."""
+    """Seconds since the signal was received; 0 if there is none."""
 
 
 def is_due(step: int, *, last_step: bool, config: CheckpointConfig, progress: Progress) -> bool:
-    """Whether to save the state after this step."""
+    """Return whether to save the state after this step."""
     if not config.enable or config.load_only:
         return False
     first = step == 1 and config.enable_first_step_checkpoint
@@ -66,13 +66,14 @@ def is_due(step: int, *, last_step: bool, config: CheckpointConfig, progress: Pr
 
 
 def best_interval(config: CheckpointConfig, progress: Progress) -> int:
-    """Number of steps between saves that minimizes the time lost to saves and to repeated work.
+    """Return the number of steps between saves that minimizes the time lost to saves and to work
+    that is repeated after failures.
 
     The first-order optimum is a save every `sqrt(2 * save time * mean time between failures)`:
     J. W. Young, A first order approximation to the optimum checkpoint interval, Communications of
     the ACM 17(9), 1974; J. T. Daly, A higher order estimate of the optimum checkpoint interval for
     restart dumps, Future Generation Computer Systems 22(3), 2006. Before the first save, returns
-    the shortest interval allowed.
+    `min_interval`.
     """
     if not progress.save_s or not progress.step_s:
         return config.min_interval
@@ -81,11 +82,11 @@ def best_interval(config: CheckpointConfig, progress: Progress) -> int:
 
 
 def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind | None:
-    """The most complete save that fits into `left_s` seconds; None if no save fits.
+    """Return the most complete kind of save that fits into `left_s` seconds; None if none fits.
 
-    `full_save_s` is the duration of the slowest full save so far. Before the first one it is 0, and
-    a full save is tried while any time is left. `model_share` is the fraction of a full save's
-    bytes that belong to the model.
+    `full_save_s`: duration of the slowest full save so far. Before the first full save it is 0, so
+    a full save is tried if any time is left. `model_share`: fraction of a full save's bytes that
+    belong to the model.
     """
     if full_save_s < left_s:
         return "full"
@@ -95,7 +96,8 @@ def kind_in_time(left_s: float, full_save_s: float, model_share: float) -> Kind 
 def stopping_line(
     number: int, step: int, left_s: float, full_save_s: float, kind: Kind | None
 ) -> str:
-    """Log line that says what is saved because of a signal: see `kind_in_time`."""
+    """Return the log line about the stop signal `number` and the save of `step` after it. `left_s`,
+    `full_save_s`: arguments of `kind_in_time`. `kind`: its result."""
     name = signal.Signals(number).name
     if kind == "full":
         return f"{name}: saving step {step}, then ending"
@@ -107,8 +109,8 @@ def stopping_line(
 
 
 STEPS_MIN = 2
-"""Number of newest resumable checkpoints that are never deleted. With a single one, one damaged
-file could end the run."""
+"""Number of newest resumable checkpoints that are never deleted. If only one were kept, a single
+damaged file could end the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +121,13 @@ class Retention:
     """Number of newest checkpoints to keep; 0 keeps all."""
 
     every_n_steps: int = 0
-    """Keep steps divisible by this number; 0 turns the rule off."""
+    """Number whose multiples are steps to keep; 0 turns the rule off."""
 
     best_k: int = 0
     """Number of checkpoints with the best metric to keep; 0 turns the rule off."""
 
     best_metric: str = "loss"
-    """Name of the metric."""
+    """Name of the metric for `best_k`."""
 
     best_mode: Literal["min", "max"] = "min"
     """Whether the smallest or the largest value is best."""
@@ -133,7 +135,7 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A complete checkpoint, as the retention rules see it."""
+    """The properties of a complete checkpoint that the retention rules need."""
 
     step: int
     resumable: bool = True
@@ -144,10 +146,11 @@ class Candidate:
 def reasons_to_keep(
     good: Iterable[Candidate], retention: Retention, *, protected: Collection[int] = ()
 ) -> dict[int, list[str]]:
-    """Reasons to keep each checkpoint, oldest first. One without a reason may be deleted.
+    """Return the reasons to keep each checkpoint, by step, oldest first. A checkpoint without any
+    reason may be deleted.
 
-    `good` holds complete checkpoints only: a damaged one is neither counted nor deleted, so it
-    never displaces a good one. Steps in `protected` are always kept.
+    `good` holds only complete checkpoints. Damaged checkpoints are neither counted nor deleted, so
+    they never displace a good one. Steps in `protected` are always kept.
     """
     steps = sorted(good, key=lambda candidate: candidate.step)
     reasons: dict[int, list[str]] = {candidate.step: [] for candidate in steps}
@@ -172,10 +175,10 @@ def removable(
     current: int | None = None,
     protected: Collection[int] = (),
 ) -> list[int]:
-    """Steps to delete, oldest first.
+    """Return the steps to delete, oldest first. `good`, `protected`: see `reasons_to_keep`.
 
-    Steps after `current` belong to a branch of the run that an explicit `load_step` has left. They
-    are neither counted nor deleted.
+    `current`: step that the run has just saved. Later steps are neither counted nor deleted: the
+    run abandoned them when it went back to an earlier step by an explicit `load_step`.
     """
     ours = [c for c in good if current is None or c.step <= current]
     reasons = reasons_to_keep(ours, retention, protected=protected)
@@ -183,8 +186,8 @@ def removable(
 
 
 def _best(steps: Sequence[Candidate], retention: Retention) -> list[Candidate]:
-    """The best checkpoints by the metric; the newer one first where two are equal. A checkpoint
-    without the metric, or with NaN, is never among them."""
+    """Return the `best_k` best checkpoints by the metric. Of two checkpoints with equal values, the
+    newer one is better. Checkpoints without the metric, or with NaN, are left out."""
     sign = 1 if retention.best_mode == "max" else -1
     metric = retention.best_metric
     measured = [c for c in steps if not math.isnan(c.metrics.get(metric, math.nan))]

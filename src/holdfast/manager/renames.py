@@ -1,4 +1,4 @@
-"""Renames the tensors of a checkpoint from elsewhere to the names that this run gives them."""
+"""Renames the tensors of a checkpoint from another program to the names in this run's model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ KEY = "checkpoint.initial_load_renames"
 
 
 def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
-    """The manifest in the dialect of these tensor names, Meta's or TorchTitan's from 0.3 on.
+    """Return the manifest with its tensors renamed to the dialect that `names` are in.
 
-    Renames optimizer state too. Returns the manifest unchanged if either dialect is unknown.
+    Renames optimizer state too. Converts only between Meta's dialect and that of TorchTitan from
+    0.3 on; for all other dialects, returns the manifest unchanged.
     """
     ours, theirs = dialect_of(names), dialect_of(manifest.tensors)
     if ours == theirs or ours in ("hf", None) or theirs in ("hf", None):
@@ -31,8 +32,8 @@ def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
 
 
 def rename(manifest: Manifest, rules: Sequence[str]) -> Manifest:
-    """Rename every tensor by the first rule that matches the beginning of its name. `{}` matches
-    one part of a name, without dots.
+    """Return the manifest with each tensor renamed by the first rule that matches the beginning of
+    its name. A rule is `theirs=ours`; `{}` in it matches one part of a name, without dots.
 
     Raises:
         UsageError: a rule matches no tensor, or two tensors get the same name.

@@ -1,4 +1,4 @@
-"""Finds the checkpoint to resume from. Runs on one rank, which sends the result to the others."""
+"""Finds the checkpoint to resume from. One rank does this, and sends the result to the others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_requested(catalog: Catalog, step: int) -> Opened:
 
     Raises:
         NotFoundError: there is no such step. The hint lists the existing ones.
-        MismatchError: the folder of this step holds another step.
+        MismatchError: the folder of this step holds a checkpoint of another step.
     """
     where, folders = catalog.where(step_name(step)), catalog.folders()
     if step not in folders:
@@ -41,8 +41,9 @@ def open_requested(catalog: Catalog, step: int) -> Opened:
 def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Opened | None, list[str]]:
     """Find the newest checkpoint that a run can resume from, older than step `below` if given.
 
-    Returns it, and a line on each newer one that was refused. Data is not read here: loading checks
-    it, and a load that fails leaves a mark, by which this function refuses the checkpoint.
+    Returns this checkpoint, or None, and a line about each newer one that was refused. Data is not
+    read here. If a later load finds damaged data, it marks the checkpoint as damaged, and the next
+    call of this function refuses it.
     """
     refused: list[str] = []
     damaged = damaged_steps(catalog.store)
@@ -58,15 +59,15 @@ def newest_resumable(catalog: Catalog, below: int | None) -> tuple[Opened | None
                     return opened, refused
             except HoldfastError as error:
                 if step not in catalog.folders():
-                    continue  # The retention of another run deleted it after the listing.
+                    continue  # Another run's retention deleted it after it was listed.
                 why = error.what
         refused.append(f"step {step}: {why}")
     return None, refused
 
 
 def mark_unless_store_failed(catalog: Catalog, step: int, error: HoldfastError) -> None:
-    """Mark a checkpoint that failed to load as damaged, unless the store failed, which may work the
-    next time."""
+    """Mark the checkpoint of `step` as damaged, since its load raised `error`. Do not mark it if
+    the store caused the error: then the next load may succeed."""
     if isinstance(error, NotFoundError | StorageError):
         return
     try:
@@ -76,7 +77,8 @@ def mark_unless_store_failed(catalog: Catalog, step: int, error: HoldfastError) 
 
 
 def newest_final(catalog: Catalog) -> int | None:
-    """The newest good step, if its checkpoint holds the model alone and is no seed; else None."""
+    """Return the newest good step if its checkpoint holds only the model and is not a seed; else
+    None."""
     newest = next(good_steps(catalog, catalog.folders()), None)
     return newest.step if newest is not None and not newest.resumable else None
 
@@ -84,10 +86,11 @@ def newest_final(catalog: Catalog) -> int | None:
 def good_steps(
     catalog: Catalog, folders: Mapping[int, str], complete: CompleteCheckpoints | None = None
 ) -> Iterator[Candidate]:
-    """Yield the good ones of these checkpoints, newest first, for the retention rules.
+    """Yield the good checkpoints among `folders`, newest first, for the retention rules.
 
     A good checkpoint has all of its files in full, has no mark `damaged`, and was saved as the step
-    in its name. `complete` is filled, and saves opening the checkpoints in it.
+    in its name. `folders`: names of the folders, by step. `complete`: checkpoints that need not be
+    opened; this function adds those that it opens.
     """
     complete = CompleteCheckpoints(catalog.store) if complete is None else complete
     complete.look_again({*folders.values()})

@@ -8,15 +8,15 @@ Source = Literal["checkpoint", "seed", "initial", "nothing"]
 
 
 class Resumed(int):
-    """The step to continue from. It is an int, and says where the state comes from."""
+    """The step to continue from: an int with attributes that say where the state comes from."""
 
     source: Source
-    """`checkpoint`: a full checkpoint of the folder. `seed`: the model of step 0 in the folder.
-    `initial`: what `initial_load_path` or `initial_load_in_hf` names. `nothing`: the state is as it
-    was."""
+    """Origin of the loaded state. `checkpoint`: a full checkpoint of the run. `seed`: the model
+    alone, from step 0 in the run's folder. `initial`: the checkpoint or weights that
+    `initial_load_path` or `initial_load_in_hf` selects. `nothing`: nothing was loaded."""
 
     where: str | None
-    """Path or URL of what was loaded; None if nothing was."""
+    """Path or URL of the checkpoint or weights that were loaded; None if nothing was loaded."""
 
     def __new__(cls, step: int, source: Source = "nothing", where: str | None = None) -> Self:
         resumed = super().__new__(cls, step)
@@ -31,7 +31,7 @@ class Resumed(int):
     if TYPE_CHECKING:
 
         def __add__(self, value: int, /) -> Any:
-            """The sum is an int. As Any it may be assigned to the same variable: `step += 1`."""
+            """Return an int. Its type here is Any, so that type checkers accept `step += 1`."""
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return int(self), self.source, self.where

@@ -1,4 +1,4 @@
-"""Applies the retention rules: decides which checkpoints go, and removes them."""
+"""Applies the retention rules: decides which checkpoints to delete, and deletes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger: logging.Logger = logging.getLogger("holdfast")
 class Retainer:
     """Applies the retention rules after each save, on rank 0.
 
-    Training does not wait for it. It logs errors, and tries again after the next save.
+    Training does not wait for the deletions. Errors are logged, and the next save tries again.
     """
 
     def __init__(self, catalog: Catalog, retention: Retention) -> None:
@@ -32,12 +32,13 @@ class Retainer:
         self._remover = Remover(catalog)
 
     def resumed(self, step: int, left_behind: Collection[int]) -> None:
-        """Protect the step that the run resumed from, and newer steps of a branch that it left."""
+        """Protect the step that the run resumed from, and the newer steps (`left_behind`) that the
+        run abandoned when it went back to that step."""
         self._resumed_from, self._left_behind = step, set(left_behind)
 
     def saved(self, step: int) -> None:
-        """Apply the rules, now that `step` is published. Deletes files in the background: see
-        `wait`."""
+        """Apply the rules after the checkpoint of `step` was published. The files of deleted
+        checkpoints are removed in the background: see `wait`."""
         self._left_behind.discard(step)
         found = capture(lambda: self._removable(step))
         if isinstance(found, HoldfastError):
@@ -48,16 +49,16 @@ class Retainer:
         self._remover.start()
 
     def wait(self) -> None:
-        """Wait until the files are deleted, or the errors are logged."""
+        """Wait until all files of deleted checkpoints are removed, or the errors are logged."""
         self._remover.wait()
 
     def _removable(self, current: int) -> list[int]:
-        with suppress(HoldfastError):  # Then it is opened below, as any other.
+        with suppress(HoldfastError):  # If this fails, `good_steps` opens the checkpoint again.
             self._complete.published(step_name(current))
         keep = self._retention.latest_k
         ours = {s: f for s, f in self._catalog.folders().items() if s not in self._left_behind}
         if keep == 0 or len(ours) <= keep:
-            return []  # All are kept, whether they are good or not, so none need be opened.
+            return []  # All are kept, good or not, so there is no need to open any.
         good = good_steps(self._catalog, ours, self._complete)
         protected = () if self._resumed_from is None else (self._resumed_from,)
         return removable(good, self._retention, current=current, protected=protected)

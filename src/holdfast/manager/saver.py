@@ -40,18 +40,18 @@ from holdfast.timing import Spans, times_of
 logger: logging.Logger = logging.getLogger("holdfast")
 
 Target = Literal["durable", "local", "drained"]
-"""Place of a save. `durable`: the folder of the run. `local`: the fast tier. `drained`: the fast
-tier, and from there the folder of the run."""
+"""Place that a save goes to. `durable`: the folder of the run. `local`: the fast tier. `drained`:
+the fast tier, from which the checkpoint is then copied to the folder of the run."""
 
 AHEAD_SPARE_BYTES = 16 << 20
-"""Memory for snapshots that is reserved ahead of the first save beyond the bytes of its file."""
+"""Bytes reserved for snapshots ahead of the first save, in addition to the size of a data file."""
 
 LOGGED_WAIT_S = 0.1
-"""Shortest wait for the background save that is logged."""
+"""Longest wait for the background save that is not logged."""
 
 
 class Saver:
-    """Saves checkpoints into a catalog, one at a time, and has retention delete old ones.
+    """Saves checkpoints one at a time, and applies the retention rules after each.
 
     Collective: every rank makes one and calls its methods in the same order.
     """
@@ -69,7 +69,7 @@ class Saver:
         self._snapshot = Snapshot()
         self._staging: Staging | None = None
         self.deduplicator: Deduplicator | None = None
-        """Links files of earlier checkpoints, if the settings ask for it."""
+        """Deduplicator of the run; None if the settings do not ask for one."""
         if run.config.deduplicate and run.saves:
             check_every = run.config.deduplicate_check_every
             with _hint_about_links():
@@ -84,14 +84,14 @@ class Saver:
             best_mode=run.config.keep_best_mode,
         )
         self.retainer: Retainer = Retainer(run.catalog, retention)
-        """Applies the retention rules; only rank 0 uses it."""
+        """Retainer that applies the retention rules; used on rank 0 only."""
         self.tier: FastTier | None = None
-        """Fast tier of the run, once it is started."""
+        """Fast tier of the run; None before `start_tier` is called."""
         self.owes_durable: bool = False
-        """Whether a save to the fast tier has failed in the background, and was due for a copy to
-        the folder of the run."""
+        """Whether the next step must be saved to the folder of the run, since a save that was to be
+        copied there has failed in the fast tier."""
         self._target: Target = "durable"
-        """Place of the last save."""
+        """Place that the current or latest save goes to."""
         self.full_save_s: float = 0.0
         """Longest duration of a full save: see `Progress`."""
         self.model_share: float = 0.0
@@ -113,16 +113,19 @@ class Saver:
         export: Export | None = None,
         target: Target = "durable",
     ) -> bool:
-        """Save a checkpoint, an export, or both. Returns whether it was saved or is being saved.
+        """Save a checkpoint, an export, or both. Returns True if all is saved or being saved.
 
-        A failure raises, or returns False: see `on_save_error`. If the fast tier fails, a save that
-        was due for a copy from there goes to the folder of the run at once.
+        `flatten` returns the state to save. `dtype`: dtype in which floating-point tensors are
+        stored; None for their own.
+
+        A failure raises an error or returns False: see `on_save_error`. If the fast tier fails and
+        the checkpoint was to be copied from there, it is saved to the folder of the run instead.
         """
         if target == "local":
             self.collect()
         else:
             self.settle()
-        # The space of files that are still being deleted would count as used.
+        # Files that are still being deleted take space, which this save may need.
         if target == "durable":
             self.retainer.wait()
         elif self.tier is not None:
@@ -137,7 +140,8 @@ class Saver:
                 values={},
                 step=step,
                 kind=kind,
-                # A model alone has no other components, even if its tensors have such names.
+                # A model-only checkpoint has no other components, even if a tensor of the model
+                # has the name of one, such as `optimizer`.
                 components=tuple(sorted(self._run.others)) if kind == "full" else (),
                 metrics=metrics or {},
                 model=self._hf.config or {},
@@ -156,7 +160,8 @@ class Saver:
                 return self.save(step, kind, flatten, dtype=dtype, metrics=metrics, export=export)
             return False
         except BaseException:
-            # After an interrupt in a notebook the process continues, and may save again.
+            # After an interrupt in a notebook, the process goes on and may save again, so the
+            # attempt of this save must not stay.
             if not self.background.is_started():
                 self._staging = None
                 if pending is not None:
@@ -168,8 +173,8 @@ class Saver:
         return True
 
     def check_links(self) -> None:
-        """Check that the folder has hard links, or copies files, if the settings need that. Only
-        the holder of its lock may call this."""
+        """If `deduplicate` is on, check that the store can link or copy files. Only the holder of
+        the folder's lock may call this."""
         if self.deduplicator is not None:
             with _hint_about_links():
                 self.deduplicator.check_links()
@@ -182,13 +187,15 @@ class Saver:
         dtype: torch.dtype | None,
         export: Export | None,
     ) -> Pending:
-        """Plan a save, and make its attempt, on each host if it goes there. Collective."""
+        """Plan a save and create its attempt; for the fast tier, create an attempt on each host.
+        `facts`: the manifest, without entries and files. Collective."""
         begin = partial(begin_save, facts=facts, dtype=dtype)
         name, local = step_name(step), self._local
         if export == "alone":
             return begin(self._hf.catalog, name, state, planner=self._hf.planner)
         if local is None:
-            # A model alone is kept after the run, and other programs may change its files.
+            # A model-only checkpoint shares no files: another program may change its files after
+            # the run, and would change those of other checkpoints too.
             deduplicator = self.deduplicator if facts.kind == "full" else None
             begin = partial(begin, deduplicator=deduplicator)
             return begin(self._catalog, name, state, planner=self._planner)
@@ -198,11 +205,11 @@ class Saver:
 
     @property
     def _local(self) -> LocalTier | None:
-        """The fast tier, if the last save goes there."""
+        """Fast tier if the current or latest save goes there, else None."""
         return None if self._target == "durable" or self.tier is None else self.tier.local
 
     def wait_for_staging(self) -> None:
-        """Wait until the training state is copied."""
+        """Wait until the state is copied for the latest save, so that training may change it."""
         staging = self._staging
         if staging is not None:
             with self._goodput.lost_to("waiting for a copy"):
@@ -234,12 +241,12 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether something in the background has failed, and its error was not raised yet."""
+        """Whether a background save or a copy has failed, and its error was not raised yet."""
         return self.background.failed or (self.tier is not None and self.tier.drain.failed)
 
     def settle(self) -> None:
-        """Wait for the background save, as `collect` does, and until the checkpoint that is being
-        copied from the fast tier is durable. Raise the error or log it: see `on_save_error`."""
+        """Wait for the background save, as `collect` does, then for the copy of a checkpoint from
+        the fast tier. Raise errors or log them: see `on_save_error`."""
         self.collect()
         if self.tier is None:
             return
@@ -250,7 +257,7 @@ class Saver:
             self._raise_or_log(error)
 
     def finish(self) -> None:
-        """Wait for everything in the background."""
+        """Wait for all work in the background: saves, copies, deletions, reservations of memory."""
         self.settle()
         self.retainer.wait()
         self._snapshot.wait()
@@ -258,18 +265,20 @@ class Saver:
             self.tier.local.wait()
 
     def give_up_drain(self) -> None:
-        """Give up the copy from the fast tier: the run has a deadline."""
+        """Wait for the background save. Then give up the copy of a checkpoint from the fast tier,
+        since a stopping run has a deadline."""
         if self.tier is None:
             return
         try:
-            # A save in the background may still start a copy.
+            # First wait for the background save, which may still start a copy.
             self.collect()
         finally:
             self.tier.drain.stop()
 
     def _has_room(self, pending: Pending) -> bool:
-        """Whether every rank has the memory for a snapshot. Raises an error if not, or lets
-        training wait for this save: see `on_low_memory`. Collective."""
+        """Reserve memory for a snapshot on every rank, and return True. If a host has too little
+        memory, raise a UsageError, or return False to let training wait for this save: see
+        `on_low_memory`. Collective."""
         try:
             self._reserve(pending.file_layout.nbytes, pending.devices, self._snapshot.reserve)
         except UsageError as error:
@@ -286,28 +295,29 @@ class Saver:
 
     def reserve_ahead(self, flatten: Callable[[], FlatState]) -> None:
         """Begin to reserve and page-lock memory for snapshots, in a thread of each rank, so that
-        the first save blocks training no longer than the others. Collective."""
+        the first save blocks training no longer than later ones. Collective."""
         try:
             with gc_paused():
                 state = run_on_all(self._ranks, flatten)
                 held = self._planner.agree(capture(lambda: self._planner.hold(state, None)))
                 layout = run_on_all(self._ranks, lambda: self._planner.file_layout(held))
             devices = accelerator.devices_of(held.tensors.values())
-            # Values may take more bytes by the time of the first save.
+            # Values that are not tensors may have grown by the time of the first save.
             nbytes = layout.nbytes + AHEAD_SPARE_BYTES
             self._reserve(nbytes, devices, self._snapshot.reserve_ahead)
         except RankError:
             raise
         except HoldfastError as error:
-            # The first save tries again, and raises the error or waits: see `on_low_memory`.
+            # No error here: the first save tries again, and handles it as `on_low_memory` says.
             self._run.warn(f"no memory for snapshots is reserved ahead: {error}")
 
     def _reserve(
         self, nbytes: int, devices: Sequence[torch.device], reserve: Callable[..., None]
     ) -> None:
-        """Call a method of the snapshot that reserves memory, unless all ranks have enough.
+        """Call `reserve`, a method of `Snapshot`, to get memory for snapshots of `nbytes`, unless
+        all ranks have enough. `devices`: devices of the tensors.
 
-        Collective. Raises a UsageError on all ranks if one host has too little.
+        Collective. Raises a UsageError on all ranks if one host has too little memory.
         """
         growth = self._snapshot.growth(nbytes, devices)
         if not self._ranks.all_reduce_max([growth])[0]:
@@ -318,14 +328,15 @@ class Saver:
             left = "" if free is None else f", {spelled_bytes(free)} free"
             kind = "page-locked host memory" if devices else "host memory"
             self._run.info(f"needs {spelled_bytes(nbytes)} of {kind} for snapshots{left}")
-        # Before one rank takes memory that another has counted as free.
+        # All ranks check before any of them takes memory that another one counts as free.
         run_on_all(self._ranks, lambda: check_memory(growth, others))
         threads = threads_to_touch(1 + len(others))
         run_on_all(self._ranks, lambda: reserve(nbytes, devices, threads))
 
     def _finish_in_background(self, pending: Pending, step: int, export: Export | None) -> None:
         """Take a snapshot, and finish the save from it in the background."""
-        # Training waits for all tensors but those that optimizers change: optimizers wait for them.
+        # Training waits for copies of the tensors in `now`. Only optimizers change the tensors in
+        # `later`, so only optimizers wait for those copies.
         items, stepped = pending.file_layout.tensors, pending.stepped
         later = [item for item in items if self._overlapping and item.name in stepped]
         now = [item for item in items if not self._overlapping or item.name not in stepped]
@@ -335,7 +346,7 @@ class Saver:
         def finish() -> None:
             outcome = capture(lambda: self._finish(staged, step, export, staging))
             if isinstance(outcome, HoldfastError):
-                # Logged at once, since the program may make no further call that could raise it.
+                # Logged now, since the program may end without another call that raises the error.
                 if self._ranks.rank == 0:
                     logger.error("step %d was not saved: %s", step, outcome)
                 raise outcome
@@ -347,7 +358,8 @@ class Saver:
     def _finish(
         self, pending: Pending, step: int, export: Export | None, staging: Staging | None = None
     ) -> None:
-        """Write and publish a save, then apply the retention rules."""
+        """Write and publish a save, and apply the retention rules. Then write its export, if any.
+        `staging`: copy of tensors into the snapshot, if it is still in progress."""
         if export in ("as_step", "alone"):
             self._finish_export(pending, step, export, staging)
             return
@@ -379,7 +391,7 @@ class Saver:
     def _finish_export(
         self, pending: Pending, step: int, export: Export, staging: Staging | None
     ) -> None:
-        """Write and publish an export that replaces the checkpoint, or has none."""
+        """Write and publish an export of a step that gets no checkpoint: see `Export`."""
         ranks = self._finishing_ranks
         copied = capture(staging.run) if staging is not None else None
         try:
@@ -395,7 +407,7 @@ class Saver:
             self._note_durable(step, where, pending.facts.metrics)
 
     def _drained(self, drained: Drained) -> None:
-        """Called in the thread of the drain."""
+        """Log and record a finished copy from the fast tier. The thread that copies calls this."""
         if drained.times is not None:
             self._goodput.saves.append(drained.times)
             speed = rate(drained.manifest.nbytes, drained.times.seconds)
@@ -414,8 +426,8 @@ class Saver:
             self._goodput.saves.append(times_of(step, nbytes, seconds))
 
     def _tier_failed(self, error: HoldfastError) -> bool:
-        """Whether the last save failed for its disk of the fast tier, as when that is full. Logs
-        it."""
+        """Return whether a disk of the fast tier made the last save fail, for example because it is
+        full. If so, log a warning."""
         if self._local is None or not isinstance(error, StorageError):
             return False
         then = "to the folder of the run instead" if self._target == "drained" else "later steps"
@@ -423,7 +435,8 @@ class Saver:
         return True
 
     def _raise_or_log(self, error: HoldfastError) -> None:
-        """Raise the error of a save, or log it if the run can and should continue."""
+        """Raise the error of a save, or log it: see `on_save_error`. A RankError is always raised,
+        since the run cannot continue."""
         self._goodput.failed_saves += 1
         if error.hint == NO_SPACE:
             error.hint = f"{NO_SPACE}, or lower `checkpoint.keep_latest_k`"
@@ -433,10 +446,11 @@ class Saver:
 
 
 def _hosts_with_files(run: RunContext) -> list[str] | None:
-    """The host of each rank, if the ranks of a host write one file together; else None. Collective.
+    """Return the host of each rank if the ranks of a host write one file together, else None.
+    Collective.
 
     Raises:
-        UsageError: the store of the run cannot do that.
+        UsageError: in the store of the run, several ranks cannot write one file.
     """
     if run.config.files == "rank" or not run.saves:
         return None
@@ -452,7 +466,7 @@ def _hosts_with_files(run: RunContext) -> list[str] | None:
 
 @contextmanager
 def _hint_about_links() -> Iterator[None]:
-    """Add a hint to the error of a folder that neither links nor copies files."""
+    """Context that adds a hint to the error of a store that can neither link nor copy files."""
     try:
         yield
     except UsageError as error:
@@ -461,7 +475,7 @@ def _hint_about_links() -> Iterator[None]:
 
 
 def _on_same_host(nbytes: int, ranks: Ranks) -> list[int]:
-    """The numbers of all other ranks on the host of this rank. Collective."""
+    """Return the `nbytes` that each of the other ranks on this rank's host passes. Collective."""
     hosts, numbers = hosts_of(ranks), ranks.broadcast(ranks.gather(nbytes))
     places = enumerate(zip(hosts, numbers, strict=True))
     host = hosts[ranks.rank]

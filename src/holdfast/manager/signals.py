@@ -1,4 +1,4 @@
-"""Stop signals: recorded when they arrive, acted on after the next step."""
+"""Records stop signals when they arrive, so that the run can act on them after the next step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from holdfast.storage.forks import leave_in_children, no_fork_between
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise a UsageError if an entry is not the name of a signal that a process can catch."""
+    """Raise a UsageError if one of `names` is not the name of a signal that a process can catch."""
     for name in names:
         number = getattr(signal, name, None)
         if not isinstance(number, signal.Signals) or name in ("SIGKILL", "SIGSTOP"):
@@ -27,23 +27,24 @@ def check_names(names: Sequence[str]) -> None:
 
 
 _END = b"\0"
-"""Byte that ends the thread when it comes through the pipe. No signal has this number."""
+"""Byte that is sent through the pipe to end the thread. No signal has this number."""
 
 REPEATED_S = 1.0
-"""Seconds after the first signal in which others count as the same. A launcher may pass on a signal
-that the process has also received directly."""
+"""Seconds after the first signal in which further signals count as repetitions of it. A launcher
+may pass on a signal that the process has also received directly."""
 
 
 class StopSignals:
-    """Records the first of the given signals. A second one ends the process at once.
+    """Records the first signal that the process receives, of the signals `names`. A second signal
+    ends the process at once.
 
-    A thread receives them through a pipe as they arrive. A Python handler in the main thread would
-    run only after the current collective or copy, which may take longer than the deadline.
+    A thread receives the signals through a pipe as they arrive. A Python handler in the main thread
+    would run only after the current collective or copy, which may take longer than the deadline.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Take over the signals. Does nothing outside of the main thread, where Python cannot set
-        handlers."""
+        """Set the handlers of the signals. Do nothing in threads other than the main thread, since
+        Python can set handlers only there."""
         self._number = 0
         self._received_s = 0.0
         self._before: dict[int, Any] = {}
@@ -66,7 +67,7 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._handle)
 
     def received(self) -> tuple[float, float]:
-        """Number of the recorded signal, and the seconds since then; zeros if there is none."""
+        """Return number and age in seconds of the recorded signal; zeros if there is none."""
         return self._number, time.monotonic() - self._received_s if self._number else 0.0
 
     def forget(self) -> None:
@@ -74,20 +75,24 @@ class StopSignals:
         self._number = 0
 
     def pass_on(self) -> None:
-        """Raise the recorded signal if nothing has acted on it. Call this after `release`."""
+        """Send the recorded signal to this process again, unless `forget` was called after a save.
+
+        Call this after `release`, so that the earlier handler gets the signal.
+        """
         number, self._number = self._number, 0
         if number:
             signal.raise_signal(number)
 
     def release(self) -> None:
-        """Restore the handlers. Does nothing when called again, or in a forked child."""
+        """Restore the earlier handlers. Does nothing when called again, or in a forked child."""
         if not self._listening:
             return
-        # The earlier descriptor may be closed by now, and its number belong to another file.
+        # The wakeup descriptor that was set before ours may be closed by now, and its number may
+        # belong to another file.
         is_same = self._wakeup_file and self._wakeup_file == _file_of(self._wakeup_before)
         self._restore(self._wakeup_before if is_same else -1)
-        # Closing the pipe would not end the thread while a child has a copy of this end. A full
-        # pipe wakes the thread as well.
+        # Closing the pipe would not end the thread, since a forked child may keep this end open.
+        # If the pipe is full, the thread wakes up without this byte.
         with suppress(BlockingIOError):
             os.write(self._in, _END)
         self._thread.join()
@@ -95,7 +100,7 @@ class StopSignals:
         os.close(self._out)
 
     def leave(self) -> None:
-        """Restore the handlers in a forked child, such as a data loader's worker."""
+        """Restore the earlier handlers in a forked child, such as a data loader's worker."""
         if self._listening:
             self._restore(-1)
             os.close(self._in)
@@ -104,7 +109,7 @@ class StopSignals:
     def _restore(self, wakeup: int) -> None:
         self._listening = False
         for number, handler in self._before.items():
-            # A later manager may have taken the signals over, and keeps them.
+            # If a later manager has set its own handler, that handler stays.
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
         current = signal.set_wakeup_fd(wakeup)
@@ -115,7 +120,8 @@ class StopSignals:
         if self._listening:
             self._record(number)
         else:
-            # A later manager restored this handler, after this object was released.
+            # This object was released, but another manager has since restored this method as the
+            # handler. Pass the signal to the handler from before this object.
             _call(self._before[number], number, frame)
 
     def _record(self, number: int) -> None:
@@ -124,7 +130,7 @@ class StopSignals:
             self._number = number
 
     def _listen(self, ours: frozenset[int]) -> None:
-        """Record signals until the handlers are restored."""
+        """Record signals until the handlers are restored. A second signal ends the process."""
         while self._listening:
             received = os.read(self._out, 1)[0]
             if received not in ours:
@@ -136,7 +142,7 @@ class StopSignals:
 
 
 def _file_of(descriptor: int) -> tuple[int, int] | None:
-    """Device and inode of an open descriptor; None if it is closed."""
+    """Return device and inode number of the open file `descriptor`; None if it is closed."""
     try:
         status = os.fstat(descriptor)
     except OSError:
@@ -145,7 +151,8 @@ def _file_of(descriptor: int) -> tuple[int, int] | None:
 
 
 def _call(handler: Any, number: int, frame: FrameType | None) -> None:
-    """Do what `handler`, an argument of `signal.signal`, would do."""
+    """Do what Python or the system does for a signal with this handler: a function, `SIG_DFL` or
+    `SIG_IGN`."""
     if callable(handler):
         handler(number, frame)
     elif handler == signal.SIG_DFL:

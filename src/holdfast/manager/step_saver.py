@@ -1,4 +1,4 @@
-"""Decides after each step, on all ranks alike, whether and what to save."""
+"""Decides after each step whether and what to save, with the same result on all ranks."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class StepSaver:
         tree: StateTree,
         raises_on_stop: bool = True,
     ) -> None:
-        """`tree` is the whole state, `model` the model in it. `raises_on_stop`: the save after a
-        stop signal raises SystemExit."""
+        """`tree` is the whole state, `model` the model in it. `raises_on_stop`: whether the save
+        after a stop signal raises SystemExit."""
         self._run, self._catalog, self._ranks = run, run.catalog, run.ranks
         self._config, self._goodput = run.config, run.goodput
         self._saver, self._hf, self._model, self._tree = saver, hf, model, tree
@@ -53,7 +53,7 @@ class StepSaver:
         self.stop_signals: StopSignals = StopSignals(())
         """Signals after which the run saves and ends."""
         self.knows_folder: bool = False
-        """Whether the run has loaded, or was warned of the newer checkpoints in its folder."""
+        """Whether the run has called `load`, or has looked for newer checkpoints in its folder."""
 
     def save(self, step: int, *, last_step: bool, force: bool, metrics: Metrics | None) -> bool:
         """Save the state after `step` if it is due: see `CheckpointManager.save`."""
@@ -66,7 +66,7 @@ class StepSaver:
             step, (last_step, force), largest = arguments.agree(
                 self._ranks, step, metrics, self._progress(), last_step=last_step, force=force
             )
-            # The same on all ranks, so that all decide alike.
+            # The maxima are the same on all ranks, so all ranks decide alike.
             progress = Progress._make(largest)
             if progress.failed:
                 self._saver.settle()
@@ -95,7 +95,8 @@ class StepSaver:
             self.stop_signals.forget()
             self.stop_requested = True
         if stopping and self._raises_on_stop:
-            # `torchrun` would start the stopped job again, on some of its hosts.
+            # Exit with 0 under `torchrun`: any other status would make it restart the job on some
+            # hosts.
             raise SystemExit(0 if is_restarted_on_failure() else 128 + int(progress.signal))
         return saved
 
@@ -112,7 +113,7 @@ class StepSaver:
         self._saver.collect()
 
     def _progress(self) -> Progress:
-        """Progress of this rank."""
+        """Return the measurements of this rank after the current step."""
         saver = self._saver
         signal, signal_age_s = self.stop_signals.received()
         return self._goodput.progress()._replace(
@@ -127,8 +128,8 @@ class StepSaver:
         )
 
     def _lacks_memory(self) -> bool:
-        """Whether snapshots need page-locked memory, which takes seconds to get. Answers once, so
-        that later steps do not look at all parameters again."""
+        """Return whether snapshots need page-locked memory, which takes seconds to reserve. Only
+        the first call looks at all parameters; later calls return False."""
         if not self._asks_for_memory:
             return False
         self._asks_for_memory = False
@@ -136,7 +137,7 @@ class StepSaver:
         return bool(accelerator.devices_of(parameters))
 
     def _kind_before_stop(self, step: int, progress: Progress) -> Kind | None:
-        """The kind of save that fits into the time after a stop signal; None if no save fits."""
+        """Log and return the kind of save that fits before the deadline; None if no save fits."""
         left_s = self._config.stop_deadline_s - progress.signal_age_s
         kind = kind_in_time(left_s, progress.full_save_s, progress.model_share)
         line = stopping_line(int(progress.signal), step, left_s, progress.full_save_s, kind)
@@ -144,7 +145,8 @@ class StepSaver:
         return kind
 
     def _target(self, step: int, forced: bool, progress: Progress) -> Target | None:
-        """Place of the save that is due now; None if none is."""
+        """Return the place that the save after `step` goes to; None if no save is due, or it is
+        skipped or queued. `forced`: whether the step is saved in any case."""
         due = self._queued or is_due(step, last_step=forced, config=self._config, progress=progress)
         owes, self._saver.owes_durable = self._saver.owes_durable, False
         self._queued = False
@@ -158,8 +160,8 @@ class StepSaver:
         return None if busy and self._config.on_save_overlap != "wait" else "local"
 
     def _is_late(self, step: int, busy: bool) -> bool:
-        """Whether the save before is in the way of one that is due now, which is then queued or
-        skipped."""
+        """Return whether the save that is due now cannot begin, since the previous one is still in
+        progress (`busy`). If so, queue or skip the due save: see `on_save_overlap`."""
         overlap = self._config.on_save_overlap
         if not busy or overlap == "wait":
             return False
@@ -177,7 +179,8 @@ class StepSaver:
         metrics: Metrics | None = None,
         target: Target = "durable",
     ) -> bool:
-        """Save all components, or the model alone, in the export dtype if it is the last step."""
+        """Save all components, or only the model. A model-only save at the last step casts the
+        model to `export_dtype`. Returns whether the step is saved or being saved."""
         numbers = run_on_all(self._ranks, partial(arguments.numbers_in, metrics))
         if target != "local":
             self._goodput.count_save()
@@ -199,7 +202,7 @@ class StepSaver:
         )
 
     def _export(self, step: int) -> None:
-        """Export a step that is not saved, if its export is due."""
+        """Export the model of a step that is not saved, if an export is due."""
         export = self._hf.export_at(step, last_step=False, saved=False)
         if export is not None:
             self._saver.save(step, "model", self._model_alone().flatten, export=export)
@@ -208,7 +211,8 @@ class StepSaver:
         return StateTree({MODEL: self._model}, flat=MODEL, others=self._run.others)
 
     def _warn_of_newer_steps(self, step: int) -> None:
-        """Warn once if this run loaded nothing, and the folder has checkpoints of later steps."""
+        """Log one warning if the run's folder has checkpoints of later steps than `step`, and this
+        run has not called `load`."""
         if self.knows_folder or self._ranks.rank:
             return
         self.knows_folder = True

@@ -1,8 +1,9 @@
-"""Check that containers are equal on all ranks that have them.
+"""Check that dicts, lists and the like have equal keys and lengths on all ranks that have them.
 
-Models and optimizers may have other entries on each rank, which are merged. Any other container
-must have the same keys, length and kinds of entries on all ranks that have it, because a merged one
-would be a state that no rank had. Entries below keys such as `rank_3` are not compared.
+Models and optimizers may have different entries on each rank. A save merges these entries. Any
+other dict or list must have the same keys, length and kinds of entries on all ranks that have it,
+because merging different ones would make a state that no rank had. Entries below keys such as
+`rank_3` are not compared.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ _LISTED_MAX = 20
 
 
 def check_alike(all_plans: AllPlans, size: int) -> None:
-    """Check that each container is equal on all ranks that have it.
+    """Check that each dict, list or other container of the state has the same keys, length and
+    kinds of entries on all ranks that have it. `size`: number of ranks.
 
     Raises:
-        MismatchError: some containers differ; each difference is listed.
+        MismatchError: some containers differ. The message lists the differences.
     """
     if all(len(plans) == 1 and len(plans[0].ranks) == size for plans in all_plans.values()):
         return
@@ -45,7 +47,8 @@ def check_alike(all_plans: AllPlans, size: int) -> None:
 
 
 def _differences(all_plans: AllPlans) -> Iterator[str]:
-    """One line per path that is not equal on all ranks that have its top-level key."""
+    """Yield one line per path that is of different kinds on two ranks, such as a tensor and a dict,
+    or lists of different lengths. Compare only ranks that have the top-level key of the path."""
     plans = [
         (shared.ranks, _kinds_by_key(shared.local_plan))
         for component in sorted(all_plans)
@@ -55,11 +58,12 @@ def _differences(all_plans: AllPlans) -> Iterator[str]:
         key: None
         for _, branches in plans
         for key, kinds in branches.items()
-        # Without tensors and values at the top level, which `plan` compares.
+        # Leave out tensors and values at the top level, since `plan` compares them.
         if {*kinds.values()} - _LEAVES | {*kinds} - {(key,)}
     }
     for key in containers:
-        # The entry of a top-level key and the entries below it are in different local plans.
+        # A rank has two local plans for a top-level key: one for what is at the key itself, and one
+        # for the entries below it.
         plans_of: dict[int, tuple[int, ...]] = {}
         for number, (ranks, branches) in enumerate(plans):
             for rank in ranks if key in branches else ():
@@ -76,7 +80,8 @@ def _differences(all_plans: AllPlans) -> Iterator[str]:
 
 
 def _merged(branches: Sequence[Mapping[Path, str]]) -> dict[Path, str]:
-    """All paths. If a leaf and a container have one path, the container's kind counts."""
+    """Merge several dicts of kinds by path. If a path is a leaf in one and a dict or list in
+    another, keep the dict or list."""
     every = [(path, kind) for kinds in branches for path, kind in kinds.items()]
     return dict(sorted(every, key=lambda item: item[1] not in _LEAVES))
 
@@ -84,7 +89,7 @@ def _merged(branches: Sequence[Mapping[Path, str]]) -> dict[Path, str]:
 def _compared(
     rank: int, kinds: Mapping[Path, str], other_rank: int, other_kinds: Mapping[Path, str]
 ) -> Iterator[str]:
-    """One line per path whose kind differs between two ranks."""
+    """Yield one line per path whose kind differs between two ranks."""
     for path in dict.fromkeys([*kinds, *other_kinds]):
         kind, other_kind = kinds.get(path), other_kinds.get(path)
         if kind == other_kind:
@@ -99,7 +104,8 @@ def _compared(
 
 
 def _kinds_by_key(local_plan: LocalPlan) -> dict[str | int, dict[Path, str]]:
-    """Kind of each path below each top-level key, without the keys and entries that may differ."""
+    """Return the kinds of all paths, such as "a tensor", keyed by top-level key and then by path.
+    Leave out paths that may differ between ranks."""
     unions = local_plan.unions
     kinds = [*_leaves(local_plan)]
     for path, node in local_plan.structure.items():
@@ -113,15 +119,16 @@ def _kinds_by_key(local_plan: LocalPlan) -> dict[str | int, dict[Path, str]]:
 
 
 def _leaves(local_plan: LocalPlan) -> Iterator[tuple[Path, str]]:
-    """Path and kind of each leaf."""
+    """Yield the path and kind of each leaf."""
     yield from ((tensor.path, _TENSOR) for tensor in local_plan.tensors.values())
     yield from ((path, _TENSOR) for _, path in local_plan.aliases.values())
     yield from ((path, _VALUE) for path in local_plan.values.values())
 
 
 def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tuple[Path, str]]:
-    """Path and kind of each container that a node describes, except dicts that follow from the
-    paths of their entries."""
+    """Yield the path and kind of each dict, list or other container that the node at `path`
+    describes. Leave out dicts that follow from the paths of their entries, and everything below a
+    path in `unions`, which may differ between ranks."""
     while isinstance(node, dict) and "object" in node:
         node = node["object"]
     kind = kind_of_node(node)
@@ -140,7 +147,8 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
         kept.append(key)
         yield from _kinds_of(child_path, child, unions)
     if kept and kind == "dict" and all(type(key) is str for key in kept):
-        # Its entries are compared instead, since it may have a node only because of skipped keys.
+        # Do not compare the keys of this dict: another rank may have no node for the dict, if all
+        # of its keys there were left out above. The entries below it are compared on their own.
         return
     if kept or not children:
         keys = ", ".join(sorted(map(repr, kept))) if kind in MAPPINGS else f"{len(kept)} members"
@@ -149,7 +157,8 @@ def _kinds_of(path: Path, node: Node, unions: Collection[Path]) -> Iterator[tupl
 
 
 def _lone_slots(all_plans: AllPlans) -> Iterator[str]:
-    """One line per slot that is missing on a rank whose optimizer holds the slot's parameter."""
+    """Yield one line per optimizer slot that one rank has and another lacks, although the
+    optimizers of both ranks have the parameter."""
     for plans in all_plans.values():
         if len(plans) < 2:
             continue
@@ -176,7 +185,7 @@ def _lone_slots(all_plans: AllPlans) -> Iterator[str]:
 
 
 def _slots_of(local_plan: LocalPlan, root: Path) -> dict[str, set[str]]:
-    """Names of the slots of each parameter, in the optimizer at `root`."""
+    """Return the names of the slots of each parameter in the optimizer at `root`."""
     depth = len(root)
     slots: dict[str, set[str]] = {}
     parameters: list[str] = []

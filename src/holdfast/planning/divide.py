@@ -11,8 +11,9 @@ T = TypeVar("T")
 
 
 def divide(region: Region, num_elements_max: int) -> Iterator[Region]:
-    """Divide a region into boxes of at most `num_elements_max` elements, in row-major order: rows
-    of the first dim longer than 1, or parts of rows if one row has more elements."""
+    """Divide a region into boxes of at most `num_elements_max` elements, in row-major order. Each
+    box is a range of indices along the region's first dim longer than 1. If a single index has too
+    many elements, its elements are divided in the same way, along the next dim."""
     if region.num_elements <= num_elements_max:
         yield region
         return
@@ -23,12 +24,12 @@ def divide(region: Region, num_elements_max: int) -> Iterator[Region]:
 
 
 def dim_of_rows(region: Region) -> int:
-    """The first dim longer than 1. A region of several elements has one."""
+    """Return the first dim longer than 1. The region must have several elements."""
     return next(dim for dim, size in enumerate(region.shape) if size > 1)
 
 
 def divide_rows(region: Region, dim: int, num_rows: int) -> Iterator[Region]:
-    """Divide a region along one dim into boxes of `num_rows`; the last may be smaller."""
+    """Divide a region into boxes that are `num_rows` long in dim `dim`. The last may be shorter."""
     for first in range(region.start[dim], region.stop[dim], num_rows):
         last = min(first + num_rows, region.stop[dim])
         start = (*region.start[:dim], first, *region.start[dim + 1 :])
@@ -37,7 +38,8 @@ def divide_rows(region: Region, dim: int, num_rows: int) -> Iterator[Region]:
 
 
 def aligned(start: int, stop: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Divide a range of bytes at the multiples of `nbytes`."""
+    """Divide the range of bytes from `start` to `stop` at all multiples of `nbytes`. Yield the
+    start and stop of each part."""
     while start < stop:
         end = min((start // nbytes + 1) * nbytes, stop)
         yield start, end
@@ -47,7 +49,8 @@ def aligned(start: int, stop: int, nbytes: int) -> Iterator[tuple[int, int]]:
 def grouped(
     items: Iterable[T], nbytes_of: Callable[[T], int], nbytes_max: int
 ) -> Iterator[list[T]]:
-    """Groups of consecutive items of at most `nbytes_max` together, or one larger item."""
+    """Yield groups of consecutive items. A group has at most `nbytes_max` bytes, or a single larger
+    item."""
     group: list[T] = []
     total = 0
     for item in items:

@@ -1,4 +1,4 @@
-"""Fix the offsets of everything in one rank's file before a byte is written."""
+"""Compute the offset of everything in a data file before a byte of it is written."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ class FileLayout:
     nbytes: int
     tensors: tuple[TensorItem, ...]
     containers: tuple[tuple[int, bytes], ...]
-    """Offset and bytes of each distinct value, as `torch.save` writes it. Equal ones are stored
-    once."""
+    """Offset and bytes of each distinct container. Equal values are stored once."""
 
     values: tuple[tuple[Collection[str], Span], ...]
     """Names of each value, and the place of its container."""
 
     table_offset: int
-    """Offset of the table that ends the file: a checksum per block, in the order of the items."""
+    """Offset of the table at the end of the file: one checksum per block, in item order."""
 
 
 def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...]:
-    """Place tensors one after the other. `regions`: name, dtype and region of each."""
+    """Place regions of tensors in a file, one after the other. `regions`: for each one, the name
+    and dtype of the tensor, and the region."""
     items, position, block = [], 0, 0
     for name, dtype, region in regions:
         shape = region.shape
@@ -72,8 +72,8 @@ def lay_out_file(
     number: int = 0,
 ) -> FileLayout:
     """Lay out a file of `rank`: its tensors, then the containers of its values, then the
-    checksums. `values`: names and container of each. `number`: that of the file, see
-    `data_file`."""
+    checksums. `values`: names and container of each value. `number`: number in the file's name:
+    see `data_file`."""
     position = items[-1].item.stop if items else 0
     placed: dict[bytes, Span] = {}
     spans = []
@@ -94,6 +94,6 @@ def lay_out_file(
 
 
 def containers_of(layout: FileLayout) -> list[tuple[Collection[str], bytes]]:
-    """Names and container of each value in a file."""
+    """Return the names and the container of each value in a file."""
     containers = dict(layout.containers)
     return [(names, containers[span.offset]) for names, span in layout.values]

@@ -13,13 +13,13 @@ _num_pauses = 0
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause garbage collection, until the last thread has left such a block. It stays off
-    afterwards if it was off before.
+    """Pause garbage collection as long as any thread is inside this context. If it was off before,
+    it stays off.
 
-    For work that is short, or that training waits for: reference cycles stay in memory meanwhile. A
-    plan makes thousands of objects that all stay alive. After every few thousand of them, the
-    collector would visit every object of the process: a third of the time of a save of 8,000 small
-    tensors.
+    Use this for work that is short, or that training waits for, since reference cycles stay in
+    memory during a pause. A plan makes thousands of objects that all stay alive. After every few
+    thousand of them, the collector would visit every object of the process. This would take a third
+    of the time of a save of 8,000 small tensors.
     """
     global _num_pauses
     with _mutex:

@@ -1,7 +1,8 @@
 """Decide where each rank writes in the one data file of its host.
 
-The file has the tensors of all its ranks, then their values, then their checksums. Values change
-their sizes from save to save, so this order keeps the positions of tensors, which the index has.
+The file has the tensors of all ranks of the host, then their values, then their checksums. Values
+change their sizes from save to save. Since they come after the tensors, the tensors keep their
+positions, and the index of the tensors can be reused.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from holdfast.format.names import data_file
 from holdfast.planning.file_layout import FileLayout
 
 ALIGN_BYTES = 64 << 10
-"""Alignment of every part of a file that one rank writes: the largest page of any system. If two
-processes wrote to one page, one of them directly, the other's page in the cache could replace it.
-Also a multiple of the alignment of raw elements, so that a rank's layout stays valid anywhere."""
+"""Alignment of every part of a file that one rank writes: the largest page size of any system. If
+one process writes to a page by direct I/O and another one through the page cache, the cached page
+can overwrite the direct write. It is also a multiple of the alignment that elements need in a file,
+so a rank's layout, which starts at offset 0, is valid at every aligned offset too."""
 
 _ALIGN_BLOCKS = ALIGN_BYTES // checksum.NBYTES
 
 
 @dataclass(frozen=True, slots=True)
 class PartSize:
-    """Sizes of what one rank writes."""
+    """Sizes of the data that one rank writes."""
 
     tensors: int
     """Bytes of the items of all tensors."""
@@ -39,11 +41,11 @@ class PartSize:
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """The part of one rank in the data file of its host."""
+    """Part that one rank writes of the data file of its host."""
 
     file: str
     nbytes: int
-    """Size of the file; 0 if none of its ranks writes anything."""
+    """Size of the file; 0 if no rank of the host writes anything."""
 
     leads: bool
     """Whether this rank creates and syncs the file."""
@@ -68,29 +70,30 @@ class FilePart:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """The part of a `FilePart` that depends on the plan alone."""
+    """Place of a rank's tensors in the data file of its host. It depends only on the plan."""
 
     leader: int
-    """Rank that creates the file, and gives it its name: the lowest of the host."""
+    """Lowest rank of the host. It creates the file, which is named after this rank."""
 
     offset: int
     first_block: int
 
 
 def size_of(layout: FileLayout) -> PartSize:
-    """Sizes of the parts of a file that is laid out for one rank."""
+    """Return the sizes of the data in a file that is laid out for one rank."""
     tensors = tensors_stop(layout)
     num_blocks = (layout.nbytes - layout.table_offset) // checksum.NBYTES
     return PartSize(tensors, num_blocks, layout.table_offset - tensors)
 
 
 def tensors_stop(layout: FileLayout) -> int:
-    """Offset at which the tensors of a file end, and its values begin."""
+    """Return the offset at which the tensors of a file end and its values begin."""
     return layout.tensors[-1].item.stop if layout.tensors else 0
 
 
 def place_tensors(hosts: Sequence[str], sizes: Sequence[PartSize]) -> list[TensorPlace]:
-    """Place the tensors of each rank, whatever the sizes of values. `hosts`: host of each rank."""
+    """Place the tensors of each rank in the file of its host. `hosts`, `sizes`: the host of each
+    rank, and the sizes of its data."""
     leaders: dict[str, int] = {}
     ends: dict[str, tuple[int, int]] = {}
     places = []
@@ -105,7 +108,7 @@ def place_tensors(hosts: Sequence[str], sizes: Sequence[PartSize]) -> list[Tenso
 
 
 def place_parts(hosts: Sequence[str], sizes: Sequence[PartSize]) -> list[FilePart]:
-    """Place everything that each rank writes: see `place_tensors`."""
+    """Place everything that each rank writes in the file of its host: see `place_tensors`."""
     places = place_tensors(hosts, sizes)
     ranks_of: dict[int, list[int]] = {}
     for rank, place in enumerate(places):

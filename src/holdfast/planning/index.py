@@ -1,5 +1,5 @@
-"""The part of a checkpoint's two indices that follows from the plan: everything but checksums and
-the places of values."""
+"""Encode the part of a checkpoint's two indices, ours and that of stock DCP, that depends only on
+the plan: everything except checksums and the places of values."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from holdfast.planning.host_file import TensorPlace
 from holdfast.planning.write_plan import GlobalPlan, Ints, TensorChunks
 
 _BATCH_ROWS = 1 << 14
-"""Chunks that are placed at a time."""
+"""Number of chunks that `_places` handles at a time."""
 
 LISTED_CHUNKS_MAX = 8192
-"""Most chunks that `manifest.json` lists itself. Decoding so many takes 0.1 s, and they are sent to
-every rank of a load; those of a larger checkpoint are in `index.bin`."""
+"""Most chunks that `manifest.json` lists itself. Decoding that many takes 0.1 s, and a load sends
+them to every rank. A checkpoint with more chunks has them in `index.bin`."""
 
 
 class Index:
-    """Plan of a checkpoint on rank 0, and the encoded part of both indices that follows from it.
+    """Plan of a checkpoint on rank 0, and the part of both indices that depends only on the plan.
 
-    The part is encoded on first use and reused by later saves. That takes minutes at thousands of
-    ranks, so training does not wait for it.
+    The part is encoded on first use and reused by later saves. Encoding takes minutes at thousands
+    of ranks, so training does not wait for it.
     """
 
     def __init__(
@@ -45,11 +45,12 @@ class Index:
         names: Sequence[str] | None = None,
         places: Sequence[TensorPlace] | None = None,
     ) -> None:
-        """`layouts`: the `columns` of each rank's items. `names`: the name of each rank's file.
-        `places`: place of each rank's items in the file of its host; None if ranks have files of
-        their own.
+        """`layouts`: for each rank, the array that `columns` returns for its items. `names`: the
+        name of each rank's file. `places`: place of each rank's items in the file of its host; None
+        if ranks have files of their own.
 
-        If ranks have several files, the ranks of `plan` stand for files: see `shared_files`.
+        If ranks have several files, `plan` and these arguments have the number of a file wherever
+        they otherwise have a rank: see `shared_index`.
         """
         self.plan = plan
         self._layouts = layouts
@@ -60,7 +61,7 @@ class Index:
         self._mutex = threading.Lock()
 
     def encoded(self) -> Encoded:
-        """Returns the encoded part. Any thread may call this."""
+        """Return the encoded part of both indices. Any thread may call this."""
         with self._mutex:
             if self._encoded is None:
                 self._encoded = _encode(self.plan, self._layouts, self._names, self._places)
@@ -74,17 +75,19 @@ class Index:
         for chunks in self.plan.tensors:
             tensor = chunks.tensor
             nbytes[tensor.path[0]] = nbytes.get(tensor.path[0], 0) + tensor.nbytes
-        # A tied tensor is stored under its first name. Its other names add no bytes, but are
-        # listed.
+        # A tied tensor is stored under its first name. Its other names add no bytes, but the result
+        # must have their top-level names too.
         for _, path in self.plan.aliases.values():
             nbytes.setdefault(path[0], 0)
         return nbytes
 
     def variant(self, key: Hashable, make: Callable[[], Index]) -> Index:
-        """Index of the same state in other files, `make()` if none was made for `key` lately."""
+        """Return the `Index` of the same state if it is stored in other files. `key`: identifies
+        these files. `make`: makes the result, unless a recent call has made it."""
         variant = self._variants.pop(key, None) or make()
         self._variants[key] = variant
-        # Two, since a save shares files with the checkpoint before the previous one.
+        # Keep two: a save shares files with the checkpoint before the previous one, so consecutive
+        # saves use two sets of files in turn.
         for old in list(self._variants)[:-2]:
             del self._variants[old]
         return variant
@@ -101,11 +104,12 @@ class Encoded:
     """`index.bin`; None if `tensors` lists the chunks."""
 
     stock: StockIndex
-    """Part of `.metadata`."""
+    """Encoder of `.metadata`, which has encoded all but the positions of values."""
 
 
 def columns(items: Sequence[TensorItem]) -> Ints:
-    """One row per item: its offset, its bytes, the offset of its data, its first block."""
+    """Return an array with one row per item: the offset and size of the item, the offset of its
+    data, and the number of its first block."""
     rows = [(i.item.offset, i.item.nbytes, i.data.offset, i.first_block) for i in items]
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
@@ -136,7 +140,7 @@ def _tables(
     files: Mapping[int, int],
     places_in_files: Sequence[TensorPlace] | None,
 ) -> Iterator[TensorTable]:
-    """Every tensor, under each of its names, with the places of its chunks."""
+    """Yield every tensor under each of its names, with the places of its chunks."""
     places = _places(plan.tensors, layouts, files, places_in_files)
     aliases: dict[str, list[tuple[str, Path]]] = {}
     for alias, (first, path) in plan.aliases.items():
@@ -165,8 +169,8 @@ def _places(
     files: Mapping[int, int],
     places_in_files: Sequence[TensorPlace] | None,
 ) -> Ints:
-    """One row per chunk, in the order of the plan: the number of its file, and its row of
-    `columns`. Each rank's items are in the order of the plan."""
+    """Return an array with one row per chunk, in the order of the plan: the number of its file, and
+    the row that `columns` returns for it. Each rank's items are in the order of the plan."""
     distinct = {id(layout): layout for layout in layouts}
     lengths = [len(layout) for layout in distinct.values()]
     starts = dict(zip(distinct, np.cumsum([0, *lengths]).tolist(), strict=False))
@@ -178,10 +182,10 @@ def _places(
     first_blocks = np.array([place.first_block for place in shifts], np.int64)
     ranks_of = [chunks.rank for chunks in tensors]
     writers = np.concatenate(ranks_of) if ranks_of else np.zeros(0, np.int64)
-    # With a first column for the numbers of the files, so that the rows are copied once.
+    # Add a first column for the file numbers here, so that the rows are copied only once.
     rows = np.pad(np.concatenate([*distinct.values()]), ((0, 0), (1, 0)))
     places: Ints = np.empty((len(writers), 5), np.int64)
-    # Row of the next item of each rank.
+    # For each rank, the row of its next item.
     next_rows = first_rows
     for first in range(0, len(writers), _BATCH_ROWS):
         # Arrays of a batch stay in the CPU cache.
@@ -197,7 +201,7 @@ def _places(
 
 
 def _times_before(numbers: Ints) -> Ints:
-    """How often each number occurs before its position."""
+    """For each position in `numbers`, return how often its number occurs at earlier positions."""
     # numpy sorts 16-bit numbers by radix, several times as fast as longer ones.
     is_short = numbers.max(initial=0) < 1 << 16
     order = np.argsort(numbers.astype(np.uint16) if is_short else numbers, kind="stable")

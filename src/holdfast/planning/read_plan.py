@@ -1,4 +1,4 @@
-"""Plan a read: which chunks hold the wanted elements, and in which of their bytes."""
+"""Plan a read: find the chunks that hold the wanted elements, and the bytes to read of each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from holdfast.format.torchzip import contiguous_strides
 from holdfast.planning.divide import dim_of_rows, divide_rows
 
 RUN_BYTES_MIN = BLOCK_BYTES
-"""Length from which a run of contiguous bytes is read alone. Shorter runs are read together with
-the gaps between them."""
+"""Shortest run of contiguous bytes that is read alone. Shorter runs are read together with the gaps
+between them."""
 
 
 COLUMN_BYTES_MAX = 8 * BLOCK_BYTES
-"""Length below which runs of contiguous bytes make a box one of columns: a longer run, read alone,
-reads at most two blocks more than it needs."""
+"""Length from which each rank reads a run of contiguous bytes for itself: this costs at most two
+blocks more than the run has. A box with shorter runs counts as a box of columns: one rank can read
+the rows around it, for all ranks that want columns of these rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +67,22 @@ class ByteRange:
     """Offset of the end of the box's last element."""
 
     box: Region
-    """Position of the box, counted from the first wanted element."""
+    """Position of the box, relative to the first wanted element."""
 
     contiguous: bool
-    """Whether the range holds no other elements than those of the box."""
+    """Whether the range holds only elements of the box."""
 
 
 def byte_ranges(
     box: Region, shape: tuple[int, ...], itemsize: int, window_bytes: int
 ) -> Iterator[ByteRange]:
-    """Divide the read of `box`, from a row-major chunk of `shape`, into ranges. Each element of
-    `box` is in exactly one of them.
+    """Yield the ranges of bytes to read for `box`, a part of a row-major chunk of `shape`. Each
+    element of `box` is in exactly one range.
 
-    Contiguous elements are one range of any length. If there are gaps, a range is either one run or
-    spans at most `window_bytes`. If a read takes `slice` bytes of each row of `row` bytes, it reads
-    at most `row / slice` times the wanted bytes.
+    If all elements of `box` are contiguous, they are one range of any length. If there are gaps
+    between them, a range is either one contiguous run, or spans at most `window_bytes`, gaps
+    included. For `slice` wanted bytes in each row of `row` bytes, the ranges have at most `row /
+    slice` times the wanted bytes.
     """
     strides = [stride * itemsize for stride in contiguous_strides(shape)]
     yield from _ranges(box, box.start, strides, itemsize, window_bytes)
@@ -105,7 +107,7 @@ def _ranges(
 
 
 def _run_bytes(box: Region, strides: list[int], itemsize: int) -> int:
-    """Length of the contiguous runs of the box."""
+    """Return the length in bytes of the contiguous runs of the box."""
     run = itemsize
     for size, stride in zip(reversed(box.shape), reversed(strides), strict=True):
         if stride == run:
@@ -116,8 +118,8 @@ def _run_bytes(box: Region, strides: list[int], itemsize: int) -> int:
 
 
 def rows_around(box: Region, shape: tuple[int, ...], itemsize: int) -> Region | None:
-    """Smallest contiguous box that contains `box`, in a row-major chunk of `shape`. None if `box`
-    is not one of columns: it is contiguous, or its runs are long.
+    """Return the smallest contiguous box around `box`, a box of columns in a row-major chunk of
+    `shape`. Return None for other boxes: those that are contiguous or have long runs.
 
     >>> rows_around(Region((2, 4), (8, 6)), (10, 10), 4)
     Region(start=(2, 0), stop=(8, 10))

@@ -1,8 +1,8 @@
 """Decide which data files of an earlier checkpoint a rank links, and where it writes the rest.
 
 A tensor that has not changed stays in the file in which it was written. A file in which only some
-tensors have changed is linked too: its stale bytes cost space, not time. It is given up once they
-are more than half of it.
+tensors have changed is linked too: their stale bytes cost space, but no time. A file of which more
+than half is stale is not linked any more.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from holdfast.planning.index import Index
 from holdfast.planning.write_plan import GlobalPlan, Ints
 
 LIVE_SHARE_MIN = 0.5
-"""Smallest share of a linked file that the checkpoint must use. So stale bytes at most double the
-size of a checkpoint."""
+"""A file is linked only if the new checkpoint uses at least this share of the file's bytes. So
+stale bytes at most double the size of a checkpoint."""
 
 LINKED_FILES_MAX = 8
-"""Most files that one rank links. Beyond it, the files with the fewest bytes in use are written
-together into one."""
+"""Most files that one rank links. If there are more, the tensors in the files with the fewest bytes
+in use are written again, into one file."""
 
 ItemKey = tuple[str, Region, str]
 """Name, region and dtype of an item."""
@@ -41,7 +41,7 @@ class StoredFile:
     nbytes: int
     table: Table
     num_links: int = 0
-    """Saves that have linked the file since it was written, or read and found good."""
+    """Number of saves that have linked the file since it was written, or last found good."""
 
     @property
     def number(self) -> int:
@@ -58,16 +58,16 @@ class RankFiles:
 
     files: Mapping[str, StoredFile]
     items: Mapping[ItemKey, tuple[str, TensorItem]]
-    """File and place of each item."""
+    """For each item, the name of its file, and its place there."""
 
 
 def number_of(file: str) -> int:
-    """Number in the name of a data file; 0 without a name."""
+    """Return the number in the name of a data file; 0 for an empty name."""
     return (rank_and_number(file) or (0, 0))[1]
 
 
 def key_of(item: TensorItem) -> ItemKey:
-    """Key of an item, which another save of the same layout has too."""
+    """Return the key of an item. It is the same in all saves with the same layout."""
     return item.name, item.region, item.dtype
 
 
@@ -98,7 +98,8 @@ def linkable(
     earlier: RankFiles,
     unchanged: Collection[ItemKey],
 ) -> list[str]:
-    """Choose the files of `earlier` to link. `unchanged`: items that are equal to those in it."""
+    """Choose the files of `earlier` to link, and return their names. `items`: all items of this
+    save. `unchanged`: keys of the items whose bytes are the same in `earlier`."""
     live: dict[str, int] = {}
     for key in map(key_of, items):
         if key in unchanged:
@@ -113,7 +114,7 @@ def linkable(
 
 
 def free_numbers(linked: Iterable[str]) -> tuple[int, int]:
-    """Find the two smallest numbers of files that no linked file has."""
+    """Find the two smallest file numbers that no linked file has."""
     taken = {*map(number_of, linked)}
     first, second = [n for n in range(len(taken) + 2) if n not in taken][:2]
     return first, second
@@ -122,11 +123,11 @@ def free_numbers(linked: Iterable[str]) -> tuple[int, int]:
 def shared_index(
     index: Index, files: Sequence[Sequence[int]], values_in: Sequence[int], places: Sequence[Ints]
 ) -> Index:
-    """Index of the same state, given the files of each rank.
+    """Return an `Index` like `index`, for the same state stored in the given files.
 
     `files`: numbers of each rank's files, ascending. `values_in`: number of the file that has each
-    rank's values. `places`: one row per item of each rank, in the order of the plan: the number of
-    its file, then its `columns`.
+    rank's values. `places`: for each rank, an array with one row per item, in the order of the
+    plan: the number of its file, then its `columns`.
     """
     digest = xxh3_128(repr((files, values_in)).encode())
     for rows in places:
@@ -142,7 +143,8 @@ def _shared_index(
     values_in: Sequence[int],
     places: Sequence[Ints],
 ) -> Index:
-    """Each file becomes a rank of the new plan, since an index has one file per rank."""
+    """Make an `Index` whose plan has the number of a file in place of each rank, since an `Index`
+    supports only one file per rank."""
     pairs = [(rank, number) for rank, numbers in enumerate(files) for number in numbers]
     file_at = {pair: file for file, pair in enumerate(pairs)}
     layouts = [places[rank][places[rank][:, 0] == number, 1:] for rank, number in pairs]

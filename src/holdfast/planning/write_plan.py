@@ -1,8 +1,8 @@
 """Plan a write: merge what all ranks hold, and decide which rank writes each element and value.
 
 Each rank describes what it holds in local plans, one per component. Rank 0 makes the global plan
-from all of them. Every other rank makes the part for its own names from the local plans of its
-neighbors, by the same functions, so no plan is sent.
+from all of them. Every other rank makes the part for its own names by the same functions, from the
+local plans of its neighbors: the ranks that hold some of the same names. So no global plan is sent.
 
 Elements that several ranks hold are divided between them by bytes: all tensors that the same ranks
 hold are put in a row, which is cut into as many equal stretches as there are ranks. A tensor that
@@ -30,7 +30,7 @@ from holdfast.state.shard import Mesh, MeshPlacement, pieces_of
 Ints = NDArray[np.int64]
 
 STRETCH_BYTES_MIN = 1 << 20
-"""Smallest stretch. Fewer bytes that several ranks hold are not divided further."""
+"""Smallest stretch. If the tensors that the same ranks hold are smaller, one rank writes them."""
 
 
 class LocalTensor(NamedTuple):
@@ -44,7 +44,7 @@ class LocalTensor(NamedTuple):
 
     is_shared: bool = True
     """Whether ranks that hold the same elements each write a part of them. If their versions
-    differ, the first rank writes all, so that the checkpoint does not mix them."""
+    differ, the first rank writes all, so that the checkpoint does not mix versions."""
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +53,7 @@ class LocalTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LocalPlan:
-    """What one rank holds of one component: of all names with the same first key."""
+    """Tensors and values of one component on one rank: all names with the same first key."""
 
     tensors: dict[str, LocalTensor] = field(default_factory=dict)
     values: dict[str, Path] = field(default_factory=dict)
@@ -61,17 +61,18 @@ class LocalPlan:
     """Further names of tied tensors, with the first name, under which the tensor is stored."""
 
     structure: dict[Path, Node] = field(default_factory=dict)
-    """Nodes of the containers that do not follow from the paths of their entries, by path."""
+    """Nodes of those dicts and lists that do not follow from the paths of their entries, by
+    path."""
 
     unions: dict[Path, str] = field(default_factory=dict)
-    """Kind of each object whose entries may differ between ranks, by path."""
+    """Kind, such as `model`, of each object whose entries may differ between ranks, by path."""
 
     def names(self) -> set[str]:
         return {*self.tensors, *self.values, *self.aliases}
 
 
 LocalPlans = Mapping[str, LocalPlan]
-"""Local plans of one rank, by component."""
+"""Local plans of one rank, keyed by component."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class SharedPlan:
 
 
 AllPlans = Mapping[str, Sequence[SharedPlan]]
-"""Distinct local plans of several ranks, by component."""
+"""Distinct local plans of several ranks, keyed by component."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,8 +101,8 @@ class TensorChunks:
     """Rank that writes each chunk."""
 
     def regions_of(self, rank: int) -> Iterator[Region]:
-        """Chunks that this rank writes."""
-        # Most tensors have one chunk, for which numpy is slower.
+        """Yield the chunks that `rank` writes."""
+        # numpy is slower for a single chunk, and most tensors have only one.
         if len(self.rank) == 1:
             rows = [0] if self.rank.item() == rank else []
         else:
@@ -120,17 +121,19 @@ class GlobalPlan:
 
     aliases: Mapping[str, tuple[str, Path]]
     structure: Mapping[Path, Node] | None = None
-    """Nodes of the containers that do not follow from the paths of their entries; None if
-    unknown."""
+    """Nodes of those dicts and lists that do not follow from the paths of their entries, by path;
+    None if they are unknown."""
 
 
 def plan(all_plans: AllPlans) -> GlobalPlan:
     """Decide which rank writes what, so that each element and each value is written once.
 
-    From one rank's `known_plans`, the result for that rank's names is the same as from all plans.
+    `all_plans`: local plans of all ranks, or those that `known_plans` returns on one rank. For the
+    names of that rank, both give the same result.
 
     Raises:
-        MismatchError: elements are missing or held twice, or ranks disagree; lists every tensor.
+        MismatchError: elements are missing or held twice, or ranks disagree. The message lists
+            all tensors and values that are wrong.
     """
     plans = [shared for component in sorted(all_plans) for shared in all_plans[component]]
     aliases = {n: alias for s in plans for n, alias in s.local_plan.aliases.items()}
@@ -146,7 +149,8 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
             if len(holders) > 1:
                 wrong += _conflicting_shapes(name, holders)
             placements = [shared.local_plan.tensors[name].placement for shared in holders]
-            # By identity: equal placements share one object, and comparing large meshes is slow.
+            # Compare by identity: equal placements share one object, and comparing large meshes is
+            # slow.
             key = (tensor.shape, *map(id, placements), *map(id, holders))
             if key not in known:
                 known[key] = _held_regions(tensor.shape, placements, holders)
@@ -180,7 +184,8 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
 
 
 def merge_local_plans(local_plans: Sequence[LocalPlans]) -> dict[str, list[SharedPlan]]:
-    """Merge the local plans of all ranks. Plans count as equal if they are one object."""
+    """Combine the local plans of all ranks: equal plans become one `SharedPlan`. Plans count as
+    equal only if they are one object."""
     all_plans: dict[str, list[SharedPlan]] = {}
     ranks_of: dict[tuple[str, int], list[int]] = {}
     for rank, components in enumerate(local_plans):
@@ -193,13 +198,13 @@ def merge_local_plans(local_plans: Sequence[LocalPlans]) -> dict[str, list[Share
 
 
 NeighborPlans = Mapping[str, Sequence[tuple[Sequence[int], LocalPlan | None]]]
-"""Local plans that one rank needs to plan its own names, with the ranks that have each, by
-component. None stands for the rank's own plan. A component that is equal on all ranks is left
+"""Local plans that one rank needs to plan its own names, keyed by component, each with the ranks
+that have it. None stands for the rank's own plan. A component that is equal on all ranks is left
 out."""
 
 
 def neighbor_plans_of(all_plans: AllPlans, size: int) -> list[NeighborPlans]:
-    """Neighbor plans of each rank: the plans that have a name in common with the rank's own."""
+    """Return each rank's neighbor plans: those with a name in common with the rank's own plans."""
     neighbors: list[dict[str, list[tuple[Sequence[int], LocalPlan | None]]]]
     neighbors = [{} for _ in range(size)]
     for component, plans in all_plans.items():
@@ -220,7 +225,8 @@ def neighbor_plans_of(all_plans: AllPlans, size: int) -> list[NeighborPlans]:
 
 
 def known_plans(neighbors: NeighborPlans, own: LocalPlans, size: int) -> AllPlans:
-    """Plans of all components of a rank, from its neighbor plans and its own plans."""
+    """Combine a rank's neighbor plans with its own plans. Return all local plans of each component
+    that the rank has, as far as they are needed to plan its names. `size`: number of ranks."""
     equal: Sequence[tuple[Sequence[int], LocalPlan | None]] = [(range(size), None)]
     return {
         component: [
@@ -232,8 +238,8 @@ def known_plans(neighbors: NeighborPlans, own: LocalPlans, size: int) -> AllPlan
 
 
 def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tuple[int, ...]]:
-    """Ranks that hold each value, or the same elements of each tensor, that this rank and others
-    hold."""
+    """Return the ranks that hold each value, or the same elements of each tensor, keyed by name.
+    Leave out the names that only this rank holds."""
     known: dict[tuple[int, ...], tuple[int, ...]] = {}
     groups: dict[str, tuple[int, ...]] = {}
     for component, local_plan in own.items():
@@ -243,7 +249,7 @@ def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tupl
             if tensor is not None and not prod(tensor.shape):
                 continue
             placement = None if tensor is None else tensor.placement
-            # By identity: equal placements share one object, and so do equal local plans.
+            # Compare by identity: equal placements share one object, and so do equal local plans.
             key = (id(placement), *map(id, by_name[name]))
             if key not in known:
                 known[key] = _ranks_with(placement, by_name[name], rank)
@@ -255,7 +261,8 @@ def groups_of(all_plans: AllPlans, own: LocalPlans, rank: int) -> dict[str, tupl
 def _ranks_with(
     placement: MeshPlacement | None, holders: Sequence[SharedPlan], rank: int
 ) -> tuple[int, ...]:
-    """Ranks that hold the same elements as `rank`."""
+    """Return the ranks that hold the same elements of a tensor as `rank`. `holders`: local plans
+    that have the tensor."""
     if placement is None:
         return tuple(sorted(holder for shared in holders for holder in shared.ranks))
     grid = np.array(placement.mesh.ranks).reshape(placement.mesh.shape)
@@ -280,7 +287,8 @@ def _holders_by_name(
 
 
 def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[TensorChunks]:
-    """Chunks of each tensor: its regions, cut where stretches end."""
+    """Yield the chunks of each tensor: the regions that ranks hold, divided between the ranks that
+    hold the same region, so that each writes about the same number of bytes."""
     known: dict[tuple[str, tuple[int, ...]], int] = {}
     sizes: list[int] = []
     for _, tensor, _ in held:
@@ -292,7 +300,7 @@ def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[T
     for (_, tensor, regions), nbytes in zip(held, sizes, strict=True):
         total[regions.key] = total.get(regions.key, 0) + nbytes * tensor.is_shared
     before = dict.fromkeys(total, 0)
-    # Tensors whose chunks have the same writers share one array, so that each is searched once.
+    # Tensors whose chunks have the same writers share one array, so that it is searched once.
     ranks_of: dict[tuple[int, int], Ints] = {}
     for (name, tensor, regions), nbytes in zip(held, sizes, strict=True):
         num_replicas = regions.ranks.shape[1]
@@ -313,9 +321,10 @@ def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[T
 
 
 def _stretches(before: int, nbytes: int, total: int, num: int) -> list[tuple[int, int, int]]:
-    """Parts of a tensor that fall into different stretches: first byte and end of each part in the
-    tensor, and the stretch's number. `before`: bytes of the tensors in front of this one. All
-    tensors of the row have `total` bytes and are cut into `num` stretches."""
+    """Divide the bytes of a tensor between ranks. All tensors that the same ranks hold form a row
+    of `total` bytes, which is cut into `num` equal stretches, each written by one rank. `before`:
+    bytes of the row in front of this tensor. Returns start and stop of each part of the tensor, in
+    bytes, and the number of the stretch that contains the part."""
     if not nbytes:
         return [(0, 0, 0)]
     first, last = before * num // total, (before + nbytes - 1) * num // total
@@ -329,7 +338,8 @@ def _divided(
     regions: _HeldRegions,
     stretches: Sequence[tuple[int, int, int]],
 ) -> TensorChunks:
-    """Chunks of a tensor in several `stretches`, cut at the rows next to their ends."""
+    """Cut the regions of a tensor into chunks, at indices of their first dim longer than 1.
+    `stretches`: the parts that `_stretches` returns."""
     rows: list[tuple[list[int], list[int], int]] = []
     for start, stop, ranks in zip(
         regions.start.tolist(), regions.stop.tolist(), regions.ranks.tolist(), strict=True
@@ -355,20 +365,21 @@ def _divided(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _HeldRegions:
-    """Regions of a tensor that ranks hold, one row each. Tensors with the same shape and placement
-    share one object."""
+    """Regions of a tensor that ranks hold. Each array has one row per region. Tensors with the same
+    shape and placement share one object."""
 
     start: Ints
     stop: Ints
     ranks: Ints
-    """Ranks that hold each region. Short rows repeat their ranks, so that all have one length."""
+    """Ranks that hold each region. Short rows repeat their ranks, so that all rows are equally
+    long."""
 
     num_elements: int
     is_whole: bool
-    """Whether they are all elements of the tensor, each once."""
+    """Whether the regions have each element of the tensor exactly once."""
 
     key: bytes
-    """Equal for tensors whose regions are held by the same ranks."""
+    """Key that is equal for all tensors whose regions are held by the same ranks."""
 
 
 def _held_regions(
@@ -410,7 +421,7 @@ def _held_regions(
 def _mesh_regions(
     shape: tuple[int, ...], placement: MeshPlacement
 ) -> Iterator[tuple[Region, list[int]]]:
-    """Every region that the ranks of the mesh hold, with its ranks."""
+    """Yield every region of a tensor that ranks of the mesh hold, with the ranks that hold it."""
     mesh = placement.mesh
     whole = Region.whole(shape)
     if not whole.num_elements:
@@ -431,7 +442,8 @@ def _mesh_regions(
 
 
 def _conflicting_shapes(name: str, holders: Sequence[SharedPlan]) -> Iterator[str]:
-    """One line per rank on which the tensor has another dtype or shape than on the first."""
+    """Yield one line per local plan in which tensor `name` has another dtype or shape than in the
+    first plan of `holders`."""
     first = holders[0].local_plan.tensors[name]
     for shared in holders[1:]:
         tensor = shared.local_plan.tensors[name]
@@ -445,7 +457,7 @@ def _conflicting_shapes(name: str, holders: Sequence[SharedPlan]) -> Iterator[st
 def _conflicting_kinds(
     plans: Sequence[SharedPlan], aliases: Mapping[str, tuple[str, Path]]
 ) -> list[str]:
-    """One line per name that is a tensor on one rank and a value, or a tied tensor, on another."""
+    """Return one line per name that is a tensor on one rank, and a value or tied on another."""
     tensors = {name for s in plans for name in (*s.local_plan.tensors, *s.local_plan.aliases)}
     tied = {name: s.ranks[0] for s in plans for name in s.local_plan.aliases}
     wrong = []
@@ -455,7 +467,7 @@ def _conflicting_kinds(
             if name in tensors:
                 wrong.append(f"`{name}` is a tensor on one rank, a value on rank {rank}")
         for name in tied.keys() & shared.local_plan.tensors.keys():
-            # A rank without elements has no memory that shows that two tensors are tied.
+            # If a rank holds no elements of a tensor, it cannot notice that the tensor is tied.
             if _holds_elements(shared.local_plan.tensors[name], rank):
                 wrong.append(
                     f"`{name}` is tied to `{aliases[name][0]}` on rank {tied[name]}, "

@@ -1,4 +1,4 @@
-"""The thread that finishes a save while training continues."""
+"""Finish saves in a thread while training continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _START_S_MAX = 1.0
 
 
 class Background:
-    """Finishes one save at a time in a thread of its own."""
+    """Thread that finishes one save at a time."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -48,7 +48,7 @@ class Background:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the work is done. Raise its error, once."""
+        """Wait until the work is done. Raise its error, unless an earlier call has raised it."""
         self._join()
         error, self._error = self._error, None
         if error is not None:
@@ -57,7 +57,7 @@ class Background:
     def is_started(self) -> bool:
         """Whether the thread runs or has run. False if an interrupt came before it began."""
         thread, waited_s = self._thread, 0.0
-        # After an interrupt during `Thread.start`, the thread still begins, within milliseconds.
+        # If an interrupt came during `Thread.start`, the thread may begin some milliseconds later.
         while thread is not None and thread.ident is None and waited_s < _START_S_MAX:
             time.sleep(0.01)
             waited_s += 0.01
@@ -71,7 +71,7 @@ class Background:
 
 
 def lower_priority() -> None:
-    """Make this thread, and the threads that it starts, run behind the others of the process."""
+    """Lower the priority of this thread, and of the threads that it starts."""
     # Only Linux has a niceness per thread. Elsewhere the save runs at normal priority.
     with suppress(OSError, AttributeError):
         thread = threading.get_native_id()

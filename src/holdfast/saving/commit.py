@@ -32,12 +32,12 @@ def commit(
     catalog: Catalog,
     ranks: Ranks,
 ) -> tuple[int, int]:
-    """Publish the files that all ranks have written. Returns the checkpoint's bytes, and those of
-    them in files that were linked.
+    """Publish the files that all ranks have written. Returns the checkpoint's bytes, and how many
+    of them are in linked files.
 
     `index`: on rank 0 the index of the plan, elsewhere None.
     `facts`: see `publish`.
-    `digests`: those of the tensors whose replicas must not differ.
+    `digests`: digests of the tensors whose replicas must not differ.
 
     Collective: every rank calls this once. A rank that failed to write passes its error in place of
     its result. No rank returns before the checkpoint is published. If a rank failed or replicas
@@ -60,7 +60,8 @@ def commit(
 
 
 def _index_of(index: Index, results: Sequence[WriteResult]) -> Index:
-    """The index for the files that all ranks have written or linked."""
+    """Return the index of the files that all ranks have written or linked. This is `index` itself,
+    unless ranks share files with earlier checkpoints."""
     places = [result.places for result in results if result.places is not None]
     if not places:
         return index
@@ -79,8 +80,9 @@ def run_if_alike(
     ranks: Ranks,
     work: Callable[[Sequence[WriteResult]], T],
 ) -> T:
-    """Run `work` on rank 0 with the write results of all ranks, and return its result on all, if no
-    rank failed and no replicas differ. Otherwise every rank raises. Collective: see `commit`."""
+    """If no rank failed and no replicas differ, run `work` on rank 0 with the write results of all
+    ranks, and return its result on every rank. Otherwise every rank raises. Collective: see
+    `commit`."""
 
     def work_or_differ(
         everyone: Sequence[tuple[WriteResult, dict[int, int]]],
@@ -96,7 +98,7 @@ def run_if_alike(
 
 
 def _refuse(everyone: Sequence[dict[str, tuple[int, int]]]) -> None:
-    """Raises MismatchError with every tensor that differs between ranks."""
+    """Raise a MismatchError that lists every tensor that differs between ranks."""
     lines = [
         f"`{name}` differs between ranks {first} and {other}"
         for name, (first, other) in names_that_differ(everyone).items()

@@ -1,7 +1,7 @@
-"""Share files with unchanged tensors with an earlier checkpoint, instead of writing them again.
+"""Reuse files of an earlier checkpoint if their tensors have not changed.
 
-A folder gets hard links. An object store copies the files by itself: they are stored once more, but
-not sent, and each checkpoint has files of its own. Below, "link" is either.
+A checkpoint in a folder gets hard links to these files. An object store copies the files itself: it
+stores them again, but the host does not send them again. In this module, "link" means either.
 """
 
 from __future__ import annotations
@@ -45,14 +45,15 @@ from holdfast.timing import Spans
 logger: logging.Logger = logging.getLogger("holdfast")
 
 _REMEMBERED = 3
-"""Checkpoints whose files are remembered. One of them may be about to be replaced."""
+"""Number of checkpoints whose files are remembered: the two that a save compares with, and one
+more, since the save may replace one of them."""
 
 
 class Deduplicator:
-    """Links the files of an earlier checkpoint whose tensors have not changed, on one rank.
+    """Saves the unchanged tensors of one rank by linking the files of an earlier checkpoint.
 
-    That is the checkpoint before the previous one. So two consecutive checkpoints share no file,
-    and damage to one file leaves the checkpoints right before and after good.
+    The earlier checkpoint is the one before the previous one. Two consecutive checkpoints therefore
+    share no file, so a damaged file never damages both of them.
     """
 
     def __init__(self, catalog: Catalog, rank: int, *, check_every: int) -> None:
@@ -76,13 +77,13 @@ class Deduplicator:
         self._written: RankFiles | None = None
 
     def check_links(self) -> None:
-        """Check that the store links or copies a file. Only the holder of the folder's lock may
-        call this.
+        """Check, by trying, that the store can link or copy a file. Only the holder of the folder's
+        lock may call this.
 
         Raises:
-            UsageError: it does not.
+            UsageError: the store can do neither.
         """
-        # A cleanup deletes the folder if the process dies here.
+        # If the process dies here, a later cleanup deletes the folder.
         folder = str(HiddenFolder("attempt", "links", "0" * 8))
         self._store.make_folder(folder)
         try:
@@ -95,12 +96,13 @@ class Deduplicator:
             self._store.remove(folder)
 
     def resumed(self, earlier: Iterable[tuple[str, Manifest]]) -> None:
-        """Let the next saves link files of these checkpoints, oldest first: those before the one
-        that the run has resumed from, and that one."""
+        """Let the next saves link files of the checkpoint that the run has resumed from, and of
+        older ones. `earlier`: names and manifests of these checkpoints, the oldest first."""
         self._saved = [
             files_of_rank(self._rank, name, manifest)
             for name, manifest in earlier
-            # With `index.bin`, every rank would read the rows of all ranks to find its own.
+            # Leave out checkpoints with `index.bin`: every rank would read the rows of all ranks to
+            # find its own.
             if manifest.block_bytes == checksum.BLOCK_BYTES and manifest.rows is None
         ]
 
@@ -109,8 +111,9 @@ class Deduplicator:
         return self._earlier(name)[0] is not None
 
     def _earlier(self, name: str) -> tuple[RankFiles | None, RankFiles | None]:
-        """The checkpoint to link files of, and the newest one. Both are older than the one that is
-        saved as `name`."""
+        """Return the files of two checkpoints: of the one whose files the save of `name` may link,
+        and of the newest; None for one that is missing. The checkpoint that this save replaces is
+        neither of them."""
         others = [one for one in self._saved if one.checkpoint != name]
         return (others[-2] if len(others) > 1 else None), (others[-1] if others else None)
 
@@ -126,8 +129,8 @@ class Deduplicator:
     ) -> WriteResult:
         """Link files of an earlier checkpoint into the attempt, and write the rest.
 
-        `layout`: that of one file with everything. `check_space`: raises a StorageError if the
-        given number of bytes is not free.
+        `layout`: layout of a single file with all tensors and values. `check_space`: function that
+        raises a StorageError if the given number of bytes is not free.
         """
         base = {key_of(item): item for item in layout.tensors}
         with spans("write"):
@@ -137,11 +140,12 @@ class Deduplicator:
                 attempt, layout.tensors, earlier, unchanged, taken=self._identities(newest)
             )
         rest = {key: item for key, item in base.items() if key not in items}
-        # In a file of their own, which later saves can link.
+        # Tensors that did not change recently get a separate file, which later saves can link.
         is_quiet = unchanged | recent
         quiet = [item for key, item in rest.items() if key in is_quiet]
         changed = [item for key, item in rest.items() if key not in is_quiet]
-        # A copy that the store makes late must not take the place of a file that is written here.
+        # An object store may finish a failed copy late. The copy must not replace a file that is
+        # written here, so do not use the number of any file of `earlier`.
         avoided = {} if earlier is None or self._linking is not None else earlier.files
         first, second = free_numbers([*linked, *avoided])
         layouts = (
@@ -151,7 +155,7 @@ class Deduplicator:
         check_space(sum(one.nbytes for one in layouts))
         for one in layouts:
             items |= {
-                # Without the bytes around its data, which are not needed again.
+                # Drop prefix and suffix, the bytes around the data: they are not needed again.
                 key_of(item): (one.name, replace(item, prefix=b"", suffix=b""))
                 for item in one.tensors
             }
@@ -182,7 +186,8 @@ class Deduplicator:
         return lay_out_file(self._rank, placed, values, number)
 
     def published(self, name: str) -> None:
-        """Remember the files of checkpoint `name`, which the last `write` has written."""
+        """Remember the files that the last `write` has linked or written, as those of checkpoint
+        `name`."""
         assert self._written is not None, "`write` comes first"
         others = [one for one in self._saved if one.checkpoint != name]
         self._saved = [*others, self._written][-_REMEMBERED:]
@@ -195,7 +200,8 @@ class Deduplicator:
         earlier: RankFiles | None,
         newest: RankFiles | None,
     ) -> tuple[set[ItemKey], set[ItemKey]]:
-        """The items that are equal to those in `earlier`, and to those in `newest`."""
+        """Return two sets of keys: of the items whose bytes are the same in `earlier`, and of those
+        whose bytes are the same in `newest`."""
         saved = [one for one in (earlier, newest) if one is not None]
         damaged = {m.step for m in marks_in(self._store) if m.role == "damaged"} if saved else set()
         known = [
@@ -215,8 +221,8 @@ class Deduplicator:
         return equal
 
     def _checksums_of(self, saved: RankFiles) -> dict[ItemKey, tuple[int, ...]]:
-        """The checksums of the blocks of each item in a checkpoint, without the items of a file
-        that is not as it was written."""
+        """Read the checksums of the blocks of each item in a checkpoint. Leave out the items of a
+        file that has changed since it was written."""
         tables = {
             name: self._table(f"{saved.checkpoint}/{name}", file)
             for name, file in saved.files.items()
@@ -228,7 +234,7 @@ class Deduplicator:
         }
 
     def _table(self, key: str, file: StoredFile) -> tuple[int, ...] | None:
-        """The checksums of a file's blocks; None if it is not the file that was written."""
+        """Read the checksums of a file's blocks. Return None if the file has changed."""
         try:
             if self._store.size(key) != file.nbytes:
                 return None
@@ -248,11 +254,11 @@ class Deduplicator:
         *,
         taken: Collection[str],
     ) -> tuple[dict[str, StoredFile], dict[ItemKey, tuple[str, TensorItem]]]:
-        """Link the files of `earlier` that are still of use. Returns them, and the places of the
-        items that they have.
+        """Link the files of `earlier` that hold enough unchanged items. Returns these files, and
+        the places of the unchanged items in them.
 
-        `taken`: identities of the files in the newest checkpoint, which may be the same if one
-        between the two was deleted.
+        `taken`: identities of the files in the newest checkpoint, which are not linked. The newest
+        checkpoint may share files with `earlier` if a checkpoint between the two was deleted.
         """
         linked: dict[str, StoredFile] = {}
         if earlier is None:
@@ -268,14 +274,14 @@ class Deduplicator:
         return linked, {key: place for key, place in places.items() if place[0] in linked}
 
     def _identities(self, saved: RankFiles | None) -> set[str]:
-        """Identities of all files in a checkpoint."""
+        """Return the identities of all files in a checkpoint."""
         if saved is None:
             return set()
         return {self._identity(f"{saved.checkpoint}/{name}") for name in saved.files}
 
     def _identity(self, key: str) -> str:
-        """Identity of a file, whatever its name; the key if the file is missing, or if each name
-        has a file of its own."""
+        """Return the identity of a file, which is the same under each of its names. Return the key
+        if the file is missing, or if the store has no hard links."""
         if self._linking is None:
             return key
         try:
@@ -284,8 +290,8 @@ class Deduplicator:
             return key
 
     def _link(self, checkpoint: str, attempt: str, file: StoredFile, *, reads_all: bool) -> bool:
-        """Link a file of a checkpoint into the attempt. Returns whether it is as it was written;
-        else nothing is left there, and its tensors are to be written again.
+        """Link a file of a checkpoint into the attempt. Returns whether the file is unchanged. If
+        not, this removes the link, and the caller must write the tensors again.
 
         `reads_all`: compare the data in the file with its checksums.
         """
@@ -297,7 +303,7 @@ class Deduplicator:
         except HoldfastError as error:
             logger.warning("%s; its tensors are written again", error.what)
             return False
-        # Checked under its new name: another checkpoint may have just taken the old one.
+        # Check the file under its new name: another checkpoint may have just taken the old name.
         table = self._table(target, file)
         if table is not None and not (reads_all and self._is_damaged(checkpoint, target, file)):
             return True
@@ -309,18 +315,21 @@ class Deduplicator:
             self._linking.evict(key)
 
     def _is_damaged(self, checkpoint: str, key: str, file: StoredFile) -> bool:
-        """Whether `key`, a file of a checkpoint, has other data than was written. Logs what."""
+        """Whether the data of a file has changed since it was written. Logs the first damage found.
+
+        `key`: the linked file. `checkpoint`: checkpoint that the file comes from.
+        """
         try:
             manifest = read_manifest(self._store, checkpoint)
             if manifest.tables.get(file.name) != file.table:
                 return True  # Another checkpoint has just taken the name.
             checksums = {file.name: read_checksums(self._store, checkpoint, manifest, file.name)}
-            # Else damage on the disk hides behind a good copy in the page cache.
+            # Read from the disk: a good copy in the page cache would hide damage there.
             self._evict(key)
             reader = RecordReader(self._store, key, file.name, lambda _: None)
             checks = check_files(manifest, [file.name], checksums, lambda _: reader)
             findings = list(run(checks))
-            # The file is not needed again, and training data is.
+            # The file is not needed again. Leave the page cache to training data.
             self._evict(key)
         except HoldfastError as error:
             logger.warning("%s; the tensors in `%s` are written again", error.what, file.name)
@@ -338,8 +347,9 @@ class Deduplicator:
 def _matching(
     windows: Iterable[memoryview], stored: Sequence[tuple[int, ...]]
 ) -> set[tuple[int, ...]]:
-    """Those of `stored` that are the checksums of the blocks of all windows. Reads no further than
-    the first difference."""
+    """Return those members of `stored` that equal the block checksums of an item. `windows`: bytes
+    of the item. `stored`: block checksums of the item in several checkpoints. Stops reading once no
+    member matches."""
     matching, start = {*stored}, 0
     for window in windows:
         for offset in range(0, len(window), WINDOW_BYTES):
@@ -353,7 +363,7 @@ def _matching(
 
 
 def _places(items: Iterable[tuple[str, TensorItem]]) -> NDArray[np.int64]:
-    """One row per item: the number of its file, and its `columns`."""
+    """Return an array with one row per item: the number of its file, and its `columns`."""
     placed = list(items)
     numbers = np.array([number_of(file) for file, _ in placed], np.int64).reshape(len(placed), 1)
     return np.hstack((numbers, columns([item for _, item in placed])))

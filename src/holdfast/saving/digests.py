@@ -18,8 +18,8 @@ ROW_WORDS = 2048
 
 @torch.no_grad()
 def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Digest of each tensor's bytes. Different tensors have the same digest with probability
-    2**-64.
+    """Compute a digest of each tensor's bytes. Different tensors have the same digest with
+    probability 2**-64.
 
     On an accelerator the digest is a hash of two sums, so tensors can be crafted to collide.
     """
@@ -42,10 +42,10 @@ def digests_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 
 def _sums(tensor: torch.Tensor) -> torch.Tensor:
-    """Two sums of the tensor's bytes, as a matrix of 8-byte words: one weighted by column, one
-    weighted by row. Computed on the tensor's device."""
+    """Compute two sums of the tensor's bytes, on its device. The bytes form a matrix of 8-byte
+    words. One sum is weighted by column, the other by row."""
     plain = tensor.resolve_conj().resolve_neg().contiguous()
-    # `reshape(-1)` keeps the stride of a single element, and then `view` fails.
+    # Not by `reshape(-1)`, which keeps the stride of a single element, so that `view` fails.
     data = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
     whole = data.numel() // 8 * 8
     if data.storage_offset() % 8:
@@ -65,7 +65,7 @@ def _weighted(words: torch.Tensor) -> torch.Tensor:
 
 
 class SharedNames(NamedTuple):
-    """Names of one tensor or value that the same ranks hold."""
+    """Those names of one tensor or value that the same group of ranks holds."""
 
     group: int
     """Digest of the ranks' numbers, to send instead of the numbers."""
@@ -81,12 +81,14 @@ _PRIME = (1 << 61) - 1
 def shared_names(
     entries: Iterable[Iterable[str]], groups: Mapping[str, Sequence[int]]
 ) -> dict[str, list[SharedNames]]:
-    """Find the names that other ranks hold too. Returns those of each entry, by its first name.
+    """Find the names of each entry that other ranks hold too, grouped by the ranks that hold them.
+    The result is keyed by the first name of the entry.
 
     `entries`: all names of each tensor and value.
-    `groups`: ranks that hold each name; without the names that only this rank holds.
+    `groups`: ranks that hold each name, without the names that only this rank holds.
     """
-    # By identity: thousands of names share one object, which may list thousands of ranks.
+    # Hash each group once, by identity: thousands of names share one object, which may list
+    # thousands of ranks.
     distinct = {id(group): group for group in groups.values()}
     digests = {key: xxh3_64_intdigest(repr(group).encode()) for key, group in distinct.items()}
     shared: dict[str, list[SharedNames]] = {}
@@ -115,10 +117,11 @@ class Digests:
         self._entries = [*entries]
 
     def by_group(self) -> dict[int, int]:
-        """One digest for everything that the same ranks hold, to send instead of thousands.
+        """Return one digest per group of ranks, of everything that the group holds, keyed by
+        `SharedNames.group`. It is sent instead of thousands of digests.
 
-        It is a sum, because ranks may have their entries in different orders, and because thousands
-        of names of one value then cost no more than one name.
+        The digest is a sum, because ranks may have their entries in different orders, and because a
+        value with thousands of names then costs no more than a value with one name.
         """
         sums: dict[int, int] = {}
         for shared_names, digest in self._entries:
@@ -128,7 +131,7 @@ class Digests:
         return sums
 
     def of(self, groups: Collection[int]) -> dict[str, tuple[int, int]]:
-        """Group and digest of each tensor and value that these groups hold, by name."""
+        """Return the group and digest of each tensor and value that these groups hold, by name."""
         return {
             name: (shared.group, digest)
             for shared_names, digest in self._entries
@@ -156,7 +159,8 @@ class Replicas:
 
 
 def groups_that_differ(everyone: Sequence[Mapping[int, int]]) -> list[int]:
-    """Groups whose digest is not the same on all ranks."""
+    """Return the groups whose digest is not the same on all ranks of the group. `everyone`: the
+    digests of each rank, by group."""
     first: dict[int, int] = {}
     differ: dict[int, None] = {}
     for digests in everyone:
@@ -169,7 +173,8 @@ def groups_that_differ(everyone: Sequence[Mapping[int, int]]) -> list[int]:
 def names_that_differ(
     everyone: Sequence[Mapping[str, tuple[int, int]]],
 ) -> dict[str, tuple[int, int]]:
-    """Names of tensors and values that differ, with two ranks whose versions differ."""
+    """Return two ranks whose versions differ for each tensor or value that differs, keyed by name.
+    `everyone`: for each rank, the group and digest of each name."""
     first: dict[tuple[str, int], tuple[int, int]] = {}
     differ: dict[str, tuple[int, int]] = {}
     for rank, digests in enumerate(everyone):

@@ -17,7 +17,8 @@ from holdfast.storage.store import Buffer, Creating, FileWriter, Joining, Store
 from holdfast.timing import Spans
 
 WritePart = Callable[[Creating], WriteResult]
-"""Writes the file of one rank, by `write`, into the given place."""
+"""Function that writes the file of one rank by `write`. Its argument takes the place of the store,
+and puts what is written into the file of the host."""
 
 
 def write_together(
@@ -34,7 +35,8 @@ def write_together(
     """Write this rank's part of the file of its host, and sync the file on the rank that leads the
     host. Returns what `commit` needs: the result, or the error of the sync.
 
-    `layout`: that of a file with this part alone. `before`: work of each rank before it writes.
+    `layout`: layout of a file with only this part. `before`: called on each rank before any rank
+    writes.
 
     Collective: every rank calls this. No file is synced before all ranks have written. Any earlier
     error of one rank is raised on all.
@@ -70,7 +72,8 @@ def write_together(
 
 
 def _placed(result: WriteResult, layout: FileLayout, part: FilePart) -> WriteResult:
-    """The result of a rank that leaves the file to the rank that leads its host."""
+    """Return a result with the positions of its values in the file of the host, not in `layout`.
+    Leave out size and table, which the rank that leads the host adds."""
     moved = part.values_at - tensors_stop(layout)
     values = {
         name: (Span(item.offset + moved, item.nbytes), container_checksum)
@@ -81,7 +84,8 @@ def _placed(result: WriteResult, layout: FileLayout, part: FilePart) -> WriteRes
 
 @dataclass(frozen=True, slots=True)
 class _PartOf:
-    """The place of one rank in the file of its host."""
+    """Stand-in for the store: the only file that it creates is this rank's part of the file of its
+    host."""
 
     store: Store
     key: str
@@ -102,7 +106,7 @@ class _PartOf:
 
 
 class _PartWriter:
-    """Writes the bytes of one rank's file to their places in the file of the host."""
+    """Writer of one rank's file that puts its bytes at their places in the file of the host."""
 
     def __init__(self, writer: FileWriter, layout: FileLayout, part: FilePart) -> None:
         values, table = tensors_stop(layout), layout.table_offset

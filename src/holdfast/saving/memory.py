@@ -17,7 +17,8 @@ from holdfast.spelling import spelled_bytes
 from holdfast.storage.direct import huge_memory
 
 TOUCH_THREADS_MAX = 8
-"""Most threads that have the system make pages; more are no faster."""
+"""Most threads that write to new pages, so that the system allocates them. More threads are no
+faster."""
 
 _PAGE_BYTES = 4096
 
@@ -37,8 +38,8 @@ def check_own_memory(nbytes: int) -> None:
 
 
 def check_memory(nbytes: int, others: Sequence[int]) -> None:
-    """Check that the host has room for `nbytes` of this rank, and for those that the other ranks on
-    it need at the same time. Raises a UsageError if not."""
+    """Check that the host has room for `nbytes` of this rank, and for `others`: the bytes that each
+    other rank on the host needs at the same time. Raises a UsageError if not."""
     free, total = free_memory(), nbytes + sum(others)
     num_ranks = 1 + len(others)
     if num_ranks > 1 and free is not None and total > free:
@@ -49,8 +50,8 @@ def check_memory(nbytes: int, others: Sequence[int]) -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes of host memory that are available to this process without swapping: those of the host,
-    or fewer under the limit of a cgroup. None if the system does not say."""
+    """Return how many bytes of host memory this process can use without swapping, within the limits
+    of its cgroups. Return None if the system does not say."""
     free = [*_free_on_host(), *_free_in_cgroups()]
     return max(0, min(free)) if free else None
 
@@ -61,8 +62,9 @@ class HostMemory:
     def __init__(
         self, nbytes: int = 0, devices: Sequence[torch.device] = (), threads: int = 1
     ) -> None:
-        """Page-locked if tensors of the snapshot are on `devices`. Then `threads` threads make the
-        pages, which takes longer than the lock.
+        """`devices`: accelerators that hold tensors of the snapshot. If there are any, the memory
+        is page-locked. `threads`: number of threads that write to the new pages, so that the system
+        allocates them before the lock. The allocation takes longer than the lock itself.
 
         Raises:
             UsageError: the pages cannot be locked.
@@ -79,31 +81,33 @@ class HostMemory:
         memory = huge_memory(nbytes)
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
         if devices:
-            # After a fork, the first process to write to a page gets a copy of it, and the device
-            # would still write to the old one. The child has no use for a snapshot.
+            # After a fork, the first process to write to a page gets a copy of the page, but the
+            # device still writes to the original. So exclude the memory from children of a fork,
+            # which do not need a snapshot.
             memory.madvise(mmap.MADV_DONTFORK)
             _touch(self.bytes, threads)
             self._lock = PageLock(self.bytes, devices[0])
 
     def release(self) -> None:
-        """End the page lock, before other memory is allocated."""
+        """End the page lock and free the memory. Call this before other memory is allocated."""
         if self._lock is not None:
             self._lock.release()
         self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def threads_to_touch(num_local: int) -> int:
-    """Number of threads per rank that make pages, for `num_local` ranks on this host."""
+    """Return the number of threads per rank that write to new pages, for `num_local` ranks on this
+    host."""
     return max(1, min(TOUCH_THREADS_MAX, len(os.sched_getaffinity(0)) // num_local))
 
 
 def _touch(memory: torch.Tensor, threads: int) -> None:
-    """Write to every page, so that the system makes all of them now."""
+    """Write to every page, so that the system allocates all pages now."""
     pages = memory[::_PAGE_BYTES]
     share = -(-len(pages) // threads)
     parts = [pages[start : start + share] for start in range(0, len(pages), share)]
     with ThreadPoolExecutor(threads, "holdfast-memory") as pool:
-        # Each thread has a contiguous part. A tensor's method releases the GIL.
+        # Each thread has a contiguous part. The threads run in parallel: `zero_` releases the GIL.
         list(pool.map(torch.Tensor.zero_, parts))
 
 
@@ -115,9 +119,10 @@ def _free_on_host() -> Iterator[int]:
 
 
 def _free_in_cgroups() -> Iterator[int]:
-    """Bytes that each cgroup of this process has left. The cache of files counts as free, since the
-    system takes it back."""
-    # The file of version 2 has one line, `0::/path`. Version 1 has a line per controller.
+    """Yield the bytes that each cgroup of this process has left. The page cache counts as free,
+    since the system can take it back."""
+    # With cgroups of version 2, the file has one line, `0::/path`; with version 1, a line per
+    # controller.
     with suppress(OSError, ValueError):
         for line in CGROUP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -129,8 +134,8 @@ def _free_in_cgroups() -> Iterator[int]:
             elif controllers:
                 continue
             group = root / path.lstrip("/")
-            # A parent's limit holds for its children too. In a container, the path may be the
-            # host's, and then the files of the container are those of the root.
+            # A parent's limit holds for its children too. In a Docker container, the path may be
+            # valid on the host only. Then the files in the root folder are the container's.
             parents = [folder for folder in group.parents if folder.is_relative_to(root)]
             for folder in {group, root, *parents}:
                 yield from _free_in(folder, names)
@@ -139,7 +144,8 @@ def _free_in_cgroups() -> Iterator[int]:
 def _free_in(folder: Path, names: tuple[str, str, str]) -> Iterator[int]:
     limit, used, cache = names
     with suppress(OSError, ValueError, KeyError):
-        # Without a limit, the file of version 2 says `max`, which is no number.
+        # If there is no limit, the file of version 2 says `max`: `int` raises ValueError, and
+        # nothing is yielded.
         total = int((folder / limit).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         yield total - int((folder / used).read_text()) + int(stat[cache])

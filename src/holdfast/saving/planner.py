@@ -52,7 +52,7 @@ class LocalState:
     """Local plan of each component."""
 
     stepped: Callable[[], frozenset[str]]
-    """Returns the names of the tensors that change only when an optimizer steps."""
+    """Function that returns the names of the tensors that change only when an optimizer steps."""
 
 
 class KnownTensor(NamedTuple):
@@ -72,7 +72,8 @@ class KnownTensor(NamedTuple):
 
 
 class Planner:
-    """Agrees with the other ranks on a plan, and keeps it while no rank's layout changes."""
+    """Makes the plan that all ranks agree on, and reuses it in later saves while no rank's layout
+    changes."""
 
     def __init__(self, ranks: Ranks, hosts: Sequence[str] | None = None) -> None:
         """`hosts`: host of each rank, if the ranks of a host write one file together; else None."""
@@ -85,7 +86,7 @@ class Planner:
         """Local plans that the current plan was made from."""
 
         self._groups: Mapping[str, Sequence[int]] = {}
-        """Ranks that hold each tensor and value that this rank and others hold."""
+        """Ranks that hold each tensor and value, without those that only this rank holds."""
 
         self._shared: dict[str, list[SharedNames]] = {}
         """Names among `_groups` whose replicas are still compared."""
@@ -94,8 +95,8 @@ class Planner:
         """Local plans that `_shared` was made from."""
 
         self._different: frozenset[str] = frozenset()
-        """Names of tensors and values that differ between ranks. The first rank that holds one
-        writes it."""
+        """Names of tensors and values that differ between ranks. The first rank that holds
+        such a tensor or value writes it."""
 
         self._items: tuple[TensorItem, ...] = ()
         self._values: frozenset[str] = frozenset()
@@ -164,10 +165,11 @@ class Planner:
         return KnownTensor(layout, tensor, dtype)
 
     def agree(self, held: LocalState | HoldfastError) -> LocalState:
-        """Make sure that there is a plan for what the ranks hold. Returns `held`.
+        """Make a plan, unless the plan of the previous save still holds on all ranks. Returns
+        `held`, the state of this rank.
 
         Collective: every rank calls this. A rank that failed to describe its state passes its
-        error, and every rank raises. While no layout changes, the ranks exchange only one bit each.
+        error, and every rank raises. While no layout changes, this costs one `all_reduce_max`.
         """
         ranks = self.ranks
         error = held if isinstance(held, HoldfastError) else None
@@ -177,14 +179,15 @@ class Planner:
             gather_and_run(ranks, error, lambda _: None)
         assert isinstance(held, LocalState)
         if anyone_changed:
-            # None until all ranks have agreed: a failed plan must not be used by the next save.
+            # None until all ranks have agreed: the next save must not use a failed plan.
             self._agreed = None
             self._plan(held)
             self._agreed = held.local_plans
         return held
 
     def _plan(self, held: LocalState) -> None:
-        """Make the plan: rank 0 for all ranks, the others for what they hold. Collective."""
+        """Make the plan. Rank 0 plans for all ranks; any other rank plans only the tensors and
+        values that it has. Collective."""
         ranks = self.ranks
         gathered = gather_deduplicated(ranks, held.local_plans)
         global_plans: list[GlobalPlan] = []
@@ -217,7 +220,7 @@ class Planner:
             self.index = Index(global_plans[0], columns_of, places=places)
 
     def file_layout(self, held: LocalState) -> FileLayout:
-        """Layout of the file that this rank writes."""
+        """Lay out the file that this rank writes."""
         num_held = sum(len(local_plan.values) for local_plan in held.local_plans.values())
         writes_all = len(self._values) == num_held
         containers = []
@@ -228,7 +231,7 @@ class Planner:
         return lay_out_file(self.ranks.rank, self._items, containers)
 
     def host_part(self, layout: FileLayout) -> FilePart | None:
-        """This rank's part of the file of its host; None if it writes a file of its own.
+        """Return this rank's part of the file of its host; None if it writes a file of its own.
         Collective."""
         if self._hosts is None:
             return None
@@ -236,13 +239,14 @@ class Planner:
         return self.ranks.scatter(place_parts(self._hosts, sizes) if sizes else [])
 
     def replicas(self, held: LocalState) -> Replicas:
-        """Tensors that other ranks hold too, and that change only when an optimizer steps."""
+        """Return the tensors that other ranks hold too and that only optimizer steps change."""
         shared = self._shared_by_name(held)
         names = [name for name in shared if name in self.stepped]
         return Replicas({name: held.tensors[name].detach() for name in names}, shared)
 
     def digests(self, held: LocalState) -> Digests:
-        """Digests of everything else that other ranks hold too: of all values and other tensors.
+        """Compute digests of all values and tensors that other ranks hold too, except those tensors
+        that `replicas` returns.
 
         Raises:
             UsageError: a value cannot be saved.
@@ -266,8 +270,8 @@ class Planner:
 
     def keep_first(self, names: Collection[str]) -> None:
         """Stop comparing these tensors and values, whose replicas differ. From the next `hold` on,
-        the first rank that holds one writes all of it. Every rank must call this with the same
-        names."""
+        the first rank that holds such a tensor or value writes all of it. Every rank must call this
+        with the same names."""
         self._different |= frozenset(names)
         self._shared_of = None
         known = {n: one for n, one in self._previous.known.items() if n not in self._different}
@@ -275,7 +279,7 @@ class Planner:
 
 
 class _Previous(NamedTuple):
-    """Description of the last state that was held, without the state."""
+    """Description of the state in the last call of `hold`, without its tensors and values."""
 
     known: Mapping[str, KnownTensor]
     names: Sequence[Mapping[str, Path]]
@@ -286,8 +290,8 @@ class _Previous(NamedTuple):
 
 
 def _regions_of(rank: int, write_plan: GlobalPlan) -> Iterator[tuple[str, str, Region]]:
-    """Name, dtype and region of each chunk that a rank writes."""
-    # Tensors of one layout share their arrays, of one row per rank: each is searched once.
+    """Yield the name, dtype and region of each chunk that a rank writes."""
+    # Tensors of one layout share their arrays, which have a row per rank. Search each array once.
     known: dict[tuple[int, int, int], list[Region]] = {}
     for chunks in write_plan.tensors:
         key = id(chunks.start), id(chunks.stop), id(chunks.rank)
@@ -303,7 +307,7 @@ def _local_plans(
     values: Iterable[Mapping[str, Path]],
     state: FlatState,
 ) -> dict[str, LocalPlan]:
-    """Local plan of each component."""
+    """Make the local plan of each component."""
     local_plans: dict[str, LocalPlan] = {}
 
     def plan_of(name: str) -> LocalPlan:
@@ -325,13 +329,14 @@ def _local_plans(
     for path, node in state.structure.items():
         plan_of(".".join(map(str, path))).structure[path] = node
     for path, kind in state.unions.items():
-        # With a dot at the end, so that it is in the plan of the entries below it.
+        # `plan_of` takes the keys before the first dot as the component. The dot at the end lets it
+        # return the plan of the entries below the path, even if the path has a single key.
         plan_of(f"{'.'.join(map(str, path))}.").unions[path] = kind
     return local_plans
 
 
 def _check_text(name: str) -> None:
-    """Raises UsageError if an index could not store the name."""
+    """Raise UsageError if an index could not store the name."""
     try:
         name.encode()
     except UnicodeEncodeError as error:

@@ -28,8 +28,9 @@ def publish(
 ) -> int:
     """Publish the files of all ranks. Returns the checkpoint's bytes.
 
-    `results`: one per rank.
-    `facts`: manifest without entries and files. A kind of None is derived from the tensors' names.
+    `results`: write results, one per rank.
+    `facts`: manifest without entries and files. If its kind is None, the top-level names of
+        the state decide whether it is a full checkpoint.
 
     Raises:
         StorageError: rank 0 does not see another rank's file, or an index cannot be written.
@@ -47,9 +48,10 @@ def publish(
 def index_files(
     results: Sequence[WriteResult], index: Index, facts: Manifest
 ) -> tuple[dict[str, Sequence[Buffer]], int]:
-    """The parts of each index file of a checkpoint, in the order of their writes, and the
-    checkpoint's bytes. See `publish`."""
-    # Before the pause, because encoding may take minutes, and training runs meanwhile.
+    """Return the content of each index file, keyed by name in the order of writing, and the
+    checkpoint's bytes. For the arguments see `publish`."""
+    # Encode before garbage collection is paused: encoding may take minutes, and training, which
+    # runs meanwhile, needs it.
     encoded = index.encoded()
     with gc_paused():
         return _index_files(results, index, encoded, facts)
@@ -60,7 +62,7 @@ def _index_files(
 ) -> tuple[dict[str, Sequence[Buffer]], int]:
     writing = [result for result in results if result.file]
     data = [file for result in results for file in result.files()]
-    # Without its tensors, which `encoded` has.
+    # Leave out the tensors, since `encoded` has them.
     manifest = replace(
         facts,
         values={

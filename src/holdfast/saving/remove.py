@@ -1,4 +1,4 @@
-"""Removes old checkpoints: takes their names away at once, and deletes their files in a thread."""
+"""Delete old checkpoints: take their names away at once, and delete their files in a thread."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 
 class Remover:
-    """Removes checkpoints of one catalog. Problems are logged: the next save tries again."""
+    """Deletes checkpoints of one catalog. It logs errors, and the next save tries again."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._thread: threading.Thread | None = None
 
     def set_aside(self, step: int) -> bool:
-        """Take the name of a checkpoint away. Returns whether that succeeded."""
+        """Take the name of the checkpoint of a step away, so that readers no longer find it.
+        `start` deletes its files. Returns whether the name was taken away."""
         try:
             self._catalog.set_aside_for_deletion(step_name(step))
         except HoldfastError as error:
@@ -33,12 +34,13 @@ class Remover:
         return True
 
     def start(self) -> None:
-        """Start to delete the files, also those that an earlier try could not delete."""
+        """Start a thread that deletes the files of all checkpoints whose names were taken away,
+        also the files that an earlier try could not delete."""
         self.wait()
         found = capture(lambda: plan_cleanup(self._catalog.store.list()))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for files to delete: %s", found.what)
-        # The other actions may be executed only while no process saves to this folder.
+        # Execute only deletions: the other actions need a folder that no process saves to.
         elif deletions := [action for action in found if action.role == "removing"]:
             # If the process ends before the thread is done, the next start deletes the rest.
             self._thread = threading.Thread(

@@ -74,8 +74,8 @@ def save(path: str | os.PathLike[str], state: Any, *, overwrite: bool = False) -
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is not a checkpoint;
             or another save has created or is replacing it.
-        UsageError: an argument has the wrong type, or an entry could not be loaded as it is. Its
-            name and type are in the message. Nothing was written.
+        UsageError: an argument has the wrong type, or a load could not restore an entry. The
+            message has the entry's name and type. Nothing was written.
         StorageError: space or permissions are missing. Nothing is left behind.
     """
     with gc_paused():
@@ -119,12 +119,14 @@ def save_in(
             raise
         return finish_save(pending, ranks)
     finally:
-        # In a notebook the process survives an interrupt, and the traceback keeps the catalog.
+        # In a notebook, the process survives an interrupt, and the traceback keeps the catalog
+        # alive. So release the attempt that the catalog holds.
         catalog.release_all()
 
 
 def _check_free(catalog: Catalog, name: str, overwrite: bool) -> None:
-    """Make the folder of the catalog, and check that the name may be taken."""
+    """Make the folder of the catalog, and check that checkpoint `name` may be created or
+    replaced."""
     catalog.store.make_folder("")
     hint = "choose another path, or pass `overwrite=True` to replace it"
     catalog.check_free(name, replace=overwrite, hint=hint)
@@ -138,7 +140,7 @@ class Pending:
     attempt: HiddenFolder
     file_layout: FileLayout
     tensor_of: TensorOf
-    """Source of the tensors: the training state, or a snapshot of it."""
+    """Function that returns the elements of an item, from the training state or its snapshot."""
 
     index: Index | None
     """Index of the plan, on rank 0."""
@@ -160,14 +162,14 @@ class Pending:
     """Memory of the snapshot, laid out as the file that this rank writes."""
 
     deduplicator: Deduplicator | None = None
-    """Links files of an earlier checkpoint, if the run does that."""
+    """Deduplicator of the run; None if the run does not deduplicate."""
 
     host_part: FilePart | None = None
     """This rank's part of the file of its host; None if it writes a file of its own."""
 
     deletes: bool = True
-    """Whether this rank deletes the attempt if the save fails: rank 0 in a folder that all ranks
-    share, else one rank on each host."""
+    """Whether this rank deletes the attempt if the save fails. Rank 0 does so in a folder that all
+    ranks share, otherwise one rank on each host."""
 
     @property
     def file_nbytes(self) -> int:
@@ -178,19 +180,19 @@ class Pending:
         return part.nbytes if part.leads else 0
 
     def windows_of(self, item: TensorItem) -> Iterable[memoryview]:
-        """Bytes of an item, as `write` takes them."""
+        """Return the bytes of an item, as `write` takes them."""
         return host_windows(self.tensor_of(item), item.dtype)
 
     def data_of(self, item: TensorItem, box: Region) -> memoryview:
-        """Bytes of a box of an item, row-major. `box` is relative to the item's region."""
+        """Return the bytes of a box of an item, row-major. `box`: relative to the item's region."""
         return host_bytes(box_of(self.tensor_of(item), box), item.dtype)
 
 
 Begin = Callable[[int], HiddenFolder]
-"""Makes an attempt for a number of bytes."""
+"""Function that makes an attempt, given the number of bytes to save."""
 
 CommitBy = Callable[[Pending, WriteResult | HoldfastError, Ranks], int]
-"""Publishes a save, given the write result of this rank. Returns the checkpoint's bytes."""
+"""Function that publishes a save, given the rank's write result. Returns the checkpoint's bytes."""
 
 
 def begin_save(
@@ -205,9 +207,10 @@ def begin_save(
     deduplicator: Deduplicator | None = None,
     begin: Begin | None = None,
 ) -> Pending:
-    """Plan to save flat state as the checkpoint `name` of `catalog`, and make the attempt folder.
+    """Plan the save of a state as the checkpoint `name` of `catalog`, and make the attempt folder.
 
-    `facts`: manifest without entries and files. Layout and versions are added. Rank 0's is stored.
+    `facts`: manifest without entries and files. This function adds the number of ranks and the
+        versions of the software. The facts of rank 0 are stored.
     `dtype`: dtype in which floating-point tensors are stored; None for their own.
     `overwrite`: replace the checkpoint that has the name now.
     `deduplicator`: links files of an earlier checkpoint whose tensors have not changed.
@@ -222,7 +225,8 @@ def begin_save(
         begun = None
         while begun is None:
             held = planner.agree(capture(lambda: planner.hold(state, dtype)))
-            # A save that can link files writes less. It checks the space once it knows how much.
+            # A save that can link files writes less. It checks the free space once it knows how
+            # much it writes.
             is_full = deduplicator is None or not deduplicator.can_link(name)
             begun = _begin_if_alike(held, begin, planner=planner, is_full=is_full)
     file_layout, attempt = begun
@@ -248,6 +252,7 @@ def _begin_if_alike(
     held: LocalState, begin: Begin, *, planner: Planner, is_full: bool
 ) -> tuple[FileLayout, HiddenFolder] | None:
     """Make the attempt, if shared tensors and values are equal on all ranks that hold them.
+    `is_full`: whether the save writes all bytes, so that the free space is checked for them.
 
     If some differ, log their names, let the next plan store the first rank's version, and return
     None. Tensors that only optimizers change are not compared here, because that takes longer:
@@ -292,7 +297,7 @@ def _begin_attempt(catalog: Catalog, name: str, overwrite: bool, nbytes: int) ->
 
 
 def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
-    """Raises StorageError if checkpoint `name` needs more bytes than are free."""
+    """Raise StorageError if checkpoint `name` needs more bytes than are free."""
     free = catalog.store.free_bytes()
     if free is not None and nbytes > free:
         raise StorageError(
@@ -303,7 +308,7 @@ def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
 
 
 def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
-    """The item's region of the training tensor."""
+    """Return the elements of the item's region, as a view of this rank's training tensor."""
     pieces, region = held.known[item.name].layout.pieces, item.region
     piece, tensor = pieces[0], held.tensors[item.name]
     if tensor.requires_grad:
@@ -317,7 +322,7 @@ def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
 
 @cache
 def software_versions() -> dict[str, str]:
-    """Versions of the software that saves, for the manifest."""
+    """Return the versions of the software that saves, for the manifest."""
     return {
         "holdfast": installed_version(),
         "torch": torch.__version__,
@@ -333,11 +338,12 @@ def take_snapshot(
     now: Sequence[TensorItem],
     later: Sequence[TensorItem],
 ) -> tuple[Pending, Staging]:
-    """Copy the items of `now`. Returns the save from the snapshot, and the copy of `later`, which
-    is still to be run.
+    """Copy the items of `now` into the snapshot. Returns the save, which now reads the snapshot,
+    and the copy of the items of `later`, which the caller must run.
 
     After this returns, training may change the tensors of `now`. It may change those of `later`
-    after `Staging.wait`. Together they are all items of the file. The snapshot must have room.
+    after `Staging.wait`. `now` and `later` together must be all items of the file. The snapshot
+    must have room for them.
 
     Collective.
     """
@@ -358,7 +364,8 @@ def _copy(
 ) -> None:
     snapshot.copy(items, pending.tensor_of)
     if is_last:
-        # After this, training may change the tensors, and digests would not match the copy.
+        # Take the digests now: training may change the tensors next, and then the digests would not
+        # match the copy.
         pending.replicas.take()
 
 
@@ -376,13 +383,13 @@ def finish_save(
     bytes_per_s: float | None = None,
     commit_by: CommitBy | None = None,
 ) -> Saved:
-    """Finish the copy, write the file and publish the checkpoint.
+    """Finish the copy to the snapshot, if there is one, write the file and publish the checkpoint.
 
-    `staging`: the copy to finish; this must be called in a thread of its own then.
+    `staging`: the copy to finish. With it, call this in a separate thread.
     `bytes_per_s`: limit on the bytes that this rank writes per second.
     `commit_by`: collective function that replaces `commit`.
 
-    Collective: nothing else may use `ranks` meanwhile.
+    Collective: nothing else may use `ranks` until this returns.
     """
     catalog, attempt, spans = pending.catalog, pending.attempt, pending.spans
     written = _stage_and_write(pending, ranks, staging, bytes_per_s)
@@ -409,23 +416,25 @@ def finish_save(
 def _stage_and_write(
     pending: Pending, ranks: Ranks, staging: Staging | None, bytes_per_s: float | None
 ) -> WriteResult | HoldfastError:
-    """Finish the copy, and write what this rank writes. Returns the result, or the error, for the
-    commit. If ranks write one file together, an error of one of them is raised on all."""
+    """Finish the copy to the snapshot, and write this rank's files. Returns the result, or the
+    error, for the commit. If ranks write one file together, an error of one of them is raised on
+    all."""
     store = pending.catalog.store
 
     def stage() -> None:
         if staging is not None:
             with pending.spans("stage"):
                 staging.run()
-            # Optimizers wait for the copy, so only what follows it may run behind training.
+            # Do this only after the copy, since optimizers wait for the copy.
             lower_priority()
         if pending.index is not None and pending.deduplicator is None:
-            # In parallel with the write. If it fails, `commit` encodes again and raises the error.
+            # Encode in parallel with the write. If this fails, `commit` tries again, and raises the
+            # error.
             encode = partial(capture, pending.index.encoded)
             threading.Thread(target=encode, name="holdfast-index", daemon=True).start()
 
     def write_to(target: Creating) -> WriteResult:
-        # Empty if the digests were taken with the copy of a snapshot.
+        # There are no tensors left if the digests were taken with the copy of a snapshot.
         needs_digests = bool(pending.replicas.tensors)
         with _in_parallel(pending) if needs_digests else nullcontext():
             return _write(pending, target, Pace(bytes_per_s))
@@ -454,7 +463,7 @@ def _stage_and_write(
 
 
 def _write(pending: Pending, target: Creating, pace: Pace) -> WriteResult:
-    """Write this rank's file to `target`, or the files that it does not link."""
+    """Write this rank's file to `target`. A deduplicator links files, and writes only the rest."""
     spans = pending.spans
     if pending.deduplicator is not None:
         return pending.deduplicator.write(
@@ -471,8 +480,8 @@ def _write(pending: Pending, target: Creating, pace: Pace) -> WriteResult:
 
 @contextmanager
 def _in_parallel(pending: Pending) -> Iterator[None]:
-    """Take the digests in a thread while a file is written, since writing mostly waits for the
-    disk. Raises the error of the thread at the end."""
+    """Context for the write of a file: meanwhile a thread computes the digests, since the write
+    mostly waits for the disk. Raises the error of the thread on exit."""
     queued = accelerator.QueuedWork(pending.devices)
     outcome: list[HoldfastError | None] = []
 

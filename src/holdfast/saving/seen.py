@@ -13,21 +13,21 @@ from holdfast.storage.opening import is_url
 from holdfast.storage.store import ReadStore
 
 SEEN_S = 5.0
-"""Seconds within which a host must see a new folder. Network file systems cache listings for
-moments."""
+"""Seconds within which a host must see a new folder. Network file systems cache listings for a
+short time."""
 
 _START = "start"
-"""Name in the attempt that a start makes for the other hosts to look for."""
+"""Checkpoint name of the attempt that `check_start` makes for the other hosts to find."""
 
 
 def check_start(catalog: Catalog, ranks: Ranks, *, saves: bool) -> None:
-    """Check that all hosts see the folder of a run, by a folder that rank 0 makes for a moment. If
-    the run does not save, by its newest checkpoint.
+    """Check that all hosts see the same folder of a run. Rank 0 makes a temporary folder there, and
+    each host looks for it. If the run does not save, each host looks for the newest checkpoint.
 
     Collective: every rank calls this. It writes nothing if all ranks are on one host.
 
     Raises:
-        StorageError: some hosts do not see it. They are named.
+        StorageError: some hosts do not see the folder. The message names them.
     """
     hosts = _hosts_to_ask(catalog.store, ranks)
     if not hosts:
@@ -53,7 +53,8 @@ def check_attempt(catalog: Catalog, attempt: HiddenFolder, ranks: Ranks) -> None
 
 
 def check_seen(store: ReadStore, folder: str, ranks: Ranks, hosts: list[str]) -> None:
-    """Check that one rank of each host sees a folder at the root of the store. Collective."""
+    """Check that each host sees a folder at the root of the store. `hosts`: host of each rank. One
+    rank per host looks. Collective."""
     host = hosts[ranks.rank]
     looks = ranks.rank == hosts.index(host)
 
@@ -71,8 +72,8 @@ def check_seen(store: ReadStore, folder: str, ranks: Ranks, hosts: list[str]) ->
 
 
 def _hosts_to_ask(store: ReadStore, ranks: Ranks) -> list[str]:
-    """The host of each rank; none if there is nothing to check: a URL, which means the same
-    everywhere, or one host. Collective."""
+    """Return the host of each rank. Return `[]` if there is nothing to check: all ranks are on one
+    host, or the store has a URL, which means the same on every host. Collective."""
     hosts = [] if is_url(store.url) else hosts_of(ranks)
     return hosts if len({*hosts}) > 1 else []
 

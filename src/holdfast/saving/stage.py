@@ -18,19 +18,20 @@ from holdfast.state.layout import bytes_of
 from holdfast.storage.direct import huge_memory
 
 TensorOf = Callable[[TensorItem], torch.Tensor]
-"""`tensor_of(item)`: the item's region of the training tensor, on its device and in its dtype, with
-any strides."""
+"""`tensor_of(item)`: returns the item's region of the training tensor, on its device and in its
+dtype, with any strides."""
 
 
 def host_bytes(box: torch.Tensor, dtype: str) -> memoryview:
-    """The elements in host memory, row-major, as `dtype`; a view of the tensor's memory if that is
-    possible."""
+    """Return the elements of `box` as bytes in host memory, row-major, converted to `dtype`: a view
+    of the tensor's memory if possible, else a copy."""
     return bytes_of(box.resolve_conj().resolve_neg().to(_dtype(dtype)).contiguous().cpu())
 
 
 def host_windows(box: torch.Tensor, dtype: str) -> Iterable[memoryview]:
-    """The bytes of `host_bytes` as one view of the tensor's memory, or else copied in windows of
-    `WINDOW_BYTES`, so that no copy of a whole tensor is made."""
+    """Return the same bytes as `host_bytes`, in parts: one view of the tensor's memory if possible,
+    else copies of `WINDOW_BYTES` each, made one after the other. So there is never a copy of the
+    whole tensor."""
     wanted = _dtype(dtype)
     if (
         box.is_cpu
@@ -61,7 +62,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 class Snapshot:
-    """Host copy of a rank's tensors, laid out as the file that is written from it.
+    """Host copy of a rank's tensors, laid out as the file that is written from this memory.
 
     The memory is allocated on first use and reused. It is page-locked if tensors are copied from an
     accelerator.
@@ -78,15 +79,15 @@ class Snapshot:
         return self._memory.bytes.nbytes
 
     def growth(self, nbytes: int, devices: Sequence[torch.device] = ()) -> int:
-        """Further bytes that a file of `nbytes` needs."""
+        """Return how many more bytes of memory a file of `nbytes` needs."""
         self.wait()
         if devices and not self._memory.is_locked:
             return nbytes
         return max(0, nbytes - self.nbytes)
 
     def reserve(self, nbytes: int, devices: Sequence[torch.device] = (), threads: int = 1) -> None:
-        """Make room for a file of `nbytes`, page-locked if tensors of it are on `devices`, by
-        `threads` threads.
+        """Allocate memory for a file of `nbytes`, unless there is enough. `devices`, `threads`: see
+        `HostMemory`.
 
         Raises:
             UsageError: not enough host memory is free.
@@ -97,7 +98,7 @@ class Snapshot:
             self._memory = HostMemory(nbytes, devices, threads)
 
     def reserve_ahead(self, nbytes: int, devices: Sequence[torch.device], threads: int) -> None:
-        """Begin what `reserve` does, in the background. The next call of a method waits for it.
+        """Start `reserve` in the background. The next call of `reserve` waits for it.
 
         Raises:
             UsageError: not enough host memory is free.
@@ -109,7 +110,7 @@ class Snapshot:
 
         def run() -> None:
             lower_priority()
-            # After an error there is no memory, so `reserve` tries again, and raises it.
+            # After an error there is no memory, so `reserve` tries again, and raises the error.
             made = capture(lambda: HostMemory(nbytes, devices, threads))
             if isinstance(made, HostMemory):
                 self._memory = made
@@ -124,7 +125,8 @@ class Snapshot:
             self._reserving = None
 
     def copy(self, items: Sequence[TensorItem], tensor_of: TensorOf) -> None:
-        """Copy the regions of these items, and wait for the copies. `reserve` must come before."""
+        """Copy each item's region into the snapshot, and wait for the copies. `tensor_of(item)`
+        returns the tensor with the elements of that region. Call `reserve` first."""
         boxes = ((self.tensor_of(item), tensor_of(item)) for item in items if item.data.nbytes)
         devices: set[torch.device] = set()
         for target, box in boxes:
@@ -135,27 +137,27 @@ class Snapshot:
         accelerator.synchronize(devices)
 
     def tensor_of(self, item: TensorItem) -> torch.Tensor:
-        """Memory of the item's copy, as a contiguous tensor in the stored dtype."""
+        """Return the item's copy, as a contiguous tensor in the stored dtype."""
         elements = self._memory.bytes[item.data.offset : item.data.stop].view(_dtype(item.dtype))
         return elements.view(item.region.shape)
 
     def memory(self, nbytes: int) -> memoryview:
-        """Memory of the whole file, of `nbytes`."""
+        """Return the memory of the whole file. `nbytes`: size of the file."""
         return bytes_of(self._memory.bytes[:nbytes])
 
 
 class Staging:
-    """A copy that is made while training continues. One thread runs it, any thread may wait."""
+    """Copy that a thread makes while training continues. Any thread may wait for its end."""
 
     def __init__(self, copy: Callable[[], None], devices: Iterable[torch.device] = ()) -> None:
-        """Call this in the training thread: the copy follows the work that it has queued on
-        `devices`."""
+        """Call this in the training thread. `copy`: function that makes the copy, which `run`
+        calls. The copy waits for the work that this thread has queued on `devices`."""
         self._copy = copy
         self._ended = threading.Event()
         self._queued = accelerator.QueuedWork(devices)
 
     def run(self) -> None:
-        """Make the copy, on each device in a stream of its own."""
+        """Make the copy, in a separate stream on each device."""
         try:
             with self._queued.followed():
                 self._copy()

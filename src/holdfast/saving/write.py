@@ -19,11 +19,11 @@ from holdfast.storage.store import Buffer, Creating, FileWriter
 from holdfast.timing import Spans
 
 WINDOW_BYTES = 4 << 20
-"""Size of one write to the store: whole blocks, few enough to stay in the CPU cache after their
-checksum."""
+"""Size of one write to the store, a multiple of a block. It fits the CPU cache, so that the data is
+still there after its checksum is computed."""
 
 JOINED_BYTES_MAX = 64 << 10
-"""Size below which consecutive parts are joined before they are written: copying them costs less
+"""Size below which consecutive parts are joined before they are written. Copying a part costs less
 than passing one more buffer to the store."""
 
 
@@ -34,7 +34,8 @@ class WriteResult:
 
     file: str = ""
     nbytes: int = 0
-    """Bytes of `file`; 0 if another rank has created it, whose result has its bytes and table."""
+    """Bytes of `file`; 0 if another rank has created the file. Then that rank's result has the size
+    and the table."""
 
     table: Table = field(default_factory=lambda: Table(0, 0))
     values: Mapping[str, tuple[Span, int]] = field(default_factory=dict)
@@ -44,20 +45,20 @@ class WriteResult:
     """Seconds that each stage of the save has taken so far."""
 
     others: tuple[StoredFile, ...] = ()
-    """Further files, linked ones too, if this rank shares files with earlier checkpoints."""
+    """Other files, including linked ones, if this rank shares files with earlier checkpoints."""
 
     places: NDArray[np.int64] | None = None
     """Places of the items in all files: see `shared_index`. None if `file` has all items."""
 
     def files(self) -> list[StoredFile]:
-        """All files that this rank has created or linked, by number."""
+        """Return all files that this rank has created or linked, sorted by number."""
         own = [StoredFile(self.file, self.nbytes, self.table)] if self.nbytes else []
         return sorted([*own, *self.others], key=lambda file: file.number)
 
 
 WindowsOf = Callable[[TensorItem], Iterable[memoryview]]
-"""`windows_of(item)`: the bytes of a region of a tensor, row-major: as one view, or as views of
-`WINDOW_BYTES` (the last may be shorter), each made when the iterator reaches it."""
+"""`windows_of(item)`: returns the bytes of the item's region, row-major. They are one view, or
+views of `WINDOW_BYTES` (the last may be shorter), each made when the iterator reaches it."""
 
 
 def write(
@@ -68,10 +69,10 @@ def write(
     pace: Pace | None = None,
     spans: Spans | None = None,
 ) -> WriteResult:
-    """Write one file and sync it. `spans` gets the stages `write` and `sync`.
+    """Write one file and sync it. The time of both is added to `spans`, as `write` and `sync`.
 
-    `data` as a memoryview is memory of the file's size that holds the data of all tensors at their
-    offsets. The rest of the file is filled in there, and the file is written from there.
+    If `data` is a memoryview, it has the size of the file, and holds the data of all tensors at
+    their offsets. This function adds the rest of the file to this memory, and writes it from there.
     """
     if not layout.nbytes:
         return WriteResult()
@@ -99,7 +100,7 @@ def _write_parts(
     stream = _Stream(writer, pace)
     for item in layout.tensors:
         if 0 < item.data.nbytes <= checksum.BLOCK_BYTES:
-            # Half of the time of the other branch, for states of thousands of small tensors.
+            # For states of thousands of small tensors, this takes half as long as the other branch.
             (data,) = windows_of(item)
             assert len(data) == item.data.nbytes, f"{item.name}: {len(data)} bytes, {item.data}"
             checksums.append(checksum.checksum(data))
@@ -119,8 +120,8 @@ def _write_parts(
 def _write_memory(writer: FileWriter, layout: FileLayout, memory: memoryview, pace: Pace) -> bytes:
     """Write the file from memory that holds the data. Returns its table of checksums.
 
-    The rest of the file is copied into the memory first, since it is many small parts, each of
-    which would be one more buffer to pass to the store.
+    Everything else in the file consists of many small parts, each of which would be one more buffer
+    to pass to the store. So these parts are copied into the memory first.
     """
     checksums: list[int] = []
     written = 0
@@ -166,7 +167,7 @@ def _put_windows(stream: _Stream, windows: Iterable[memoryview], item: TensorIte
 
 
 class Pace:
-    """Limit on the bytes written per second; None: no limit."""
+    """Limit on the bytes written per second. If it is None, there is no limit."""
 
     def __init__(self, bytes_per_s: float | None = None) -> None:
         self._bytes_per_s = bytes_per_s
@@ -182,14 +183,14 @@ class Pace:
 
 
 class _Stream:
-    """Writes the parts of a file in order, a window at a time, small parts joined."""
+    """Writes the parts of a file in order, a window at a time. Joins small parts."""
 
     def __init__(self, writer: FileWriter, pace: Pace) -> None:
         self._writer = writer
         self._pace = pace
         self._parts: list[Buffer] = []
         self._small: list[Buffer] = []
-        """Small parts that follow `_parts`, not joined yet."""
+        """Small parts that follow `_parts` and are not joined yet."""
 
         self._offset = 0
         self._pending = 0
@@ -206,7 +207,7 @@ class _Stream:
             self.flush()
 
     def put_all(self, parts: Sequence[Buffer], nbytes: int) -> None:
-        """Put parts of `nbytes` together."""
+        """Put several parts. `nbytes`: their total size."""
         if nbytes >= JOINED_BYTES_MAX:
             for part in parts:
                 self.put(part)

@@ -24,7 +24,7 @@ class Skill:
 
     @property
     def digests(self) -> Digests:
-        """Digest of each file."""
+        """SHA-256 of each file, by its path in the skill's folder."""
         return {file: digest(data) for file, data in self.files.items()}
 
     @property

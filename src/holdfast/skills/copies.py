@@ -44,14 +44,16 @@ class Copies:
     """Copies of skills in one folder."""
 
     def __init__(self, root: Path, *, categories: bool = False, disk: Disk | None = None) -> None:
-        """`categories`: whether the user may have moved copies one folder deeper."""
+        """`root`: folder of skills. `categories`: whether the user may have moved copies into
+        subfolders. `disk`: replaced in tests."""
         self.root: Path = root
         self.state: Path = root / STATE
         self._categories, self._disk = categories, disk or Disk()
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
-        """Lock the folder until the context ends. Yield False if another process has locked it.
+        """Context in which the folder of skills is locked. It yields False if another process has
+        locked the folder, else True.
 
         Make the folder if it does not exist, and clean up after a killed process.
         """
@@ -81,7 +83,8 @@ class Copies:
         return folder
 
     def receipt(self, name: str) -> SyncRecord | None:
-        """Return the receipt in a skill's copy; None if it is missing or damaged."""
+        """Return the receipt in a skill's copy, which lists the files that a sync has installed.
+        Return None if the receipt is missing or damaged."""
         folder = self.folder(name)
         try:
             return None if folder.is_symlink() else decode_receipt((folder / RECEIPT).read_bytes())
@@ -89,9 +92,9 @@ class Copies:
             return None
 
     def digests(self, name: str) -> Digests | None:
-        """Return the digests of the files in a skill's copy; None if there is no copy.
+        """Return the SHA-256 of each file in a skill's copy; None if there is no copy.
 
-        The digests are empty if there is a file or a link in place of the copy.
+        The result is empty if there is a file or a link in place of the copy.
         """
         folder = self.folder(name)
         if not os.path.lexists(folder):
@@ -99,7 +102,7 @@ class Copies:
         return digests_in(folder) if folder.is_dir() and not folder.is_symlink() else {}
 
     def ledger(self) -> Ledger:
-        """Read the ledger. A missing file counts as an empty ledger.
+        """Read the record of installed and removed skills. It is empty if there is no file.
 
         Raises:
             StorageError, FormatError: the file cannot be read, or is damaged.
@@ -114,24 +117,25 @@ class Copies:
         return decode_ledger(data, where=str(path))
 
     def synced(self) -> str:
-        """Return the version of the newest full sync; empty before the first sync."""
+        """Return the newest version of Holdfast that has synced all skills; empty if none has."""
         try:
             return (self.state / "synced").read_text()
         except (OSError, UnicodeDecodeError):
             return ""
 
     def write_ledger(self, ledger: Ledger) -> None:
-        """Write the ledger if it has changed."""
+        """Write the ledger, the record of installed and removed skills, if it has changed."""
         if ledger != self.ledger():
             self._replace(self.state / "ledger.json", ledger.encode())
 
     def write_synced(self, version: str) -> None:
-        """Record a full sync by this version, unless a later version has recorded one."""
+        """Record that this version of Holdfast has synced all skills, unless a later one has."""
         if order_of(version) > order_of(self.synced()):
             self._replace(self.state / "synced", version.encode())
 
     def write_receipt(self, skill: Skill, version: str) -> None:
-        """Write the receipt of a copy that equals the shipped skill, but has no correct receipt."""
+        """Write the receipt, which lists the installed files, into a copy that has no correct one.
+        The copy must equal the shipped skill."""
         receipt = SyncRecord(version, skill.digests)
         self._replace(self.folder(skill.name) / RECEIPT, receipt.encode())
 
@@ -169,7 +173,7 @@ class Copies:
             self._remove_stage(stage, folder)
 
     def archive(self, folder: Path, name: str) -> Path:
-        """Archive a folder with everything in it. Return the path of the archive."""
+        """Archive `folder`, a copy of skill `name`, with all its files. Return the archive path."""
         buffer = io.BytesIO()
         with _explained(folder), tarfile.open(fileobj=buffer, mode="w:gz") as archive:
             archive.add(folder, name)
@@ -178,7 +182,10 @@ class Copies:
         return path
 
     def _staged(self, skill: Skill, version: str, folder: Path, users_files: list[str]) -> Path:
-        """Write a durable new copy to the folder `new` in a new stage. Return the stage."""
+        """Write a new copy of a skill, durably, to `new` in a new temporary folder.
+
+        Return the temporary folder. `folder`: current copy, from which to take `users_files`.
+        """
         stage = self._new_stage(skill.name)
         new = stage / "new"
         # Sorted, so that each folder is made before its subfolders.
@@ -208,7 +215,10 @@ class Copies:
         return stage
 
     def _swap_in(self, copy: Path, folder: Path, stage: Path) -> Path:
-        """Rename `copy` to `folder`. Return the new path of the copy that was there before."""
+        """Rename `copy`, a folder in `stage`, to `folder`.
+
+        Return the new path of the copy that had the name `folder` before. It is now in `stage`.
+        """
         if self._disk.exchange(copy, folder):
             return copy
         # Without an exchange, rename twice. If the process dies in between, `_recover` renames the
@@ -219,17 +229,17 @@ class Copies:
         return aside
 
     def _remove_stage(self, stage: Path, folder: Path) -> None:
-        """Delete a stage once the renames between it and the copy's folder are durable."""
+        """Make the renames between `stage` and `folder` durable. Then delete `stage`."""
         for changed in (folder.parent, stage):
             self._disk.sync_folder(changed)
         self._disk.remove(stage)
 
     def _recover(self) -> None:
-        """Clean up after a killed process.
+        """Clean up after a process that was killed while it replaced or deleted a copy of a skill.
 
-        If the new copy is not in place, rename the old copy back. Archive all other copies with a
-        receipt, since the user may have changed them at the last moment. Delete those without one:
-        they are incomplete, and all their files exist elsewhere.
+        If the new copy is not in place, rename the old copy back. Archive every other copy that has
+        a receipt, since the user may have changed it at the last moment. Delete every copy that has
+        none: it is incomplete, and all its files exist elsewhere.
         """
         for unfinished in self.state.glob("write-*"):
             unfinished.unlink()
@@ -245,7 +255,7 @@ class Copies:
             self._disk.remove(stage)
 
     def _replace(self, path: Path, data: bytes) -> None:
-        """Write a small file, atomically and durably."""
+        """Write or replace a small file, atomically and durably."""
         part = self.state / f"write-{secrets.token_hex(4)}"
         with _explained(path):
             self._disk.write(part, data)

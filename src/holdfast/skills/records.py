@@ -1,4 +1,4 @@
-"""Data that the sync compares and stores: digests of files, receipts of copies, and a ledger."""
+"""Data that the sync compares and stores: hashes of files, receipts of copies, and a ledger."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from holdfast.errors import FormatError, StorageError
 
 RECEIPT = ".holdfast-skill.json"
-"""File name of the receipt in each installed copy."""
+"""Name of the receipt: a file in each installed copy, which lists the installed files."""
 
 _IGNORED = {"__pycache__", ".DS_Store", "Thumbs.db", "desktop.ini", RECEIPT}
 """Names of files and folders that programs create, so they do not count as the user's."""
@@ -30,7 +30,7 @@ def digest(data: bytes) -> str:
 
 
 def digests_in(folder: Path) -> Digests:
-    """Return the digests of all files below a folder. Links are not followed.
+    """Return the SHA-256 of all files below a folder. Links are not followed.
 
     Raises:
         StorageError: a file cannot be read, or is a pipe, socket or device.
@@ -62,20 +62,24 @@ def _digest_of(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SyncRecord:
-    """Content of a receipt: what was installed. It is stored in the copy, so both move together."""
+    """Receipt of one installed skill: its files, and the version of Holdfast that installed it.
+
+    The receipt is a file in the user's copy of the skill, so that both move together.
+    """
 
     version: str
     """Version of Holdfast that installed the copy."""
 
     files: Digests
-    """Digest of every installed file."""
+    """SHA-256 of every installed file, by path."""
 
     def encode(self) -> bytes:
         return _encode({"holdfast": self.version, "files": dict(sorted(self.files.items()))})
 
 
 def decode_receipt(data: bytes) -> SyncRecord | None:
-    """Decode a receipt; None if it is damaged, so that the copy counts as the user's own."""
+    """Decode the receipt of a copy. Return None if it is damaged: the copy then counts as the
+    user's own."""
     try:
         body: Any = json.loads(data)
         version, files = body["holdfast"], dict(body["files"].items())
@@ -88,7 +92,10 @@ def decode_receipt(data: bytes) -> SyncRecord | None:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Names of skills, to tell a copy that the user deleted from one that was never installed."""
+    """Record of the skills that were installed or removed.
+
+    By it, a sync knows whether a missing copy was deleted by the user, or never installed.
+    """
 
     offered: frozenset[str] = frozenset()
     """Skills that have been installed, and that were still shipped at the last sync."""
@@ -102,7 +109,7 @@ class Ledger:
 
 
 def decode_ledger(data: bytes, *, where: str) -> Ledger:
-    """Decode a ledger.
+    """Decode a ledger: the record of installed and removed skills.
 
     Raises:
         FormatError: the ledger is damaged. Treating it as empty would bring back deleted skills.

@@ -16,7 +16,7 @@ from holdfast.skills.targets import all_targets
 
 
 def refresh(environment: Mapping[str, str]) -> list[str]:
-    """Sync every folder of this user that an older version of Holdfast has synced.
+    """Sync every folder of skills of this user that an older version of Holdfast has synced.
 
     Return a line for each folder that changed, and for each failure. This function never raises and
     never waits for a lock. It reads only one file of a folder that is up to date. It does nothing

@@ -42,7 +42,7 @@ class Synced:
     skills: tuple[SyncedSkill, ...] = ()
     cleaned: tuple[str, ...] = ()
     """Names of installed skills that are no longer shipped, unless a later version installed them.
-    The sync removes the names from the ledger, and keeps the files."""
+    The sync keeps their files, and records the skills as removed."""
 
     busy: bool = False
     """Whether another sync was in progress, so that this one did nothing."""
@@ -57,7 +57,7 @@ class Synced:
 
     @property
     def changes(self) -> bool:
-        """Whether the sync changed a copy or the ledger, or had a problem."""
+        """Whether the sync changed a copy, or the record of installed skills, or had a problem."""
         return bool(self.names("new", "outdated") or self.cleaned or self.problems)
 
     def __str__(self) -> str:
@@ -99,13 +99,16 @@ def _is_newer(receipt: SyncRecord, version: str) -> bool:
 
 
 def _is_cleaned(name: str, copies: Copies, version: str) -> bool:
-    """Whether to forget a skill that is not shipped: yes, unless a later version installed it."""
+    """Whether to record an installed skill as removed, since `version` does not ship it.
+
+    False if a later version of Holdfast has installed it.
+    """
     receipt = copies.receipt(name)
     return receipt is None or not _is_newer(receipt, version)
 
 
 def _in_the_way(users_file: str, wanted: Digests) -> bool:
-    """Whether a user's file prevents the installation of a shipped file."""
+    """Whether a user's file prevents the installation of a shipped file, one of `wanted`."""
     return any(
         users_file == file or file.startswith(f"{users_file}/") or users_file.startswith(f"{file}/")
         for file in wanted
@@ -113,7 +116,7 @@ def _in_the_way(users_file: str, wanted: Digests) -> bool:
 
 
 def survey(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
-    """Return the result that a sync would have. Write nothing."""
+    """Return the result that `sync` would have with the same arguments. Write nothing."""
     ledger = copies.ledger()
     states = tuple(_examined(skill, copies, ledger, version) for _, skill in sorted(skills.items()))
     missing = sorted(ledger.offered - skills.keys())
@@ -122,7 +125,9 @@ def survey(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
 
 
 def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
-    """Install new skills, replace outdated copies, and leave all others alone.
+    """Install new skills, replace outdated copies, and leave all other copies alone.
+
+    `skills`: shipped skills by name. `version`: the installed version of Holdfast.
 
     If the process is killed, each copy is either old or new as a whole. The next sync continues.
 
@@ -138,8 +143,8 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
         synced = replace(before, skills=tuple(updated))
         present = set(synced.names("new", "outdated", "current", "modified", "newer"))
         cleaned, ledger = {*synced.cleaned}, copies.ledger()
-        # Cleaned names count as removed. If the user deletes the files of such a skill, a version
-        # that ships it again must not bring the files back.
+        # Skills in `cleaned` count as removed. If the user deletes the files of such a skill, a
+        # version that ships it again must not bring the files back.
         offered = (ledger.offered | present) - cleaned
         removed = (ledger.removed - present) | cleaned
         copies.write_ledger(Ledger(offered=offered, removed=removed))
@@ -149,7 +154,7 @@ def sync(skills: Mapping[str, Skill], copies: Copies, version: str) -> Synced:
 
 
 def reset(skill: Skill, copies: Copies, version: str) -> str | None:
-    """Replace a copy by the shipped skill, unless the copy is foreign.
+    """Replace a copy by the shipped skill, unless no sync made the copy (state `foreign`).
 
     If the user had changed the copy, archive it first, and return the path of the archive.
 
@@ -174,7 +179,11 @@ def remove(skill: Skill, copies: Copies, version: str) -> str | None:
 
 @contextmanager
 def _archived(skill: Skill, copies: Copies, version: str) -> Iterator[str | None]:
-    """Lock the copies. If the user changed this one, archive it, and yield the archive's path."""
+    """Context in which the folder of skills is locked.
+
+    If the user has changed the copy of `skill`, archive it, and yield the path of the archive. Else
+    yield None.
+    """
     with copies.locked() as locked:
         if not locked:
             raise ExistsError(f"another sync is at work in `{copies.root}`", hint="wait for it")
@@ -200,7 +209,10 @@ def _examined(skill: Skill, copies: Copies, ledger: Ledger, version: str) -> Syn
 
 
 def _updated(skill: Skill, before: SyncedSkill, copies: Copies, version: str) -> SyncedSkill:
-    """Bring one copy up to date, unless its state is in `SKIPPED`."""
+    """Bring the copy of a skill up to date, unless its state is in `SKIPPED`.
+
+    Return `before`, the state of the copy. If the copy cannot be updated, add the problem.
+    """
     try:
         if not before.problem and before.state in ("new", "outdated"):
             copies.install(skill, version)

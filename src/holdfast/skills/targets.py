@@ -23,6 +23,8 @@ OF_PROJECTS = ("agents", "claude", "codex")
 def target_of(to: str, *, project: bool, environment: Mapping[str, str], here: Path) -> Copies:
     """Return the copies in the folder that `--to` names: one of `HOMES`, or a path.
 
+    `project`: take the folder in the repository around `here`, the current folder.
+
     Raises:
         UsageError: `project` is set, and `to` is a path, or an agent without folders in projects.
         NotFoundError: `project` is set, and `here` is not in a repository.

@@ -116,8 +116,8 @@ def _mesh_of(tensor: torch.Tensor) -> tuple[DeviceMesh | None, tuple[Placement, 
 
 
 def _odd_kind(tensor: torch.Tensor) -> str:
-    """Return the property of a tensor whose memory does not contain its elements as they are; ""
-    for any other tensor."""
+    """Return why a tensor's memory does not contain its plain elements, such as "quantized". Return
+    "" if the memory contains them."""
     if tensor.is_meta:
         return "meta"
     if tensor.is_quantized:
@@ -137,7 +137,7 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 @cache
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype in the formats, such as "bfloat16"."""
+    """Return the name of a dtype as the file formats write it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -154,7 +154,7 @@ def elements_of(tensor: torch.Tensor) -> tuple[object, ...]:
     if not local.numel():
         return ()
     place = (local.device, local.data_ptr(), local.dtype, local.stride())
-    # A view with one of these bits set has other values than the memory.
+    # A view with the conjugate or negative bit set has other values than the memory.
     return (place, tensor.shape, placements, local.is_conj(), local.is_neg())
 
 
@@ -180,7 +180,7 @@ _SPELLED_BY_NUMPY = {torch.float32, torch.float64, torch.int64, torch.int32, tor
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor without gradient, readable and writable."""
     if tensor.dtype in _SPELLED_BY_NUMPY and tensor.numel():
-        # A third of the time that the line below takes, which matters for many small tensors.
+        # This takes a third of the time of the line below, which matters for many small tensors.
         return tensor.numpy().data.cast("B")
     # Not `reshape(-1)`, which keeps the stride of a single element: `view` needs stride 1.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""The plan of a load: the target of each entry of a checkpoint, and all mismatches."""
+"""The plan of a load: what each entry of a checkpoint is loaded into, and all mismatches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from holdfast.state.subclass import is_plain_tensor
 from holdfast.state.tree import Path
 
 Like = Callable[[TensorEntry, str | None], torch.Tensor | torch.device | None]
-"""`like(entry, name)` places a new tensor: like the returned tensor, or on the returned device.
-None: on a device of the saved tensor's kind.
+"""`like(entry, name)` decides where a new tensor is placed: like the returned tensor, or on the
+returned device. If it returns None: on the kind of device that the saved tensor was on.
 
-A sharded tensor has a `name`: the parameter with the same placement, or "" if there was none.
+`name`: for a sharded tensor, the parameter that had the same placement at the save, or "" if none
+had; None for other tensors.
 """
 
 
@@ -33,7 +34,8 @@ Check = Callable[[Values], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The target of each entry. The state changes only in `take`."""
+    """Plan of a load: the tensors, objects and values of the state that a checkpoint's entries are
+    loaded into. Of the methods, only `take` changes the state."""
 
     stored: StoredState
     parameter: Callable[[str], torch.Tensor | None] = lambda _: None
@@ -43,10 +45,10 @@ class Match:
     """Top-level keys of the components other than the model."""
 
     into: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Tensors of the state that are filled in place, by entry."""
+    """Tensors of the state that are filled in place, by name of the entry."""
 
     made: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
-    """Functions that allocate new tensors, by entry."""
+    """Functions that allocate new tensors, by name of the entry."""
 
     values: dict[str, None] = field(default_factory=dict)
     """Names of the values to read, in order."""
@@ -55,16 +57,17 @@ class Match:
     """Lines about missing entries and mismatches, by the name of the entry or path."""
 
     extra: dict[str, None] = field(default_factory=dict)
-    """Names of unexpected entries: stored, but without a target on this rank."""
+    """Names of unexpected entries: the checkpoint has them, but the state of this rank does not."""
 
     notes: dict[str, None] = field(default_factory=dict)
     """Lines for the log about state that is loaded differently than it was saved."""
 
     lacking: list[str] = field(default_factory=list)
-    """Tensors that the checkpoint is allowed to lack, and lacks."""
+    """Names of tensors that the checkpoint is allowed to lack, and lacks."""
 
     taken: set[str] = field(default_factory=set)
-    """Entries with a target on this rank."""
+    """Names of entries that are not `extra`: this rank uses them, reports them as mismatches, or
+    leaves them to other ranks."""
 
     checks: list[tuple[tuple[str, ...], Check]] = field(default_factory=list)
     """Checks to run before the state changes, each with the entries that it needs."""
@@ -107,8 +110,8 @@ class Match:
         self.mismatches[name] = f"`{name}` is not in the checkpoint"
 
     def mismatch(self, name: str, what: str, branch: Branch | None = None) -> None:
-        """Note a mismatch. `what` follows the name of the entry or path in its line. Entries of
-        `branch` are not reported as unexpected as well."""
+        """Note a mismatch. `what`: rest of its line, after the name of the entry or path. `branch`:
+        entries that are then not reported as unexpected too."""
         self.mismatches[name] = f"`{name}` {what}"
         if branch is not None:
             self.taken.update(branch.entries())
@@ -116,8 +119,9 @@ class Match:
     def request(
         self, branch: Branch, node: Node, like: Like = lambda *_: None, enter: Enter | None = None
     ) -> Make:
-        """Plan to read everything at and below a path. Return a function that rebuilds the saved
-        state from the entries that were read."""
+        """Plan to read all entries of `branch`. Return the maker of their state: a function that
+        rebuilds it from the entries once they are read. `node`: structure of this state. `like`:
+        decides where new tensors are placed. `enter`: see `rebuilder`."""
 
         def note(name: str, leaf_node: Node) -> None:
             self.taken.add(name)
@@ -130,13 +134,13 @@ class Match:
         return rebuilder(branch, node, note, enter)
 
     def request_at(self, path: Path, like: Like = lambda *_: None) -> Make | None:
-        """Plan to read everything at and below a path, with the structure that is stored for it.
-        None: the checkpoint has nothing there."""
+        """Plan to read everything at and below `path`, and return its maker, as `request` does.
+        Return None if the checkpoint has nothing there."""
         branch, node = self.stored.below(path), self.stored.node(path)
         return None if branch.is_empty and node is None else self.request(branch, node, like)
 
     def like_parameter(self, _: TensorEntry, name: str | None) -> torch.Tensor | None:
-        """Place a tensor like the parameter `name`: a `Like`."""
+        """Return the parameter `name`, so that a tensor is placed like it. This is a `Like`."""
         return self.parameter(name) if name else None
 
     def _allocator(
@@ -165,11 +169,13 @@ class Match:
         self.checks.append((tuple(names), check))
 
     def then(self, take: Callable[[Values], None]) -> None:
-        """Register a function that `take` calls, in the order of registration."""
+        """Plan a change of the state: the method `take` will call the function `take` that is given
+        here. It calls such functions in the order in which they were given."""
         self._takes.append(take)
 
     def take(self, values: Values) -> None:
-        """Pass the entries to their targets, once every rank has read all its entries."""
+        """Pass the entries that were read to the objects, dicts and lists of the state. Call this
+        once every rank has read all its entries."""
         for take in self._takes:
             take(values)
 
@@ -182,7 +188,7 @@ def is_expanded(tensor: torch.Tensor) -> bool:
 
 
 class MadeValues:
-    """Entries that have been read: the tensors themselves, and copies of values."""
+    """`Values` of entries that have been read: the tensors themselves, and copies of values."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         self._tensors, self._values = tensors, values
@@ -195,7 +201,8 @@ class MadeValues:
 
 
 def check_number(name: str, expected: type) -> Check:
-    """Return a check that a stored tensor of one element has a value of type `expected`."""
+    """Return a check that a stored tensor of one element, once read, holds a number that type
+    `expected` can represent."""
 
     def check(values: Values) -> str | None:
         number = values(name).item()
@@ -210,7 +217,7 @@ def check_number(name: str, expected: type) -> Check:
 
 
 def is_one_number(stored: StoredState, name: str | None, live: Any) -> bool:
-    """Return whether the checkpoint has a tensor of one element for the number `live`."""
+    """Return whether `live` is a number, and the checkpoint has a tensor of one element for it."""
     entry = stored.tensor(name)
     return (
         entry is not None

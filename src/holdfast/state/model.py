@@ -23,7 +23,7 @@ from holdfast.state.subclass import UNINITIALIZED, is_plain_tensor
 from holdfast.state.tree import Flattener, Path, dotted, type_name
 
 _TRANSPARENT = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-"""Wrappers with the model as `module`, a path element that checkpoints leave out."""
+"""Wrappers that hold the model as `module`. Checkpoints leave out this path element."""
 
 
 @cache
@@ -38,7 +38,8 @@ def canonical(name: str) -> str:
 
 
 class Names:
-    """Maps a module's own names to the checkpoint's, which are those of the unwrapped model."""
+    """Maps the names in a module's `state_dict` to those in the checkpoint, which are the names in
+    the unwrapped model."""
 
     def __init__(self, root: nn.Module) -> None:
         self._owners = {
@@ -119,7 +120,7 @@ class ModelState:
         trained: Trained | None = None,
         is_base: bool = False,
     ) -> None:
-        """With `trained`, checkpoints contain only these parameters, since the base model has the
+        """With `trained`, checkpoints contain only trained parameters, since the base model has the
         others. With `is_base`, this is the base model, which may lack trained parameters."""
         self.parts: Sequence[nn.Module] = list(parts)
         self._names: list[Names] = []
@@ -169,7 +170,7 @@ class ModelState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of all parts by canonical name: the parameters and buffers themselves,
-        with their gradients."""
+        not detached."""
         self._find_names()
         self._find_trained()
         state: dict[str, Any] = {}
@@ -186,7 +187,7 @@ class ModelState:
         return state
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
-        """Add every parameter, buffer and piece of extra state."""
+        """Add every parameter, buffer and extra state, below `path`."""
         above = f"{dotted(path)}." if path else ""
         if path:
             flattener.state.unions[path] = "model"
@@ -230,8 +231,8 @@ class ModuleMatch:
         self._replaced: dict[str, Callable[[Values], Any]] = {}
 
     def match(self) -> set[str]:
-        """Decide the target of each entry of the module. Returns the entries' stored names below
-        the path."""
+        """Decide which stored entry each entry of the module's `state_dict` is loaded from. Return
+        the names of these stored entries, relative to the module's path."""
         memory, wanted = memory_of(self._module), set()
         for raw, value in self._state.items():
             if self._model.skips(self._names.of(raw)):
@@ -246,15 +247,17 @@ class ModuleMatch:
         return wanted
 
     def finish(self, wanted: set[str]) -> None:
-        """Plan a call of the module's own `load_state_dict`, if it needs one. Adds the names of
-        further entries to read to `wanted`."""
+        """Plan a call of the module's own `load_state_dict`, if it needs one. `wanted`: names that
+        `match` has returned for all parts of the model. This adds the names of further entries
+        that are read."""
         if is_custom(self._module):
             self._match_more(wanted)
         if self._replaced or is_custom(self._module):
             self._match.then(self._take)
 
     def _match_more(self, wanted: set[str]) -> None:
-        """Read stored entries that a fresh module lacks: its own load code may create them."""
+        """Plan to read stored entries that the module does not have yet: its own code may create
+        them when it loads. Add their names to `wanted`."""
         stored = self._match.stored
         below = stored.below(self._path).children
         customs = [n for n, m in self._module.named_modules() if _has_own_code(m)]
@@ -267,7 +270,8 @@ class ModuleMatch:
                 self._request(name, name)
 
     def _stored_as(self, raw: str) -> str:
-        """Return the name below the path that the checkpoint has for the module's entry `raw`."""
+        """Return the checkpoint's name for the entry `raw` of the module's `state_dict`, relative
+        to the module's path."""
         name, match = self._names.of(raw), self._match
         if not match.stored.holds(self._prefix + name, (*self._path, name)):
             for other in self._names.earlier(raw):
@@ -285,7 +289,8 @@ class ModuleMatch:
             match.fill(self._prefix + name, own)
 
     def _request(self, raw: str, name: str) -> None:
-        """Read an entry that is not the module's own memory, to pass it to `load_state_dict`."""
+        """Plan to read the stored entry `name` and pass it to `load_state_dict` as `raw`, since it
+        is not a parameter or buffer that can be filled in place."""
         path, fresh = (*self._path, name), self._state.get(raw)
         template = fresh if isinstance(fresh, torch.Tensor) and is_plain_tensor(fresh) else None
         make = self._match.request_at(
@@ -307,7 +312,7 @@ class ModuleMatch:
 
 
 def own_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's `state_dict`; with gradients, unless the module overrides the method."""
+    """Return a module's `state_dict`, not detached unless the module overrides the method."""
     with torch.no_grad():
         if type(module).state_dict is nn.Module.state_dict:
             # Without `keep_vars` torch detaches every DTensor, which is slow. Readers and writers

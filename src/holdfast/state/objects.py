@@ -38,9 +38,10 @@ class StateTree:
     """A nested state, with the state of all objects in it.
 
     `state` is one module, or maps names to tensors, plain values, dicts, lists and objects with a
-    `state_dict`. The entries of `state[flat]` are named without that key, as TorchTitan names those
-    of the model. `others` are further top-level names that do not belong to the model. `watch` is
-    called with every optimizer in the tree, at any depth, before `flatten` returns.
+    `state_dict`. The names of entries below `state[flat]` do not begin with `flat`: TorchTitan
+    names a model's entries in this way. A top-level name belongs to the model, unless it is another
+    key of `state` or one of `others`. `watch` is called with every optimizer in the tree, at any
+    depth, before `flatten` returns.
     """
 
     def __init__(
@@ -90,8 +91,9 @@ class StateTree:
                 yield from component.stepped(path, state.leaves)
 
     def match(self, manifest: Manifest, *, strict: bool = True) -> Match:
-        """Decide the target of each entry of a checkpoint. With `strict`, the match lists unused
-        entries below the names of this state as `extra`."""
+        """Decide which tensor, object or value of this state each entry of a checkpoint is loaded
+        into. With `strict`, the result lists unused entries below this state's top-level names as
+        `extra`."""
         stored = StoredState(manifest)
         components = frozenset({*self._others, *self._keys} - {self._flat})
         match = Match(stored, parameter=self._parameter, others=components)
@@ -100,7 +102,8 @@ class StateTree:
             self._flat_component.match(match, ())
         for name, key in self._keys.items():
             if key != self._flat:
-                # A value stored next to the model of a run would never be read.
+                # With `flat`, `state` is that of a run, which would not notice a value that a load
+                # puts into it. So a load refuses such a value.
                 put = _refusal(key, self._state[key]) if self._flat else setter(self._state, key)
                 plain.member(self._state[key], (name,), put)
         if strict:
@@ -115,7 +118,8 @@ class StateTree:
         return self.component_of((), self._state[self._flat]) if has_flat else None
 
     def component_of(self, path: Path, value: Any) -> Component | None:
-        """Return the component that saves and loads an object; None for plain state."""
+        """Return the `Component` that saves and loads the object `value`; None if `value` is a
+        plain dict, list, tensor or value."""
         # Compare the owner too: an object's whole state may be another object, at the same path.
         owner, component = self._components.get(path, (None, None))
         if component is not None and owner is value:
@@ -125,7 +129,7 @@ class StateTree:
             for optimizer in component.optimizers:
                 self._watch(optimizer)
         if component is not None and len(path) <= 1 and owner is None:
-            # Not for deeper objects: a load may replace them with the state that contains them.
+            # Do not keep the components of deeper objects: a load may replace these objects.
             self._components[path] = value, component
         return component
 
@@ -139,7 +143,7 @@ class StateTree:
         return ObjectState(value) if is_object(value) else None
 
     def _note_extra(self, match: Match) -> None:
-        """Note unused entries below the names of this state."""
+        """Add unused entries below the top-level names of this state to `match.extra`."""
         flat = self._flat_component is not None
         for top, branch in match.stored.root.children.items():
             given = top in self._keys and top != self._flat

@@ -2,8 +2,8 @@
 can load it, with parameters in any order.
 
 Names are those of torch's flattened optimizer state dict, as in TorchTitan:
-`state.<parameter>.<slot>` and `param_groups.<parameter>.<option>`. The optimizer's own `state_dict`
-and `load_state_dict` are called.
+`state.<parameter>.<slot>` and `param_groups.<parameter>.<option>`. This module calls the
+optimizer's own `state_dict` and `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ STATE, GROUPS = "state", "param_groups"
 """Keys of an optimizer's state dict."""
 
 OTHERS, EMPTY, MORE, OWN = "others", "empty_groups", "more", "own"
-"""Keys that are followed by a dot and the optimizer's number: state of no parameter; options of
-groups without parameters, by group number; further entries of the state dict; the whole state of an
-optimizer with its own `state_dict`."""
+"""Keys, each followed by a dot and the optimizer's number, of: state that belongs to no parameter;
+options of groups without parameters, by group number; further entries of the state dict; the whole
+state of an optimizer with its own `state_dict`."""
 
 
 class OptimizerState:
@@ -93,7 +93,7 @@ class OptimizerState:
         """Return the name of each parameter, by `id`.
 
         A parameter that belongs to no module is named by its number. If different parameters have
-        the same name, the path of its module is put in front of each.
+        the same name, each of these names begins with the path of its module.
         """
         names: dict[int, str] = {}
         qualified: dict[int, str] = {}
@@ -110,13 +110,13 @@ class OptimizerState:
         taken = {*names.values()}
         for number, key in enumerate(ids):
             if key not in names:
-                # A module may have given this number as a name.
+                # A module may use this number as the name of a parameter.
                 names[key] = f"number.{number}" if str(number) in taken else str(number)
         return names
 
     @property
     def optimizers(self) -> Iterator[Optimizer]:
-        """All subclasses of torch's `Optimizer`."""
+        """All optimizers whose class is derived from torch's `Optimizer`."""
         return (opt for opt in (*self.named, *self._own) if isinstance(opt, Optimizer))
 
     def name_of(self, parameter: torch.Tensor) -> str:
@@ -124,7 +124,8 @@ class OptimizerState:
         return self._names[id(parameter)]
 
     def stepped(self, path: Path, leaves: Mapping[str, Leaf]) -> Iterator[str]:
-        """Yield the names of tensors that change only when these optimizers step."""
+        """Yield the names of those tensors in `leaves` that change only when these optimizers step.
+        `path`: path of this component."""
         parameters = {id(p) for optimizer in self.named for p in parameters_of(optimizer)}
         slots = f"{dotted(path)}.{STATE}."
         for name, leaf in leaves.items() if self.named else ():
@@ -190,7 +191,8 @@ class OptimizerState:
                 if is_placed_like(value, parameter):
                     flattener.add((*path, entry), value, above + entry)
                 elif type(value) is torch.Tensor and value.shape == parameter.shape:
-                    # Mark it as whole: by its shape, a load would shard it like its parameter.
+                    # Mark it as whole: a load would otherwise shard it like the parameter, since
+                    # both have the same shape.
                     flattener.add((*path, entry), value, above + entry)
                     flattener.state.structure[*path, entry] = {"tensor": {"place": "whole"}}
                 else:
@@ -247,7 +249,8 @@ class OptimizerState:
     def _named_paths(
         self, path: Path, group: tuple[int, int], option: str, names: list[str]
     ) -> dict[str, Path]:
-        """Return the paths of an option by name, cached from save to save."""
+        """Return the path of an option for each parameter in `names`, keyed by name of the entry.
+        The result is cached from save to save."""
         key = (path, *group, option)
         known = self._known.get(key)
         if known is None or known[0] != names:
@@ -258,7 +261,7 @@ class OptimizerState:
 
 
 def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
-    """Return whether an optimizer's state has torch's form, by the numbers of its parameters."""
+    """Return whether an optimizer's state has torch's form, keyed by parameter number."""
     if not isinstance(optimizer, Optimizer):
         return False
     cls = type(optimizer)
@@ -268,7 +271,8 @@ def is_by_parameter(optimizer: object) -> TypeGuard[Optimizer]:
 def is_zero(optimizer: object) -> bool:
     """Return whether an optimizer is torch's `ZeroRedundancyOptimizer`.
 
-    Its `state_dict` must first be gathered on one rank. Here, each rank saves its own state.
+    The `state_dict` of that class works on one rank only, to which all others have sent their state
+    before. Holdfast lets each rank save its own state instead.
     """
     return any(
         cls.__name__ == "ZeroRedundancyOptimizer" and cls.__module__.startswith("torch.")
@@ -297,7 +301,8 @@ def state_of(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _zero_state(optimizer: Any) -> dict[str, Any]:
-    """Return a `ZeroRedundancyOptimizer`'s state of this rank's parameters, and all groups."""
+    """Return the state of those parameters that this rank's `ZeroRedundancyOptimizer` updates, and
+    all groups, in torch's form."""
     numbers = {id(p): number for number, p in enumerate(parameters_of(optimizer))}
     state = {numbers[id(p)]: slots for p, slots in optimizer.optim.state.items()}
     return {STATE: state, GROUPS: Optimizer.state_dict(optimizer)[GROUPS]}
@@ -309,7 +314,8 @@ def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
 
 
 def is_placed_like(value: Any, parameter: torch.Tensor) -> bool:
-    """Return whether a load can derive a slot's placement from its parameter and its shape."""
+    """Return whether a load can derive the placement of a slot, `value`, from the slot's shape and
+    the parameter."""
     if type(value) is torch.Tensor:
         # A slot of a different shape than its parameter is whole on each rank.
         return not isinstance(parameter, DTensor) or value.shape != parameter.shape

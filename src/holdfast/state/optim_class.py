@@ -33,7 +33,7 @@ those that depend on options."""
 
 
 class ClassCheck:
-    """Compares optimizers with the classes that saved the state at a path."""
+    """Compares the class of an optimizer with those that saved the state stored at a path."""
 
     def __init__(self, match: Match, path: Path) -> None:
         self._match, self._name = match, dotted(path)
@@ -54,7 +54,8 @@ class ClassCheck:
     def check(
         self, optimizer: Any, options: Collection[str], slots: Iterable[Collection[str]]
     ) -> None:
-        """Refuse a state from which the optimizer cannot continue; note another class for the log.
+        """Refuse a state from which the optimizer cannot continue. If it can, but another class
+        saved the state, note that for the log.
 
         `options` are the stored options of its groups, `slots` the stored slots of each parameter.
         """
@@ -63,7 +64,8 @@ class ClassCheck:
         beyond = sorted({*options} - known - _OF_SCHEDULERS)
         lacks = sorted({*optimizer.defaults} - {*options}) if options else []
         wrong = _wrong_slots(optimizer, slots)
-        # Without a stored class, options alone prove nothing, since versions of torch differ too.
+        # Without a stored class, options alone prove nothing: they also differ between versions of
+        # torch.
         unlike = bool(beyond and lacks)
         if not ((unlike or wrong) if self._stored else (unlike and wrong)):
             self.note(optimizer)

@@ -55,7 +55,7 @@ class OptimizerMatch:
         self._known = {name for names in self._names for name in names}
 
     def run(self) -> None:
-        """Decide the target of every entry."""
+        """Plan the load of every optimizer from the stored entries."""
         branch = self._match.stored.below(self._path)
         stated = (path[-1] for path in self._match.stored.structure if path[:-1] == self._path)
         keys = list(dict.fromkeys([*branch.children, *stated]))
@@ -68,7 +68,8 @@ class OptimizerMatch:
             self._match_optimizer(optimizer, number, stored)
 
     def _sorted(self, branch: Branch, keys: list[str | int]) -> StoredOptimizer:
-        """Sort all entries below the path by parameter. Without those of unknown parameters."""
+        """Sort the entries of `branch` by parameter. `keys`: all keys directly below its path.
+        Leave out entries of parameters that no optimizer has."""
         stored = StoredOptimizer()
         for key in keys:
             text, child = str(key), branch.child(key)
@@ -90,7 +91,8 @@ class OptimizerMatch:
         return stored
 
     def _sort_nested(self, stored: StoredOptimizer, state: Branch) -> None:
-        """Sort state in torch's nested form, by parameter name or by parameter number."""
+        """Add to `stored` the slots in `state` that have torch's nested form: a dict of slots per
+        parameter, keyed by the parameter's name or number."""
         numbered = [name for names in self._names for name in names]
         for key, slots in state.children.items():
             name = str(key)
@@ -176,7 +178,9 @@ class OptimizerMatch:
 
     def _make(self, branch: Branch, parameter: torch.Tensor, *, on_device: bool = False) -> Make:
         """Return the maker of a new slot. A slot of its parameter's shape is placed like the
-        parameter. Other slots are whole on every rank, single numbers in host memory."""
+        parameter, unless it was saved as whole. Other slots are whole on every rank, on the
+        parameter's device. But a single number is on the parameter's device only with
+        `on_device`, else on the kind of device that it was saved on."""
         match = self._match
 
         def like(entry: TensorEntry, name: str | None) -> torch.Tensor | torch.device | None:
@@ -193,8 +197,8 @@ class OptimizerMatch:
     def _match_groups(
         self, optimizer: Optimizer, number: int, names: list[str], stored: StoredOptimizer
     ) -> Callable[[Values], list[dict[str, Any]]]:
-        """Return the maker of the groups. Stored options replace those of this run; options that
-        are not stored stay."""
+        """Return the maker of the optimizer's parameter groups. Stored options replace those of
+        this run. Options that are not stored stay."""
         planned: list[tuple[dict[str, Any], list[int], Make | None]] = []
         remaining = iter(range(len(names)))
         for index, group in enumerate(optimizer.param_groups):
@@ -244,7 +248,8 @@ class OptimizerMatch:
                 ] = None
 
     def _match_options(self, names: list[str], stored: StoredOptimizer) -> Make:
-        """Return the maker of the options of a group, which its parameters must agree on."""
+        """Return the maker of a group's options. The stored options of all its parameters must be
+        equal."""
         makers: dict[str, Make] = {}
         firsts: dict[str, Branch] = {}
         values = self._match.stored.manifest.values
@@ -266,7 +271,8 @@ class OptimizerMatch:
         return lambda values: {option: make(values) for option, make in makers.items()}
 
     def _compare(self, option: str, one: Branch, other: Branch, first: str, name: str) -> None:
-        """Refuse an option that differs between two parameters of one group."""
+        """Plan a check that refuses an option if its stored values differ between two parameters of
+        one group. `one`, `other`: entries of the option for the parameters `first` and `name`."""
         makers = self._make_value(one), self._make_value(other)
 
         def check(values: Values) -> str | None:
@@ -285,7 +291,7 @@ class OptimizerMatch:
 
     def _match_others(self, number: int) -> Callable[[Values, dict[str, Any]], None]:
         """Return a function that adds the rest of the optimizer's state, which belongs to no
-        parameter and no group."""
+        parameter and no group, to the loaded state dict. `number`: number of the optimizer."""
         makers: list[tuple[str, Make]] = []
         for key in (OTHERS, MORE):
             path = (*self._path, f"{key}.{number}")
@@ -301,8 +307,9 @@ class OptimizerMatch:
 
     @contextmanager
     def _exactly(self, optimizer: Optimizer, names: list[str]) -> Iterator[None]:
-        """Undo the conversions of torch's own `load_state_dict`: it casts every slot to its
-        parameter's dtype, even counters and 8-bit moments, and does not keep texts.
+        """Context in which the optimizer's `load_state_dict` does not convert values, if it is
+        torch's own. Torch's method casts every slot to its parameter's dtype, even counters and
+        8-bit moments, and changes texts.
 
         The exact values are put back between torch's cast and the optimizer's `__setstate__`, so
         that changes by `__setstate__` and by hooks are kept.
@@ -333,14 +340,15 @@ class OptimizerMatch:
 
     def _was_cast(self, name: str, parameter: torch.Tensor) -> bool:
         """Return whether the parameter has another dtype than in the checkpoint. If so, its slots
-        are cast as well."""
+        are cast to the parameter's dtype too."""
         tensors = self._match.stored.manifest.tensors
         entry = tensors.get(name) or tensors.get(f"model.{name}")
         return entry is not None and f"torch.{entry.dtype}" != str(parameter.dtype)
 
 
 def _exact(given: Any, cast: Any) -> Any:
-    """Return `given` with its own dtypes. Tensors that torch did not cast are taken from `cast`."""
+    """Return the loaded value `given` with its own dtypes. `cast`: the same value after torch's
+    cast. Tensors whose dtype and shape the cast has kept are taken from `cast`."""
     if isinstance(given, torch.Tensor) and isinstance(cast, torch.Tensor):
         if (given.dtype, given.shape) == (cast.dtype, cast.shape):
             return cast

@@ -28,21 +28,22 @@ _NOT_TENSORS = SCALARS - {type(None)}
 """Types of values that a tensor must not replace."""
 
 Put = Callable[[Any], None]
-"""Stores a loaded value in its container."""
+"""Function that stores a loaded value in the dict, list or other container of the old value."""
 
 
 class PlainMatch:
     """Matches the caller's dicts and lists with their entries in the checkpoint.
 
     A dict whose keys differ from the stored ones is a mismatch. Tensors and objects are filled in
-    place. Saved values replace all others, whatever their types.
+    place. Saved values replace everything else, whatever its type.
     """
 
     def __init__(self, match: Match, component_of: ComponentOf) -> None:
         self._match, self._component_of = match, component_of
 
     def member(self, live: Any, path: Path, put: Put) -> None:
-        """Match the object or value at a path. `put` replaces it."""
+        """Plan the load of `live`, the object or value at `path` in the caller's state. `put`:
+        replaces it by a loaded value."""
         match, stored = self._match, self._match.stored
         component = self._component_of(path, live)
         if component is not None:
@@ -80,11 +81,11 @@ class PlainMatch:
             match.then(lambda values: _replace(live, make(values), put))
 
     def _absent(self, live: Any, path: Path) -> None:
-        """Note that the checkpoint lacks a value."""
+        """Note that the checkpoint lacks everything that `live` has at `path`."""
         if self._match.stored.states_structure:
             self._match.missing(dotted(path))
             return
-        # Stock DCP stores nothing for an empty dict, so report the leaves alone.
+        # Stock DCP stores nothing for an empty dict, so report only leaves.
         flattener = Flattener(self._component_of)
         flattener.put(path, live)
         for name in flattener.state.leaves:
@@ -130,7 +131,8 @@ class PlainMatch:
 
 
 def match_inside(match: Match, live: torch.Tensor, path: Path, branch: Branch, node: Node) -> None:
-    """Match the inner tensors of a wrapper subclass with the stored ones."""
+    """Plan to fill the inner tensors of `live`, a tensor of a wrapper subclass, from `branch`.
+    `node`: the stored description of the tensor."""
     parts, live_context = take_apart(dotted(path), live, must_be_known=False)
     described = node.get("subclass") if isinstance(node, dict) else None
     found = None
@@ -168,7 +170,8 @@ def _is_mapping(branch: Branch, node: Node) -> bool:
 
 
 def _length(branch: Branch, node: Node) -> int | None:
-    """Return the length of a stored list or tuple whose members are entries; else None."""
+    """Return the length of a stored list or tuple whose members are entries; None if something else
+    is stored."""
     kind = kind_of_node(node)
     if kind in SEQUENCES:
         assert isinstance(node, dict)
@@ -204,8 +207,8 @@ def _object_in(live: Any, path: Path) -> Any:
 
 
 def _irreplaceable(live: Any, path: Path) -> Any:
-    """Return an object in a container, or a tensor in a dict, which a load must not replace by a
-    plain value; None if there is none."""
+    """Return what a load must not replace by a plain value: a tensor in the dict `live`, or an
+    object with state in the dict, list or tuple `live`. Return None if there is neither."""
     if isinstance(live, Mapping):
         tensor = next((v for v in live.values() if isinstance(v, torch.Tensor)), None)
         return _object_in(live, path) if tensor is None else tensor
@@ -213,7 +216,8 @@ def _irreplaceable(live: Any, path: Path) -> Any:
 
 
 def _replace(live: Any, made: Any, put: Put) -> None:
-    """Replace a value. A dict or list stays the same object, with new members."""
+    """Replace the value `live` by `made`. If both are dicts or both are lists, `live` stays the
+    same object, with new members."""
     if type(live) is dict and type(made) is dict:
         live.clear()
         live.update(made)
@@ -224,7 +228,7 @@ def _replace(live: Any, made: Any, put: Put) -> None:
 
 
 def setter(container: Any, key: Any) -> Put:
-    """Return a function that replaces a value in its container."""
+    """Return a function that replaces the value of `key` in `container`."""
 
     def put(value: Any) -> None:
         try:

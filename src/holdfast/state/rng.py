@@ -12,12 +12,13 @@ from holdfast import accelerator
 
 
 class RngState:
-    """A `Stateful` for the generators of this process. Each rank has its own."""
+    """State of this process's random number generators, as a `Stateful`. It differs between
+    ranks."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every generator. Numpy's is included if numpy was imported."""
         state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        # Such as "cuda".
+        # The generators of an accelerator have its kind as their key, such as "cuda".
         state |= accelerator.rng_states()
         numpy = sys.modules.get("numpy")
         if numpy is not None:

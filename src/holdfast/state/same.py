@@ -50,18 +50,18 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
 
 
 def _keys(mapping: Mapping[Any, Any]) -> object:
-    """Return the keys with their types. Only those of an `OrderedDict` have an order."""
+    """Return the keys with their types. Only the order of an `OrderedDict` matters."""
     types = {key: type(key) for key in mapping}
     return [*types.items()] if isinstance(mapping, OrderedDict) else types
 
 
 def _comparable(value: Any) -> Any:
-    # The text tells 0.0 from -0.0, and a NaN equals itself.
+    # The texts of 0.0 and -0.0 differ, and those of two NaNs are equal.
     return repr(value) if isinstance(value, float | complex | np.generic) else value
 
 
 def _kind(value: Any) -> type:
-    # A parameter equals a tensor: `keep_vars` or a cast may turn one into the other.
+    # A parameter counts as a tensor: `keep_vars` or a cast may turn one into the other.
     return torch.Tensor if type(value) is torch.nn.Parameter else type(value)
 
 

@@ -17,8 +17,8 @@ class SchedulerState:
     """One or several schedulers as one component of the state.
 
     If all states are equal, as in the stages of a pipeline, one is saved, so that any number of
-    schedulers can load it. Otherwise each state is saved below its number. It is marked as an
-    object, because one scheduler's state may have numbers for keys too.
+    schedulers can load it. Otherwise each state is saved below its number. Each is marked as an
+    object, because the state of a single scheduler may have numbers as keys too.
     """
 
     def __init__(self, schedulers: Sequence[Stateful]) -> None:
@@ -63,7 +63,8 @@ class SchedulerState:
 
 
 def _count(node: Node) -> int | None:
-    """Return the number of states stored below numbers; None if there is one state for all."""
+    """Return how many states are stored, each below its number; None if there is one state for all
+    schedulers."""
     children = children_of(node) if kind_of_node(node) == "dict" else None
     if not children or len(children) == 1:
         return None

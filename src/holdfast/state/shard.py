@@ -31,7 +31,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How one mesh axis splits one dim, for one rank."""
+    """Split of one dim by one mesh axis, for one rank."""
 
     dim: int
     num_parts: int
@@ -45,7 +45,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """A grid of ranks."""
+    """Grid of ranks."""
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -54,7 +54,7 @@ class Mesh:
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """How one mesh axis splits one dim, for all ranks."""
+    """Split of one dim by one mesh axis, for all ranks."""
 
     dim: int
     num_strides: int = 1
@@ -62,7 +62,7 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True)
 class MeshPlacement:
-    """The mesh of a tensor, and how each axis splits the tensor."""
+    """Mesh of a tensor, and the split of the tensor by each axis."""
 
     mesh: Mesh
     shards: tuple[ShardSpec | None, ...]
@@ -113,7 +113,7 @@ def _part(intervals: list[Interval], split: Split) -> list[Interval]:
 
 
 def _part_size(length: int, num_parts: int) -> int:
-    """Return the size of all parts except the last ones."""
+    """Return the size of each part of a range of `length`. The last parts may be smaller."""
     return max(1, -(-length // num_parts))
 
 

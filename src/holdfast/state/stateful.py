@@ -26,7 +26,7 @@ class ObjectState:
     """Any object with `state_dict` and `load_state_dict` as a component of the state."""
 
     def __init__(self, owner: Stateful, *, is_read_back: bool = False) -> None:
-        """`is_read_back`: a load calls `state_dict` of the object after `load_state_dict`."""
+        """`is_read_back`: whether a load also calls `state_dict`, after `load_state_dict`."""
         self._owner, self._is_read_back = owner, is_read_back
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
@@ -50,8 +50,9 @@ class ObjectState:
             match.then(lambda values: self._give(make(values), path))
 
     def _match_guessed(self, match: Match, path: Path, branch: Branch) -> None:
-        """Match a state of stock DCP or of old versions, which stored only names. Types of keys
-        and containers, and what has no entries, come from the fresh object's state."""
+        """Match a state of stock DCP or of old versions, which stored only names. The types of
+        keys, dicts and lists, and everything without entries, come from the state that the object
+        has before the load."""
         fresh: Any = self._owner.state_dict()
         for name in _missing(fresh, branch, path):
             match.missing(name)
@@ -66,7 +67,8 @@ class ObjectState:
 
 
 class RankState:
-    """The state of an object that belongs to one rank, stored below the key of that rank."""
+    """State of an object that differs between ranks: each rank stores its own, below a key of the
+    rank."""
 
     def __init__(self, state: ObjectState, rank: int, *, may_lack: bool = False) -> None:
         """`may_lack`: if a checkpoint has no state for this rank, the object stays unchanged."""
@@ -104,11 +106,14 @@ def hand_over(owner: Any, state: Any, name: str) -> None:
 
 
 def _request(match: Match, owner: Stateful, branch: Branch, node: Node) -> Make:
-    """Plan to read the state of `owner`. Return its maker, which passes inner objects their states.
+    """Plan to read the state of `owner` from `branch`. Return its maker, which also passes the
+    states of inner objects to these objects.
 
-    The owner's fresh state shows where its inner objects and sharded tensors are.
+    The state that `owner` has before the load shows where its inner objects and sharded tensors
+    are.
     """
-    # Called only if needed, because it may have effects: it starts the workers of a data loader.
+    # Call `state_dict` only if needed, because the call may have effects, such as to start the
+    # workers of a data loader.
     fresh = cache(owner.state_dict)
     depth = len(branch.path)
 
@@ -155,7 +160,8 @@ def _child(value: Any, key: str | int) -> Any:
 
 
 def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
-    """Yield names of entries that a fresh object has and the checkpoint lacks."""
+    """Yield the names of entries that `fresh` has and the checkpoint lacks. `fresh`: state of the
+    object at `path` before the load."""
     if branch.is_empty:
         flattener = Flattener(lambda _, value: ObjectState(value) if is_object(value) else None)
         flattener.put(path, fresh)
@@ -166,7 +172,8 @@ def _missing(fresh: Any, branch: Branch, path: Path) -> Iterator[str]:
 
 
 def _below(branch: Branch, key: Any) -> Branch:
-    """Return the branch of a dict's key, even if the checkpoint stores names without paths."""
+    """Return the branch below the key of a dict. If the checkpoint stores names without paths, it
+    has all entries of `branch` whose names begin with the key."""
     name = str(key)
     for known in (key, name):
         if known in branch.children:
@@ -181,7 +188,8 @@ def _below(branch: Branch, key: Any) -> Branch:
 
 
 def _merged(fresh: Any, branch: Branch, values: Values) -> Any:
-    """Return the saved state, with key types and containers of a fresh object's state."""
+    """Return the saved state, with the types of keys, dicts and lists in `fresh`, the state that
+    the object had before the load."""
     if branch.name is not None:
         return values(branch.name)
     if branch.is_empty:
@@ -198,7 +206,8 @@ def _merged(fresh: Any, branch: Branch, values: Values) -> Any:
 
 
 def _numbers(branch: Branch) -> list[int]:
-    """Return the list indices below a branch; an empty list if there are other keys."""
+    """If all keys directly below a branch are list indices, or names that begin with one and a dot,
+    return the indices, sorted. Else return an empty list."""
     heads = {str(key).partition(".")[0] for key in branch.children}
     return sorted(map(int, heads)) if all(head.isdecimal() for head in heads) else []
 

@@ -78,7 +78,7 @@ class StoredState:
             branch.name = name
 
     def below(self, path: Path) -> Branch:
-        """Return the entries at and below a path."""
+        """Return the branch at `path`. It is empty if the checkpoint has no entries there."""
         branch = self.root
         for key in path:
             if branch is self.root and key not in branch.children and type(key) is str:
@@ -94,7 +94,8 @@ class StoredState:
         )
 
     def node(self, path: Path) -> Node:
-        """Return the node at a path, also from inside the node of a shorter path."""
+        """Return the node at a path, which may be part of the node at a shorter path; None if there
+        is none."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.structure:
                 return _node_below(self.structure[path[:length]], path[length:])
@@ -105,8 +106,8 @@ class StoredState:
         return None if name is None else self.manifest.tensors.get(name)
 
     def _below_name(self, top: str) -> Branch:
-        """Return a branch of the names that begin with `top.`, each as one key: for checkpoints
-        without paths."""
+        """Return a branch for a checkpoint without paths. It has each name that begins with `top.`,
+        with the rest of the name as one key."""
         if top not in self._branches_by_name:
             branch = self._branches_by_name[top] = Branch((top,))
             prefix = f"{top}."
@@ -155,7 +156,8 @@ Enter = Callable[[Branch, Node], Make]
 def rebuilder(
     branch: Branch, node: Node, note: Note = lambda *_: None, enter: Enter | None = None
 ) -> Make:
-    """Return a function that rebuilds the saved state at and below a path.
+    """Return the maker of the saved state at and below a path. `branch`, `node`: the entries and
+    the structure there.
 
     Calls `note` for every entry. Without `enter`, inner objects are replaced by their states.
     """

@@ -34,7 +34,7 @@ def take_apart(
 ) -> tuple[dict[str, torch.Tensor], Any]:
     """Return the inner tensors of a wrapper subclass by attribute, and its metadata.
 
-    `must_be_known`: check that a load, which creates the tensor, can find its class by name.
+    `must_be_known`: check that the class is declared safe, since a load creates the tensor.
     """
     cls = type(tensor)
     if isinstance(tensor, UNINITIALIZED):
@@ -72,7 +72,8 @@ def take_apart(
 def unflatten(
     name: str, inner: dict[str, Any], context: Any, described: Mapping[str, Any]
 ) -> torch.Tensor:
-    """Rebuild a wrapper subclass from its inner tensors.
+    """Rebuild the tensor `name` of a wrapper subclass from its inner tensors. `context`: its
+    metadata. `described`: its class, size and stride, as the checkpoint states them.
 
     Uses only classes that this process has declared safe: a checkpoint must not choose the code
     that runs.

@@ -50,7 +50,7 @@ class Leaf(NamedTuple):
     path: Path
     value: Any
     names: Mapping[str, Path] = MappingProxyType({})
-    """Names and paths of a value stored under several names, the leaf's own first; else empty."""
+    """Paths of a value with several names, keyed by name, the leaf's own name first; else empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ SCALARS = frozenset({int, float, complex, bool, str, bytes, type(None)})
 """Types of values that contain no other values."""
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter, DTensor})
-"""Types of tensors without a state of their own."""
+"""Types of tensors that have no `state_dict`."""
 
 MAPPING_TYPES: dict[str, type[dict[Any, Any]]] = {
     "dict": dict,
@@ -88,14 +88,14 @@ DEPTH_MAX = 60
 
 
 class Component(Protocol):
-    """A part of the state that has its own code to save and load."""
+    """Object that saves and loads a part of the state by its own code."""
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
-        """Add its state below a path. Returns the node of that state."""
+        """Add the component's state below a path. Returns the node of the state."""
         ...
 
     def match(self, match: Match, path: Path) -> None:
-        """Decide the target of each entry below a path."""
+        """Plan how the entries below a path are loaded into this component."""
         ...
 
 
@@ -138,14 +138,15 @@ class Flattener:
         self._num_values += not isinstance(value, torch.Tensor)
 
     def put(self, path: Path, value: Any, *, rebuilt: bool = False) -> None:
-        """Add everything below one path. `rebuilt`: a load creates the tensors, so the structure
-        stores their devices and placements."""
+        """Add `value` and everything in it, below one path. `rebuilt`: whether a load creates the
+        tensors, so that the structure must state their devices and placements."""
         node = self.walk(path, value, rebuilt=rebuilt)
         if node is not None and node != {"object": None}:
             self.state.structure.setdefault(path, node)
 
     def walk(self, path: Path, value: Any, *, rebuilt: bool) -> Node:
-        """Add everything below one path. Returns its node."""
+        """Add `value` and everything in it, below one path. Returns the node of `value`. `rebuilt`:
+        see `put`."""
         if type(value) in SCALARS and value != b"":
             self.add(path, value)
             return None
@@ -192,14 +193,14 @@ class Flattener:
         kind, fields = _kind_of(path, value)
         check_depth(path)
         children: list[tuple[Any, Node]] = []
-        # Names alone express a dict with text keys, except for the order of several values.
+        # Names alone express a dict with text keys, but not the order of values in it.
         is_plain = kind == "dict" and bool(value)
         num_values_before = self._num_values
         for name, key in names_of(path, value).items():
             node = self.walk((*path, name), value[key], rebuilt=rebuilt)
             children.append((key, node))
-            # A model or optimizer of the caller is found at its path, but a load that rebuilds an
-            # object's state finds inner objects only by their nodes.
+            # A load finds the caller's own models and optimizers by their paths, so they need no
+            # node. It finds the objects inside a rebuilt state only by their nodes.
             is_marked = node is not None and (node != {"object": None} or rebuilt)
             is_plain = is_plain and not is_marked and type(key) is str
         if is_plain and (self._num_values == num_values_before or len(children) == 1):
@@ -250,7 +251,8 @@ def holds_state(members: Sequence[Any]) -> bool:
 
 def _holds_placed(members: Sequence[Any]) -> bool:
     """Return whether a tuple must be split into entries, because it contains a sharded tensor, a
-    tensor on a device, an object or an array. Any other tuple is one value, as in stock DCP."""
+    tensor on a device, an object, an array or a defaultdict. Any other tuple is one value, as in
+    stock DCP."""
     if SCALARS.issuperset(map(type, members)):
         return False
     return any(
@@ -269,7 +271,7 @@ def _holds_placed(members: Sequence[Any]) -> bool:
 def is_object(value: object) -> bool:
     """Return whether a value is an object with state of its own, such as a dict subclass with
     `state_dict` and `load_state_dict`."""
-    # Most leaves are tensors, and a protocol takes long to check.
+    # Return early for the most common types, since `isinstance` with a protocol is slow.
     if type(value) in _KIND_OF_MAPPING or type(value) in SCALARS or type(value) in _TENSORS:
         return False
     return isinstance(value, Stateful) and not isinstance(value, type)
@@ -297,7 +299,7 @@ def _kind_of(path: Path, value: Mapping[Any, Any]) -> tuple[str, dict[str, str]]
 
 
 def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the keys of a dict by their text."""
+    """Return the keys of a dict, keyed by their text."""
     where = f"`{dotted(path)}`" if path else "the state"
     names: dict[str, Any] = {}
     for key in value:
@@ -338,8 +340,8 @@ def _tensor_of(path: Path, array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 def made_plain(path: Path, value: Any) -> tuple[Any, list[list[Any]]]:
-    """Replace numpy's numbers and empty bytes by Python's numbers and texts, because pickle writes
-    them as calls. Returns the value, and the replaced types with their positions in it."""
+    """Replace numpy's numbers by Python's, and empty bytes by text: pickle would write them as
+    function calls. Returns the value, and the replaced types with their positions in it."""
     if type(value) in SCALARS and value != b"":
         return value, []
     types: list[list[Any]] = []

@@ -16,7 +16,7 @@ _INNER_MAX = 1000
 _SCALARS = frozenset({bool, int, float, str, type(None)})
 _DEPTH_MAX = 16
 _INT_MAX = 1 << 64
-"""Integers beyond it use another pickle opcode, which some versions of torch cannot read."""
+"""Larger integers use another pickle opcode, which some versions of torch cannot read."""
 
 
 def encode_value(name: str, value: Any) -> bytes:
@@ -50,7 +50,8 @@ def _container(value: Any) -> bytes | None:
 
 
 def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
-    """Return the position and the innermost part of a value that cannot be stored."""
+    """Find the innermost part of a value that cannot be stored. Return its position, as text such
+    as `[0]['a']`, and the part."""
     members: list[tuple[str, Any]] = []
     if type(value) in (list, tuple):
         members = [(f"[{number}]", member) for number, member in enumerate(value)]
@@ -67,8 +68,9 @@ def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
 
 
 def reads_back(value: Any, depth: int = 0) -> bool:
-    """Return whether a value consists of plain values only, which are known to be readable. Trying
-    it takes too long for Python's random state: 625 numbers that change with each save."""
+    """Return whether a value consists of plain values only, which are known to be readable. A test
+    by reading it back would take too long for Python's random state: 625 numbers that change with
+    each save."""
     if type(value) is int:
         return -_INT_MAX < value < _INT_MAX
     if type(value) in (list, tuple):
@@ -81,8 +83,8 @@ def reads_back(value: Any, depth: int = 0) -> bool:
 
 
 class Containers:
-    """Encodes values, and caches the containers of small ones: hundreds in a state are equal, and
-    many stay the same from save to save."""
+    """Encodes values, and caches the containers of small values. Hundreds of the values in a state
+    are equal, and many stay the same from save to save."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[type, str], bytes] = {}
@@ -91,7 +93,7 @@ class Containers:
         """Return the container of a value, as `encode_value` does."""
         if not _is_plain(value):
             return encode_value(name, value)
-        # The text tells 0.0 from -0.0, which need different containers.
+        # Compare texts: 0.0 and -0.0 are equal as numbers, but need different containers.
         key = type(value), repr(value)
         if key not in self._known:
             if len(self._known) >= _KNOWN_MAX:
@@ -101,8 +103,8 @@ class Containers:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether type and text determine a value, and the text is short enough for a key. The
-    limits admit Python's random state: a tuple with 625 numbers in a tuple."""
+    """Return whether a value is determined by its type and `repr`, and the `repr` is short enough
+    for a key. The limits admit Python's random state: a tuple with 625 numbers in a tuple."""
     if type(value) is not tuple:
         return type(value) in _SCALARS
     return len(value) <= _MEMBERS_MAX and all(

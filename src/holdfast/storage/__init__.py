@@ -1,1 +1,1 @@
-"""Stores of files: folders, memory, URLs. Knows neither tensors nor checkpoints."""
+"""Stores of files: local folders, memory, object stores and other URLs."""

@@ -1,7 +1,7 @@
 """The requests that a bucket answers. `storage/objects.py` builds a store from them.
 
 Each request takes effect as a whole or not at all. `get`, `head` and `put` see every earlier
-change; `list` may lag behind.
+change. `list` may miss recent changes.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from holdfast.storage.store import Buffer
 T = TypeVar("T")
 
 PAUSE_S = 0.5
-"""Longest pause before a request is sent again."""
+"""Longest pause, in seconds, before a request is sent again."""
 
 Version = Mapping[str, str]
-"""Identifies one content of an object, for `put_over`: an ETag, a generation, or both."""
+"""Identifies one version of an object, for `put_over`: by an ETag, a generation, or both."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """Description of one object."""
+    """Description of one object in a bucket."""
 
     key: str
     nbytes: int
     version: Version
     modified: datetime
-    """Time of its last change, by the clock of the store."""
+    """Time of the object's last change, by the clock of the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Listing:
 
     objects: Sequence[StoredObject]
     prefixes: Sequence[str]
-    """Names that more objects are below, without a slash at the end."""
+    """Names below which there are more objects, without a slash at the end."""
 
 
 class TakenError(Exception):
@@ -55,10 +55,10 @@ class UnansweredError(StorageError):
 
 
 def until_answered(request: Callable[[], T], tries: int) -> T:
-    """Send a request up to `tries` times, until it is answered. It must have the same effect again.
+    """Send a request until the store answers, up to `tries` times. Sending it twice must be safe.
 
     Raises:
-        UnansweredError: it was never answered.
+        UnansweredError: the store did not answer any try.
     """
     for _ in range(tries - 1):
         with suppress(UnansweredError):
@@ -68,15 +68,15 @@ def until_answered(request: Callable[[], T], tries: int) -> T:
 
 
 def pause() -> None:
-    """Wait before a request is sent again: for a random time, so that clients do not send theirs
-    together."""
+    """Wait before a request is sent again. The time is random, so that clients do not all send at
+    the same moment."""
     time.sleep(random.uniform(0, PAUSE_S))
 
 
 class Bucket(Protocol):
-    """Objects below one prefix of a bucket. Keys are relative to it.
+    """Objects below one prefix of a bucket. Keys are relative to the prefix.
 
-    Every method may raise `StorageError`; those that read, `NotFoundError`.
+    Every method may raise `StorageError`. Methods that read may also raise `NotFoundError`.
     """
 
     @property
@@ -85,7 +85,7 @@ class Bucket(Protocol):
         ...
 
     def head(self, key: str) -> StoredObject:
-        """Describe an object."""
+        """Return the description of an object, without its content."""
         ...
 
     def get(self, key: str, nbytes_max: int) -> tuple[bytes, StoredObject]:
@@ -93,29 +93,31 @@ class Bucket(Protocol):
         ...
 
     def get_range(self, key: str, start: int, stop: int) -> Buffer:
-        """Return bytes `start` to `stop` of an object; fewer only if the object ends before."""
+        """Return bytes `start` to `stop` of an object, or fewer if the object ends earlier."""
         ...
 
     def get_into(self, key: str, start: int, target: memoryview) -> int:
-        """Fill `target` with bytes of an object from `start` on. Returns the bytes read; fewer only
-        if the object ends before."""
+        """Fill `target` with bytes of an object from `start` on. Returns the number of bytes read,
+        which is smaller than `target` only if the object ends first."""
         ...
 
     def put_new(self, key: str, data: bytes) -> Version:
-        """Put an object that does not exist yet. Sent once: the caller tries again.
+        """Put an object that does not exist yet, and return its version. Sends one request;
+        retrying is up to the caller.
 
         Raises:
             TakenError: the object exists.
-            UnansweredError: it may exist now.
+            UnansweredError: the object may exist now.
         """
         ...
 
     def put_over(self, key: str, data: bytes, version: Version) -> Version:
-        """Put an object in the place of this version of it. Sent once: the caller tries again.
+        """Replace an object that has this version, and return the new version. Sends one request;
+        retrying is up to the caller.
 
         Raises:
             TakenError: the object has another version, or does not exist.
-            UnansweredError: it may have been replaced.
+            UnansweredError: the object may have been replaced.
         """
         ...
 
@@ -124,10 +126,10 @@ class Bucket(Protocol):
         ...
 
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
-        """Put a large object, in several requests that overlap.
+        """Put a large object by several requests that are sent at the same time.
 
-        An error of `parts` is raised, and no object is left; nor is a part of one, unless the
-        process dies.
+        If iterating over `parts` raises an error, this raises the same error, and the object does
+        not exist. Parts of it are left in the store only if the process dies.
         """
         ...
 
@@ -137,14 +139,15 @@ class Bucket(Protocol):
         ...
 
     def list(self, prefix: str) -> Listing:
-        """List what is directly below a prefix; nothing if no object is."""
+        """List the objects and prefixes directly below a prefix. The listing is empty if there are
+        none."""
         ...
 
     def list_all(self, prefix: str) -> Iterator[StoredObject]:
-        """List all objects below a prefix, at any depth, by a request per thousand."""
+        """List all objects below a prefix, at any depth, with one request per thousand objects."""
         ...
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects, in any order. An object that does not exist is no error. No request takes
-        effect after this has raised an error, or returned."""
+        """Delete objects, in any order. Objects that do not exist are ignored. After this returns
+        or raises an error, no request that it sent takes effect any more."""
         ...

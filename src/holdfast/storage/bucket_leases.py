@@ -1,14 +1,16 @@
-"""Locks in a bucket: objects that their holder renews, and that lapse once it is dead.
+"""Leases: locks in a bucket, which lapse when their holder does not renew them any more.
 
-A lease is an object that is put if absent, and renewed by replacing its last version. Whoever finds
-one that was not renewed for `LEASE_S` replaces that version in turn, so that of two only one
-succeeds. Its age is taken from the clock of the store alone: the age of the lease is the difference
-to an object put now.
+A process takes a lease by putting an object that must not exist yet, and renews the lease by
+replacing its own last version of the object. Another process may take a lease that was not renewed
+for `LEASE_S`, by replacing the version that it found. If two processes try this at once, only one
+succeeds. Only the clock of the store measures the age of a lease: a process puts another object
+now, and compares the times of both objects.
 
-A holder must not send a request that needs the lease once it has lapsed. So it counts the lease as
-valid for half of `LEASE_S` from the moment that its last renewal was sent, by its own clock that no
-one sets, and a request that was sent takes effect within the other half, or never: the client gives
-up after `REQUEST_S`, and a store does not execute a request whose connection is long closed.
+A holder must not send a request that needs the lease after the lease has lapsed. So the holder
+counts the lease as valid for half of `LEASE_S` after it sent the last renewal, by a monotonic
+clock. A request that it sends in this time takes effect in the other half of `LEASE_S` or never:
+the client gives up after `REQUEST_S`, and a store does not execute a request whose connection was
+closed long ago.
 """
 
 from __future__ import annotations
@@ -38,32 +40,32 @@ from holdfast.storage.bucket import (
 from holdfast.storage.processes import runs, this_process
 
 LEASE_S = 60.0
-"""Seconds after which a lease that was not renewed has lapsed."""
+"""Seconds from the last renewal of a lease until the lease lapses."""
 
 REQUEST_S = 10.0
-"""Time-out of the requests that leases protect, and of all tries of one. Both together are less
-than half of `LEASE_S`."""
+"""Time-out, in seconds, of one try of a request that a lease protects, and also of all tries
+together. The sum of both time-outs is less than half of `LEASE_S`."""
 
 NOTE_BYTES_MAX = 4096
-"""Most bytes of a lease that are read."""
+"""Maximum number of bytes that are read of a lease's object."""
 
 _RENEWALS = 6
-"""Renewals in `LEASE_S`."""
+"""Number of renewals per `LEASE_S`."""
 
 _TRIES = 5
-"""Most times that a lease is put before it counts as contended."""
+"""Maximum number of times that a process tries to put a lease."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Holder of a lease that another one could not take."""
+    """Holder of a lease that this process could not take."""
 
     note: str
     version: Version
-    """Changes whenever the holder renews the lease."""
+    """Version of the lease, which changes whenever the holder renews the lease."""
 
     is_alive: bool
-    """Whether it is known to run: it is a process of this machine."""
+    """Whether the holder is known to run, since it is a process of this machine."""
 
 
 class BucketLease:
@@ -74,10 +76,11 @@ class BucketLease:
         self._token = secrets.token_hex(8)
         self._counter = 0
         self._version: Version | None = None
-        """Version that this process has put; None while it holds no lease."""
+        """Version that this process has put; None while it does not hold the lease."""
 
         self._sent = self._trying = 0.0
-        """When the last renewal that took effect was sent, and when the last one was."""
+        """Times at which this process sent the last renewal that took effect, and the last one that
+        it tried."""
 
         self._pid = os.getpid()
         self._mutex = threading.RLock()
@@ -89,10 +92,11 @@ class BucketLease:
         return self._version is not None and fresh and self._pid == os.getpid()
 
     def take(self) -> Holder | None:
-        """Take the lease. Return None, or its holder if that is another.
+        """Take the lease and return None. If another process holds the lease, return the holder.
 
         Raises:
-            StorageError: the store does not answer, or another process takes it again and again.
+            StorageError: the store does not answer, or other processes take the lease again and
+                again.
         """
         with self._mutex:
             version: Version | None = None
@@ -104,7 +108,7 @@ class BucketLease:
                     failed = error
                 found = self._look()
                 if found is None:
-                    version = None  # Its holder has just released it, or our put got lost.
+                    version = None  # The holder has just released the lease, or our put got lost.
                     continue
                 content, stored = found
                 if content.token == self._token:
@@ -120,7 +124,8 @@ class BucketLease:
         """Extend the lease.
 
         Raises:
-            ExistsError: it has lapsed, and another process has it now; the error names it.
+            ExistsError: this process does not hold the lease any more. If it has lapsed, the error
+                names the new holder.
             StorageError: the store does not answer. The lease may still be valid.
         """
         with self._mutex:
@@ -133,7 +138,8 @@ class BucketLease:
                 failed = error
             found = self._look()
             if found is not None and found[0].token == self._token:
-                # It was renewed, and the answer was lost; or it was not, and the next try may.
+                # Either the renewal took effect and only its answer was lost, or it did not take
+                # effect and the next try may succeed.
                 self._version = found[1].version
                 if found[0].renewals != self._counter:
                     raise StorageError(f"cannot renew `{self._key}`: {failed}")
@@ -147,7 +153,7 @@ class BucketLease:
             )
 
     def _look(self) -> tuple[_Content, StoredObject] | None:
-        """Read the lease; None if there is none."""
+        """Return content and description of the lease's object; None if it does not exist."""
         try:
             data, found = self._bucket.get(self._key, NOTE_BYTES_MAX)
         except NotFoundError:
@@ -155,10 +161,12 @@ class BucketLease:
         return _decode(data), found
 
     def release(self) -> None:
-        """Delete the object, if it is still ours. Does nothing in a forked child."""
+        """Delete the lease's object if this process still holds the lease. Do nothing in a forked
+        child."""
         with self._mutex:
             if not self.is_valid:
-                # Another process may have it: the object must not be deleted unseen.
+                # Another process may have taken the lease. Renew it first, so that only a lease of
+                # this process is deleted.
                 with contextlib.suppress(HoldfastError):
                     self.renew()
             if self.is_valid:
@@ -168,7 +176,7 @@ class BucketLease:
 
     def _put(self, version: Version | None) -> None:
         self._counter += 1
-        # The counter makes the contents differ: equal ones have the same ETag.
+        # The counter makes the contents differ, since equal contents have the same ETag.
         content = _Content(self._note, self._token, this_process(), self._counter)
         data, sent = json.dumps(asdict(content)).encode(), time.monotonic()
         self._trying = sent
@@ -179,7 +187,8 @@ class BucketLease:
         self._sent = sent
 
     def _has_lapsed(self, modified: datetime) -> bool:
-        """Whether a lease of this age has lapsed, by the clock of the store."""
+        """Return whether a lease that was last changed at `modified` has lapsed, by the clock of
+        the store."""
         folder = self._key.rpartition("/")[0]
         probe = f"{folder}/{held_file(f'now-{self._token}')}".lstrip("/")
         self._bucket.put(probe, b"")
@@ -189,7 +198,7 @@ class BucketLease:
 
 
 class BucketLeases:
-    """All leases of one store. A thread renews them while there are any."""
+    """All leases that one store holds. A thread renews them while there are any."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
@@ -197,16 +206,17 @@ class BucketLeases:
         self._is_checked = False
         self._mutex = threading.Lock()
         self._ended = threading.Event()
-        """Ends the thread that renews. Set while there is none."""
+        """Event that ends the renewing thread. Set while there is no such thread."""
 
         self._ended.set()
         self._pid = os.getpid()
 
     def check_conditions(self) -> None:
-        """Make sure that the store heeds the conditions of puts, as leases and pointers need. Once.
+        """Check that the store obeys the conditions `If-None-Match` and `If-Match` of a put, which
+        leases and pointers need. After the first success, calls do nothing.
 
         Raises:
-            UsageError: it puts an object against its condition.
+            UsageError: the store puts an object although its condition does not hold.
         """
         if self._is_checked:
             return
@@ -220,7 +230,8 @@ class BucketLeases:
                 "If-Match": partial(self._bucket.put_over, probe, b"3", first),
             }
             for condition, put in conditions.items():
-                # A store that heeds the condition has not changed if it does not answer.
+                # Without an answer it is safe to try again: a store that obeys the condition has
+                # refused the put, and has not changed anything.
                 if until_answered(partial(_takes, put), _TRIES):
                     raise UsageError(
                         f"`{self._bucket.url}`: this store ignores the condition `{condition}` of "
@@ -237,7 +248,7 @@ class BucketLeases:
         return BucketLease(self._bucket, key, note)
 
     def keep(self, key: str, lease: BucketLease) -> None:
-        """Renew a lease that was taken, until `release`."""
+        """Keep renewing a lease that was taken, until `release`."""
         with self._mutex:
             self._held[key] = lease
             if self._ended.is_set() or self._pid != os.getpid():
@@ -246,12 +257,12 @@ class BucketLeases:
                 threading.Thread(target=renew, name="holdfast-lease", daemon=True).start()
 
     def held(self, key: str) -> BucketLease | None:
-        """Return the lease that this store holds on `key`; None if it holds none."""
+        """Return the lease that this store holds on `key`; None if it holds no such lease."""
         with self._mutex:
             return self._held.get(key)
 
     def release(self, key: str, lease: BucketLease) -> None:
-        """Give a lease up."""
+        """Stop renewing a lease, and release it."""
         with self._mutex:
             if self._held.get(key) is lease:
                 del self._held[key]
@@ -260,17 +271,17 @@ class BucketLeases:
         lease.release()
 
     def renew_all(self) -> None:
-        """Renew every lease."""
+        """Renew all leases that this store holds. Ignore errors."""
         with self._mutex:
             leases = list(self._held.values())
         for lease in leases:
-            # Whoever needs the lease finds out that it is lost, and says so.
+            # If a lease is lost, the next operation that needs it notices this and raises an error.
             with contextlib.suppress(HoldfastError):
                 lease.renew()
 
 
 def _takes(put: Callable[[], object]) -> bool:
-    """Whether the store makes a put, whose condition does not hold."""
+    """Return whether the store executes a put whose condition does not hold."""
     try:
         put()
     except TakenError:
@@ -281,7 +292,8 @@ def _takes(put: Callable[[], object]) -> bool:
 def _renewing(
     leases: weakref.ref[BucketLeases], ended: threading.Event, interval_s: float
 ) -> Callable[[], None]:
-    """Return the function of the renewing thread. It ends with the last lease, or the store."""
+    """Return the function that the renewing thread runs. It ends when the last lease is released,
+    or when the store is garbage-collected."""
 
     def run() -> None:
         while not ended.wait(interval_s):
@@ -295,11 +307,11 @@ def _renewing(
 
 
 def check(lease: BucketLease, hint: str) -> None:
-    """Make sure that requests that need the lease may be sent now. Renew it if it is too old.
+    """Check that requests that need the lease may be sent now. Renew the lease if it is too old.
 
     Raises:
-        ExistsError: another process has it.
-        StorageError: it cannot be renewed in time.
+        ExistsError: another process has the lease.
+        StorageError: the lease cannot be renewed in time.
     """
     if not lease.is_valid:
         lease.renew()
@@ -308,13 +320,13 @@ def check(lease: BucketLease, hint: str) -> None:
 
 
 def note_in(data: bytes) -> str:
-    """Return the note of the holder of a lease, given its content."""
+    """Return the holder's note in the content of a lease."""
     return _decode(data).note
 
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """Content of a lease."""
+    """Content of a lease's object: its holder, and how often the lease was put."""
 
     note: str = "unknown"
     token: str = ""

@@ -1,16 +1,17 @@
 """Publish attempts in a bucket, so that no request takes effect after its attempt is given up.
 
-A client may give up a request that the store receives later, or a process may die with a request
-on its way. Such a request must not publish an attempt whose files are deleted by then. So the
-pointer of a checkpoint is never put without a condition that can be withdrawn:
+A store may execute a request after the client has given the request up, or after the process that
+sent it has died. Such a late request must not publish an attempt whose files are deleted by then.
+So every put of a pointer has a condition, and another process can make this condition fail:
 
-* A save to a free name first reserves the name: it puts an object that names its attempt, if there
-  is none. The pointer then replaces this version of the reservation.
-* A save that replaces a checkpoint replaces the version of its pointer.
+* A save to a free name first reserves the name: it puts a reservation, which names the save's
+  attempt, if there is no object yet. The pointer then replaces this version of the reservation.
+* A save that replaces a checkpoint replaces the current version of the checkpoint's pointer.
 
-Whoever deletes the files of an attempt first ends its claim (`Claims.end`): deletes the
-reservation, or puts the pointer that it would replace once more, as another version. No two
-versions are equal, so the condition of a request that is still on its way never holds again.
+Before a process deletes the files of an attempt, it ends the attempt's claim (`Claims.end`). It
+deletes the attempt's reservation; or if the attempt was to replace a checkpoint, it puts the
+pointer of that checkpoint once more, as a new version. No two versions are equal, so the condition
+of a late request never holds again.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from holdfast.storage.pointers import Pointer, Pointers
 from holdfast.storage.store import Check
 
 _TRIES = 5
-"""Most times that a conditional request is sent."""
+"""Maximum number of times that a conditional request is sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A claim of one attempt on a name."""
+    """The claim of one attempt to be published under a name."""
 
     name: str
     """Name of the checkpoint, with the folders above it."""
@@ -40,11 +41,12 @@ class Claim:
     attempt_id: str
 
     replaced: Pointer | None
-    """The checkpoint to replace, which the caller holds; None if the name must be free."""
+    """Pointer of the checkpoint to replace; None if the name must be free. The caller holds this
+    checkpoint."""
 
 
 class Claims:
-    """The claims on the names in a bucket."""
+    """Publishes attempts in a bucket, or ends their claims."""
 
     def __init__(self, bucket: Bucket, pointers: Pointers) -> None:
         self._bucket, self._pointers = bucket, pointers
@@ -52,12 +54,12 @@ class Claims:
     def publish(self, claim: Claim, check: Check, end_other: Callable[[str], bool]) -> None:
         """Publish an attempt.
 
-        `check`: raises an error if this process does not hold the attempt any more. `end_other`:
-        ends the claim of another attempt, given its ID, if nobody holds that one; returns whether
-        it did.
+        `check` raises an error if this process does not hold the attempt any more. `end_other`
+        takes the ID of another attempt, ends that attempt's claim if no process holds the attempt,
+        and returns whether it has ended the claim.
 
         Raises:
-            ExistsError: the name is taken, or is reserved by a save that runs.
+            ExistsError: the name is taken, or is reserved by a save that is still running.
         """
         expected = claim.replaced
         for _ in range(_TRIES):
@@ -72,7 +74,7 @@ class Claims:
                 self._bucket.put_over(_marker(claim.name), data, expected.version)
                 return
             except (TakenError, UnansweredError) as error:
-                # Another attempt is published, or the answer to our request was lost, or it was.
+                # Either another attempt is in the way, or our request or its answer was lost.
                 found = self._found_after(claim.name, error)
                 if found is not None and found.is_published and found.id == claim.attempt_id:
                     return
@@ -90,15 +92,16 @@ class Claims:
         error: Exception,
         end_other: Callable[[str], bool],
     ) -> bool:
-        """Whether an attempt can still be published, after a request failed and `found` was read
-        under its name."""
+        """Return whether the attempt of a claim can still be published, after a request to publish
+        it failed with `error`. `found`: pointer that was read after this error."""
         replaced = claim.replaced
         if replaced is not None:
-            # Another version of it is the work of `end`.
+            # The version of the pointer does not matter: `end` may have changed it.
             return found is not None and found.is_published and found.id == replaced.id
         if found is not None:
             return not found.is_published and (found.id == claim.attempt_id or end_other(found.id))
-        # Without a pointer, the manifest of a checkpoint that another tool has copied there.
+        # A `manifest.json` that is not a pointer belongs to a checkpoint that another tool has
+        # copied there.
         return isinstance(error, UnansweredError) or not self._has_manifest(claim.name)
 
     def _has_manifest(self, name: str) -> bool:
@@ -108,11 +111,11 @@ class Claims:
         return False
 
     def end(self, name: str, attempt_id: str) -> None:
-        """Make sure that no request of an attempt, which the caller holds, can publish it from now
-        on, not even one that is still on its way.
+        """Make sure that no request publishes an attempt from now on, not even a request that was
+        sent already. The caller must hold the attempt.
 
         Raises:
-            NotFoundError: it is published.
+            NotFoundError: the attempt is published.
         """
         first: Pointer | None = None
         for _ in range(_TRIES):
@@ -124,7 +127,7 @@ class Claims:
                 self._pointers.forget(name)
                 return
             if found is None or not found.is_published:
-                return  # The checkpoint that the attempt was to replace is deleted.
+                return  # There is no checkpoint that the attempt could replace.
             if first is not None and found.version != first.version:
                 return
             first = found
@@ -149,5 +152,6 @@ class Claims:
 
 
 def _marker(name: str) -> str:
-    """Key of the pointer of a checkpoint, or of the reservation of its name."""
+    """Return the key of the pointer of checkpoint `name`. A reservation of the name has the same
+    key."""
     return f"{name}/{MANIFEST}"

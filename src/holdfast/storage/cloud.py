@@ -1,7 +1,7 @@
-"""Buckets of S3, Google Cloud Storage and Azure, by obstore.
+"""Access buckets of S3, Google Cloud Storage and Azure through obstore.
 
-No other module imports obstore. Credentials, regions and endpoints come from the environment, as
-for the tools of each store: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `AWS_PROFILE`,
+No other module imports obstore. Credentials, regions and endpoints come from the same environment
+variables as for each store's own tools: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `AWS_PROFILE`,
 `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, ...
 """
 
@@ -38,31 +38,32 @@ except ImportError:
     obstore = None  # type: ignore[assignment]
 
 CONCURRENT_PARTS = 4
-"""Parts of one upload that are sent at the same time: with the part that is being filled, they are
-the memory that an upload takes beside the snapshot."""
+"""Parts of one upload that are sent at the same time. These parts and the one that is being filled
+are all the memory that an upload takes besides the snapshot."""
 
 _PIECE_BYTES = 256 << 10
-"""Bytes of an answer that are copied to their place together, while more of them arrive."""
+"""Bytes of a response that are copied to the caller's buffer at a time, while more bytes arrive."""
 
 _PATIENCE_S = 180.0
-"""Time in which a request for data is sent again after an error, with growing random pauses."""
+"""Seconds during which a request for data is retried after errors, with growing random pauses."""
 
 _TRIES = 3
-"""Most times that a listing or a deletion is sent: obstore does not send it again if the answer is
-cut."""
+"""Maximum number of times that a listing or a deletion is sent. obstore itself does not retry them
+if the response is cut short."""
 
 _RETRIES_MAX = 50
-"""Most times that a request is sent again: so many that its patience ends first."""
+"""Maximum number of retries of a request. So large that the time limit always comes first."""
 
 _DATA_S = 300.0
-"""Time-out of one request for data."""
+"""Time-out, in seconds, of one request for data."""
 
 _ENDPOINTS = {
     "s3": ("endpoint", ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")),
     "az": ("endpoint", ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")),
     "gs": ("base_url", ("GOOGLE_BASE_URL",)),
 }
-"""Option of obstore for the endpoint of each kind of store, and the variables that set it."""
+"""For each kind of store, obstore's option for the endpoint, and the environment variables that set
+the option."""
 
 _NO_BUCKET = re.compile("NoSuchBucket|ContainerNotFound|specified bucket does not exist")
 
@@ -77,10 +78,10 @@ class CloudBucket:
     """A prefix of a bucket, through obstore."""
 
     def __init__(self, url: str, config: Mapping[str, Any] | None = None) -> None:
-        """`config`: options of obstore, beside those of the environment.
+        """`config`: options of obstore, in addition to those from the environment.
 
         Raises:
-            UsageError: obstore is not installed, or the URL is not one of a bucket.
+            UsageError: obstore is not installed, or the URL does not name a bucket.
         """
         if obstore is None:
             raise UsageError(
@@ -90,7 +91,7 @@ class CloudBucket:
         self._url = url.rstrip("/")
         options = {**_environment(url), **(config or {})}
         self._data = self._store(options, timeout_s=_DATA_S, patience_s=_PATIENCE_S)
-        # A request that hangs is sent again within its patience.
+        # The time-out is half of the time for all tries, so a request that hangs is sent again.
         self._control = self._store(options, timeout_s=REQUEST_S / 2, patience_s=REQUEST_S)
         self._once = self._store(options, timeout_s=REQUEST_S, patience_s=REQUEST_S, retries=0)
 
@@ -141,7 +142,7 @@ class CloudBucket:
             except exceptions.GenericError as error:
                 if not _is_past_the_end(error):
                     raise
-                return b"", self.head(key)  # An empty object has no first byte.
+                return b"", self.head(key)  # The object is empty, so no range of it exists.
             return data, _described(result.meta)
 
     def get_range(self, key: str, start: int, stop: int) -> Buffer:
@@ -163,7 +164,7 @@ class CloudBucket:
                 if not _is_past_the_end(error):
                     raise
                 return 0  # The object ends before `start`.
-            # A request for the range at once would keep all its bytes twice.
+            # Stream the response: reading the range at once would keep all its bytes twice.
             for data in result.stream(min_chunk_size=_PIECE_BYTES):
                 piece = memoryview(data)
                 target[nbytes : nbytes + len(piece)] = piece
@@ -185,7 +186,7 @@ class CloudBucket:
 
     def _put(self, store: Any, key: str, data: bytes, mode: Any) -> Version:
         with self._errors_of("write", key):
-            # As a stream of parts, a put would not be conditional.
+            # A multipart put would not be conditional.
             return _version(obstore.put(store, key, data, mode=mode, use_multipart=False))
 
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
@@ -239,14 +240,15 @@ class CloudBucket:
             except FileNotFoundError as error:
                 if _NO_BUCKET.search(str(error)):
                     raise
-                # For S3, a missing object is no error. Elsewhere the first one ends the list.
+                # S3 ignores missing objects. With other stores, the first missing object ends the
+                # whole deletion, so delete the objects one by one.
                 for key in keys:
                     with suppress(FileNotFoundError):
                         obstore.delete(self._control, key)
 
     @contextmanager
     def _errors_of(self, doing: str, key: str) -> Iterator[None]:
-        """Raise errors of obstore as errors of Holdfast."""
+        """Convert errors of obstore to errors of Holdfast."""
         where = f"{self._url}/{key}".rstrip("/")
         try:
             yield
@@ -296,18 +298,18 @@ def _version(result: Mapping[str, Any]) -> Version:
 
 
 def _status(error: Exception) -> int | None:
-    """Return the status code of an answer; None if there was none."""
+    """Return the HTTP status code in an error; None if the error has none."""
     found = _STATUS.search(str(error))
     return None if found is None else int(found[1])
 
 
 def _is_past_the_end(error: Exception) -> bool:
-    """Whether an object ends before the range that was asked for."""
+    """Return whether a read failed because the object ends before the requested range."""
     return _status(error) == 416 or "Wanted range starting at" in str(error)
 
 
 def _line(error: Exception) -> str:
-    """Return an error of obstore on one line: without its source code."""
+    """Format an error of obstore on one line, without its debug output."""
     text = str(error).partition("\n\nDebug source")[0]
     code = re.search(r"<Code>([^<]+)</Code>", text)
     message = re.search(r"<Message>([^<]+)</Message>", text)
@@ -317,7 +319,7 @@ def _line(error: Exception) -> str:
 
 
 def _environment(url: str) -> dict[str, Any]:
-    """Options that obstore does not take from the environment by itself."""
+    """Return the options in environment variables that obstore itself does not read."""
     kind = next((kind for kind in ("s3", "gs") if url.startswith(kind)), "az")
     option, names = _ENDPOINTS[kind]
     found = [os.environ[name] for name in names if os.environ.get(name)]
@@ -328,7 +330,8 @@ def _environment(url: str) -> dict[str, Any]:
 
 
 def _profile(url: str, name: str) -> Callable[[], Any]:
-    """Credentials of a profile of `~/.aws`, which obstore does not read itself."""
+    """Return a provider of the credentials in a profile of `~/.aws`. obstore itself does not read
+    profiles."""
     try:
         from boto3 import Session  # type: ignore[import-untyped, unused-ignore]
         from obstore.auth.boto3 import Boto3CredentialProvider

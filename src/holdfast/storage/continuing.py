@@ -10,23 +10,24 @@ import numpy as np
 from holdfast.storage.store import Buffer, FileReader, FileWriter, FolderStore
 
 WINDOW_BYTES = 4 << 20
-"""Bytes compared at a time."""
+"""Bytes that are compared at a time."""
 
 
 class Continuing:
-    """Creates files, or completes files that exist already, with any content.
+    """Creates files, or completes files that exist already, whatever their content.
 
-    Compares each window with the bytes in its place, and writes only windows that differ.
+    Compares the new bytes with those that are in the file, `WINDOW_BYTES` at a time. Writes only
+    the windows that differ.
     """
 
     def __init__(self, store: FolderStore) -> None:
         self._store = store
         self.kept_bytes = 0
-        """Bytes that did not have to be written again."""
+        """Number of bytes that were in place already and not written again."""
 
     @contextmanager
     def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
-        """Like `Store.create`, but a file of this size may exist, with any content."""
+        """Like `Store.create`, but a file of this size may exist already, with any content."""
         folder, _, name = key.rpartition("/")
         if name not in self._store.list(folder):
             with self._store.create(key, nbytes) as writer:
@@ -37,7 +38,7 @@ class Continuing:
 
 
 class _Differing:
-    """Writes the windows that differ from the file."""
+    """Writer of only those windows that differ from the file's content."""
 
     def __init__(self, files: Continuing, reader: FileReader, writer: FileWriter) -> None:
         self._files, self._reader, self._writer = files, reader, writer

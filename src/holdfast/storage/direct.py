@@ -17,23 +17,25 @@ PAGE_BYTES = 4096
 """Alignment of the offset, length and address of a direct write. Every disk accepts it."""
 
 WINDOW_BYTES = 2 << 20
-"""Bytes of one write: a huge page, which the disk takes in one request. All windows together fit
-into the processor's cache."""
+"""Bytes of one write: the size of a huge page, which the disk writes in one request. All windows
+together fit into the processor's cache."""
 
 NUM_THREADS = 4
-"""Writing threads, each with a window: some copy while others wait for the disk."""
+"""Number of writing threads. Each has its own buffer of `WINDOW_BYTES`, so some threads copy while
+others wait for the disk."""
 
 WINDOWS_AHEAD = 4
-"""Most windows that wait for a thread."""
+"""Maximum number of windows that wait for a thread."""
 
 IN_PLACE_BYTES_MIN = 1 << 20
-"""Smallest part that is written without a copy, if its address and offset are page-aligned."""
+"""Minimum size of a part that is written without a copy, if its address and offset are
+page-aligned."""
 
 _COPIED_ONE_BY_ONE_MAX = 8
-"""Most parts that are copied one by one; more are joined first."""
+"""Maximum number of parts that are copied one by one. If there are more, they are joined first."""
 
 _BUFFERS_A_CALL = 512
-"""Buffers passed to one pwritev. Linux takes at most 1024."""
+"""Maximum number of buffers that are passed to one pwritev. Linux takes at most 1024."""
 
 
 class BufferedWriter:
@@ -56,14 +58,14 @@ class BufferedWriter:
 
 
 class DirectWriter:
-    """Writes whole pages past the page cache, and the ends of ranges through it.
+    """Writes whole pages directly to the disk, and incomplete pages through the page cache.
 
-    Fastest if each range begins where the last one ended. Threads copy one window at a time to
-    aligned memory and write it, so that copying overlaps with the disk.
+    Fastest if each call of `write` begins at the offset where the last one ended. Threads copy one
+    window at a time to aligned memory and write it, so that copying overlaps with the disk.
     """
 
     def __init__(self, direct: int, buffered: int) -> None:
-        """`direct` and `buffered` are the same file, opened with `O_DIRECT` and without."""
+        """`direct`, `buffered`: descriptors of one file, opened with and without `O_DIRECT`."""
         self._direct = direct
         self._edges = BufferedWriter(buffered)
         self._threads = _Threads(NUM_THREADS)
@@ -87,7 +89,7 @@ class DirectWriter:
         self._threads.finish()
 
     def close(self) -> None:
-        """End the threads. Writes that none of them has begun are dropped."""
+        """End the threads. Writes that no thread has begun are dropped."""
         self._threads.stop()
 
     def _put(self, offset: int, view: memoryview) -> None:
@@ -99,7 +101,7 @@ class DirectWriter:
             self._start = self._stop = offset
         in_place = _fits_in_place(view, offset)
         if in_place:
-            # The parts before it are whole pages, since this one begins on a page.
+            # The waiting parts together begin and end at the start of a page: they are whole pages.
             self._send(self._stop - self._start)
         while len(view):
             part = view[: WINDOW_BYTES - (self._stop - self._start)]
@@ -112,7 +114,8 @@ class DirectWriter:
             self._send((self._stop - self._start) // PAGE_BYTES * PAGE_BYTES, in_place=True)
 
     def _send(self, nbytes: int, *, in_place: bool = False) -> None:
-        """Let a thread write the first `nbytes` of the parts, a whole number of pages.
+        """Let a thread write the first `nbytes` of the waiting parts, a whole number of pages.
+        `in_place`: they are one page-aligned part, so write it without a copy.
 
         Raises the error of an earlier write that failed.
         """
@@ -126,7 +129,7 @@ class DirectWriter:
         self._parts, self._start = rest, self._start + nbytes
 
     def _end_range(self) -> None:
-        """Write the remaining parts; the next range begins elsewhere."""
+        """Write the remaining parts, so that the next range can begin elsewhere."""
         self._send((self._stop - self._start) // PAGE_BYTES * PAGE_BYTES)
         self._edges.write(self._start, self._parts)
         self._parts = []
@@ -147,8 +150,8 @@ class DirectWriter:
 class _Threads:
     """Up to `count` threads, as many as the system allows.
 
-    Under a memory limit there may be none: then the caller does the work. `ThreadPoolExecutor`
-    would raise in the middle of it.
+    If a memory limit allows no threads, the caller does the work itself. A `ThreadPoolExecutor`
+    would instead raise an error in the middle of the work.
     """
 
     def __init__(self, count: int) -> None:
@@ -172,12 +175,12 @@ class _Threads:
             job()
 
     def finish(self) -> None:
-        """Wait until all jobs are done. Raises the error of one that failed."""
+        """Wait until all jobs are done. Raises the error of a job that failed."""
         self._jobs.join()
         self._raise_error()
 
     def stop(self) -> None:
-        """End the threads. Jobs that none of them has begun are dropped."""
+        """End the threads. Jobs that no thread has begun are dropped."""
         with suppress(Empty):
             while True:
                 self._jobs.get_nowait()
@@ -201,16 +204,17 @@ class _Threads:
 
 
 def _windows() -> Iterator[memoryview]:
-    """Yield a window for each thread, all in one piece of memory."""
+    """Yield a buffer of `WINDOW_BYTES` for each thread. All are parts of one allocation."""
     memory = memoryview(huge_memory(NUM_THREADS * WINDOW_BYTES))
     for number in range(NUM_THREADS):
         yield memory[number * WINDOW_BYTES : (number + 1) * WINDOW_BYTES]
 
 
 def huge_memory(nbytes: int) -> mmap.mmap:
-    """Allocate page-aligned memory, on huge pages if available: the disk takes one in one request.
+    """Allocate page-aligned memory, on huge pages if available: a disk writes a huge page in one
+    request.
 
-    The system gets it back when the last reference to it ends.
+    The memory is freed when the last reference to it ends.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):
@@ -219,7 +223,8 @@ def huge_memory(nbytes: int) -> mmap.mmap:
 
 
 def _split(parts: list[memoryview], nbytes: int) -> tuple[list[memoryview], list[memoryview]]:
-    """Split parts after `nbytes`: return the parts before and after."""
+    """Split a list of parts after its first `nbytes`: return the parts before and after. Changes
+    the list."""
     rest: list[memoryview] = []
     over = sum(map(len, parts)) - nbytes
     while over:

@@ -1,7 +1,8 @@
 """Make forked children give up the locks, pipes and signal handlers of their parent.
 
 A child made by `os.fork` or `multiprocessing` has a copy of every open file. A lock or a pipe lives
-until its last copy is closed, so that a data worker that outlives its parent would keep both.
+until its last copy is closed. So a data worker that outlives its parent would keep the parent's
+locks and pipes.
 """
 
 from __future__ import annotations
@@ -19,29 +20,30 @@ system that hangs would also hang every fork of the process."""
 
 
 class Leaver(Protocol):
-    """An object that a forked child must close its copy of."""
+    """An object, such as a lock, of which a forked child must close its own copy."""
 
     def leave(self) -> None:
         """Close this process's copy, without effect on the parent."""
         ...
 
 
-# Module state, since `os.register_at_fork` has no opposite: one hook serves all objects.
+# Global, since one hook of `os.register_at_fork` serves all objects: hooks cannot be removed.
 _mutex = threading.RLock()
 _waited = False
 _leavers: WeakSet[Leaver] = WeakSet()
-"""Weak references, so that a lock without other references is still released."""
+"""Registered objects. References are weak, so that a lock without other references is released."""
 
 
 @contextmanager
 def no_fork_between() -> Iterator[None]:
-    """Keep other threads from forking while a file is opened and registered."""
+    """While the context lasts, make forks by other threads wait, for at most `FORK_WAITS_S`. Use it
+    to open a file and register it by `leave_in_children`."""
     with _mutex:
         yield
 
 
 def leave_in_children(leaver: Leaver) -> None:
-    """Call `leaver.leave` in every process forked from now on."""
+    """Register `leaver`: every process forked from now on calls its `leave` at once."""
     with _mutex:
         _leavers.add(leaver)
 
@@ -64,7 +66,8 @@ def _in_parent() -> None:
 
 def _in_child() -> None:
     global _mutex
-    # The parent's mutex may be held by a thread that does not exist in the child.
+    # A thread of the parent may hold the old mutex. It does not run in the child, and would never
+    # release the mutex there.
     _mutex = threading.RLock()
     for leaver in list(_leavers):
         # The child may have closed all its files already, as daemons do.

@@ -1,14 +1,14 @@
 """Leases: locks on file systems without flock(2), such as Lustre mounted with `noflock`.
 
-A lease is a file that its holder renews: it sets the file's time, by the clock of the file system.
-A lease that has not been renewed for `LEASE_S` has lapsed, and another process may take it. A
-process that takes one writes a file beside it, `NAME.taking`, which only one process can create,
-looks at the lease once more, and renames that file to it.
+A lease is a file. Its holder renews the lease by setting the file's modification time, by the clock
+of the file system. A lease that has not been renewed for `LEASE_S` has lapsed, and another process
+may take it. To take the lease NAME, a process creates the file `NAME.taking`, which only one
+process can do. It then checks the lease once more, and renames `NAME.taking` to NAME.
 
-flock ends with its process, a lease does not: a restart waits until the lease of a killed run on
-another machine lapses. The lease names its process, so that nobody waits for one of this machine
-that has ended. A holder that could not renew, because it was suspended, may find that it has lost
-its lease; therefore it looks before each change (`Lease.is_at`).
+A flock ends with its process, but a lease does not. If a run was killed on another machine, its
+restart waits until the lease lapses. The lease names its process, so a restart does not wait for a
+process of this machine that has ended. A holder that was suspended may have lost its lease, so a
+holder checks its lease before each change (`Lease.is_at`).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """Errors of flock on file systems that have no locks."""
 
 LEASE_S = 30.0
-"""Seconds after its last renewal at which a lease lapses."""
+"""Seconds from the last renewal of a lease until the lease lapses."""
 
 RENEW_S = 5.0
 """Seconds between renewals."""
 
 SKEW_S = 60.0
-"""Largest expected difference between the clocks of this host and of the file system."""
+"""Largest expected difference, in seconds, between the clocks of this host and the file system."""
 
 MARKER = "\nlease\n"
-"""End of the content of a lease. A lock file without it is free."""
+"""Last bytes of a lease. A lock file without them is free."""
 
 CONTENT_BYTES_MAX = 1024
-"""Longest content of a lock file."""
+"""Maximum size of a lock file."""
 
 _PROCESS = "process "
-"""Start of the line before the last one of a lease: it names the holder."""
+"""Start of the line of a lease that names its holder, the last line but one."""
 
 
 class Lease:
@@ -54,18 +54,18 @@ class Lease:
     """
 
     def __init__(self, path: str, descriptor: int) -> None:
-        """`descriptor`: the file at `path`, which this process has just renamed to it."""
+        """`descriptor`: open file that this process has just renamed to `path`."""
         self._path, self._held = path, HeldFile(descriptor)
         self._released = threading.Event()
         threading.Thread(target=self._renew, name="holdfast-lease", daemon=True).start()
 
     @property
     def is_held(self) -> bool:
-        """Whether this process holds the lease: False once released, and in a forked child."""
+        """Whether this process holds the lease. False after `release`, and in a forked child."""
         return self._held.is_held
 
     def is_at(self, path: str) -> bool:
-        """Whether the file at this path is still the one of this lease. Renews it first."""
+        """Renew the lease. Return whether its file still has this path."""
         self._touch()
         return self._held.is_at(path)
 
@@ -75,7 +75,7 @@ class Lease:
             _write(self._held.descriptor, note)
 
     def release(self) -> None:
-        """Delete the file. Does nothing if released already, or in a forked child."""
+        """Delete the file. Does nothing if the lease is released already, or in a forked child."""
         if self.is_held:
             self._released.set()
             descriptor = self._held.give_up()
@@ -85,12 +85,12 @@ class Lease:
             os.close(descriptor)
 
     def release_and_remove(self, path: str) -> None:
-        """Delete the file at its new path. Does nothing in a forked child."""
+        """Release the lease, and delete its file at `path`. Does nothing in a forked child."""
         self._path = path
         self.release()
 
     def _touch(self) -> None:
-        # An error means that the file system fails. The lease then lapses, if that lasts.
+        # The file system may fail for a moment. If it keeps failing, the lease lapses.
         with suppress(OSError):
             os.utime(self._held.descriptor)
 
@@ -102,8 +102,8 @@ class Lease:
 def take_lease(path: str, *, waits: bool) -> Lease | None:
     """Take the lease at `path`. Return None if another process holds it.
 
-    A process of this machine that has ended does not hold its lease. `waits`: if the lease of
-    another one is not renewed, wait until it lapses.
+    If the holder was a process of this machine and has ended, the lease is free. `waits`: wait for
+    the lease of another process until it lapses, or until its holder renews it.
 
     Raises:
         OSError: the file cannot be written.
@@ -120,18 +120,18 @@ def take_lease(path: str, *, waits: bool) -> Lease | None:
 
 
 def is_lease(content: str) -> bool:
-    """Whether a lock file with this content is a lease."""
+    """Return whether a lock file with this content is a lease."""
     return content.endswith(MARKER)
 
 
 def note_in(content: str) -> str:
-    """Return the note of the holder of a lock file."""
+    """Return the holder's note in the content of a lock file."""
     return _note_and_process(content)[0].strip()
 
 
 def has_ended(path: str, content: str) -> bool:
-    """Whether the lease at `path` is free: it has lapsed, as far as the clock of this host tells,
-    or its holder is a process of this machine that has ended."""
+    """Return whether the lease at `path` is free: it has lapsed, by the clock of this host, or its
+    holder was a process of this machine that has ended."""
     renewed_at = _renewed_at(path)
     has_lapsed = renewed_at is None or time.time() - renewed_at > LEASE_S + SKEW_S
     return has_lapsed or runs(_note_and_process(content)[1]) is False
@@ -173,8 +173,8 @@ def _try_to_take(path: str) -> Lease | None:
 
 
 def _is_taken(path: str, *, now: float) -> bool:
-    """Whether the file at `path` is a lease that has not lapsed at `now`, a time of the file
-    system."""
+    """Return whether another process holds the lease at `path`. `now`: current time by the clock of
+    the file system."""
     renewed_at = _renewed_at(path)
     if renewed_at is None or now - renewed_at > LEASE_S:
         return False
@@ -189,7 +189,8 @@ def _is_taken(path: str, *, now: float) -> bool:
 
 
 def _remove_left_behind(taking: str) -> None:
-    """Remove the file of a process that died while it took a lease."""
+    """Delete the file `NAME.taking` if it is so old that its process must have died while it took
+    the lease."""
     with suppress(OSError):
         if time.time() - os.lstat(taking).st_mtime > LEASE_S + SKEW_S:
             os.unlink(taking)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
-"""Folders of the Hugging Face cache: files of `snapshots/<revision>` are links into `blobs`."""
+"""Folders in the Hugging Face cache. The files in `snapshots/<revision>` are links into `blobs`."""
 
 
 def leads_out(folder: str, file: str) -> bool:
-    """Whether `file`, a path below `folder`, resolves to a place outside of `folder`.
+    """Return whether `file`, a path below `folder`, resolves to a place outside of `folder`.
 
     In the Hugging Face cache, links from a snapshot to blobs of the same repository are allowed.
     """

@@ -9,16 +9,16 @@ from holdfast.format.manifest import LastTensors
 from holdfast.storage.store import FileReader, LinkListing, ReadStore
 
 _LOOKED_UP_MIN = 32
-"""Names in a folder from which a set finds one faster than a search."""
+"""Number of names in a folder from which looking up a name is faster in a set than in a tuple."""
 
 
 class ListedStore:
     """A `ReadStore` that remembers the names in each folder.
 
-    A command that looks at thousands of checkpoints would otherwise list the folder around them
-    several times for each, and decode equal tensors for each. Another process may have changed the
-    folder since: look again, at the store itself, before you report that something is missing or
-    damaged.
+    Without it, a command that reads thousands of checkpoints would list the folder around them
+    several times per checkpoint, and decode equal tensors each time. Another process may have
+    changed a folder after it was listed, so check the store itself before you report that something
+    is missing or damaged.
     """
 
     def __init__(self, store: ReadStore) -> None:
@@ -26,10 +26,10 @@ class ListedStore:
         self._listed: dict[str, Sequence[str]] = {}
         self._link_listing = store if isinstance(store, LinkListing) else None
         self._links: dict[str, Collection[str]] = {}
-        """Links in each folder, if the store tells them."""
+        """Names of the symbolic links in each folder, if the store lists links."""
 
         self.last: LastTensors = LastTensors()
-        """Tensors of the manifest that was read last."""
+        """Cache of the tensors of the manifest that was read last."""
 
     @property
     def url(self) -> str:
@@ -58,13 +58,13 @@ class ListedStore:
 
     def leads_out(self, folder: str, file: str) -> bool:
         if folder in self._links and file in self._listed[folder]:
-            # Only a link leads out of the folder that it is in.
+            # A file that is not a link cannot lead out of its folder.
             return file in self._links[folder] and self.store.leads_out(folder, file)
         return self.store.leads_out(folder, file)
 
 
 class _Names(tuple[str, ...]):
-    """Names in a folder. Looks one up in constant time, since each of thousands is looked up."""
+    """Names in a folder, and a set of them for lookups: readers look up thousands of names."""
 
     def __init__(self, _: Sequence[str]) -> None:
         self._set = frozenset(self)

@@ -1,4 +1,4 @@
-"""A view of a bucket for readers that look again and again, with few requests."""
+"""A view of a bucket that needs few requests, for readers that check a bucket again and again."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from holdfast.storage.bucket import Bucket, Listing, StoredObject, Version
 from holdfast.storage.store import Buffer
 
 OBJECTS_MAX = 100_000
-"""Most objects that are listed below one prefix: a hundred requests."""
+"""Maximum number of objects to list below one prefix, which takes a hundred requests."""
 
 LISTINGS_MAX = 2000
-"""Most prefixes that are listed one by one between two calls of `refresh`."""
+"""Maximum number of prefixes to list one by one between two calls of `refresh`."""
 
 SMALL_BYTES = 4096
-"""Size up to which content is remembered: pointers, marks and the records of runs."""
+"""Maximum size of objects whose content is remembered: pointers, marks and the records of runs."""
 
 
 class TooManyError(StorageError):
-    """There is more than a view lists."""
+    """A bucket has more objects or prefixes than a `ListedBucket` lists."""
 
 
 class ListedBucket:
-    """A `Bucket` that answers from its listings what exists, and remembers small objects.
+    """A `Bucket` that finds out from its listings what exists, and remembers small objects.
 
-    What it knows is as old as the last `refresh`: look again before you report that something is
-    missing. Writes go to the bucket, and show after the next `refresh`.
+    Its answers are as old as the last `refresh`, so check the bucket itself before you report that
+    something is missing. Writes go to the bucket, and reads show them after the next `refresh`.
     """
 
     def __init__(self, bucket: Bucket, below: str | None = None) -> None:
-        """`below`: prefix below which `refresh` lists everything at once, by one request per
-        thousand objects. None: each prefix is listed when it is needed first."""
+        """`below`: prefix below which `refresh` lists everything at once, with one request per
+        thousand objects. None: each prefix is listed when it is first needed."""
         self._bucket, self._below = bucket, below
         self._listings: dict[str, Listing] = {}
         self._objects: dict[str, StoredObject] = {}
@@ -102,7 +102,7 @@ class ListedBucket:
         return len(data)
 
     def _is_listed(self, key: str) -> bool:
-        """Whether `refresh` lists the objects beside this key."""
+        """Return whether `key` is below the prefix that `refresh` lists."""
         return self._below is not None and key.startswith(f"{self._below}/")
 
     def _content(self, found: StoredObject) -> bytes:
@@ -136,7 +136,7 @@ class ListedBucket:
 
 
 def _listings(found: Sequence[StoredObject], below: str) -> dict[str, Listing]:
-    """The listing of each prefix that holds one of these objects, from `below` on."""
+    """Return a listing of `below`, and of each prefix below it. `found`: all objects there."""
     objects: defaultdict[str, list[StoredObject]] = defaultdict(list)
     prefixes: defaultdict[str, set[str]] = defaultdict(set)
     for one in found:

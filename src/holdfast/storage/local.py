@@ -17,7 +17,8 @@ from holdfast.storage.publishing import publish_by_rename, unpublish_by_rename
 from holdfast.storage.store import Check, FileReader, FileWriter, Links
 
 DIRECT_BYTES_MIN = 4 << 20
-"""Smallest file that is written with `O_DIRECT`; below it the threads cost more than they save."""
+"""Minimum size of a file that is written with `O_DIRECT`. For smaller files, the threads cost more
+time than they save."""
 
 NO_SPACE = "free some space (df -h), or use another disk"
 """Hint of the error for a full disk."""
@@ -41,7 +42,7 @@ _HINTS = {
 
 
 class LocalStore:
-    """A local folder, or one of a mounted network file system."""
+    """A folder of a local disk, or of a mounted network file system."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = os.path.abspath(root)
@@ -52,7 +53,7 @@ class LocalStore:
         return self._root
 
     def _path(self, key: str) -> str:
-        # A third of the time of `os.path.join`, since a listing makes ten paths per checkpoint.
+        # Three times as fast as `os.path.join`, since a listing makes ten paths per checkpoint.
         return (self._prefix + key).rstrip("/") or "/"
 
     def list(self, folder: str = "") -> Sequence[str]:
@@ -75,7 +76,7 @@ class LocalStore:
         with self._errors_of("read", key):
             file = open_plain(self._path(key), os.O_RDONLY)
             try:
-                # Allocate for the bytes that exist; `stop` may be far past the end.
+                # Allocate memory only for bytes that exist: `stop` may be far past the end.
                 return _pread(file, start, min(stop, os.fstat(file).st_size))
             finally:
                 os.close(file)
@@ -125,7 +126,8 @@ class LocalStore:
 
     @contextmanager
     def _writing(self, key: str, file: int, nbytes: int) -> Iterator[FileWriter]:
-        """Write into a file of `nbytes`. Everything is written when the context ends."""
+        """Context that gives a writer for an open file of `nbytes` with the descriptor `file`. All
+        bytes are written when the context ends."""
         direct = open_direct(self._path(key)) if nbytes >= DIRECT_BYTES_MIN else None
         if direct is None:
             yield BufferedWriter(file)
@@ -185,7 +187,8 @@ class LocalStore:
             try:
                 check_plain(path, os.lstat(path).st_mode)
             except HoldfastError:
-                # A symbolic link, which must not come into a checkpoint.
+                # The source is not a plain file but a symbolic link, for example. It must not get
+                # into a checkpoint.
                 os.unlink(path)
                 raise
 
@@ -195,7 +198,7 @@ class LocalStore:
             return Links(f"{status.st_dev}:{status.st_ino}", status.st_nlink)
 
     def evict(self, key: str) -> None:
-        # macOS has no such call. There the file may be read from the cache.
+        # macOS does not have this call, so there the file may be read from the cache.
         if hasattr(os, "posix_fadvise"):
             with self._errors_of("evict", key), ExitStack() as stack:
                 file = open_plain(self._path(key), os.O_RDONLY)
@@ -227,8 +230,8 @@ class LocalStore:
         def check() -> None:
             nonlocal lock, lost
             if lost or (lock.is_held and not lock.is_at(path)):
-                # The folder was moved, or the file removed: another process may have locked the
-                # file that has its path now.
+                # The folder was moved, or the lock file was removed. Another process may have
+                # locked the file that is at this path now.
                 lost = True
                 lock.release()
                 try:
@@ -254,7 +257,7 @@ class LocalStore:
         with self._errors_of("lock", key):
             lock = locks.lock_file(path)
             if lock is None:
-                # The holder may be an unreferenced manager in a reference cycle.
+                # Collect garbage, since an unreferenced manager of this process may hold the lock.
                 gc.collect()
                 lock = locks.lock_file(path, waits=True)
             if lock is None:
@@ -266,7 +269,7 @@ class LocalStore:
         return locks.holder_of(self._path(key))
 
     def _in_use(self, key: str) -> ExistsError:
-        """Return the error for a lock that is taken, with its holder."""
+        """Return the error for a lock that is taken. Its message names the holder."""
         path = self._path(key)
         note = locks.read_note(path) or "unknown"
         if locks.is_held_here(path):
@@ -305,7 +308,8 @@ class LocalStore:
         except FileNotFoundError as error:
             raise NotFoundError(f"nothing at `{path}`") from error
         except OSError:
-            # NFS cannot lock folders, others can lock nothing: lock a file beside the folder.
+            # NFS cannot lock folders, so try a file beside the folder. Some file systems cannot
+            # lock anything, and then this fails too.
             beside = os.path.join(os.path.dirname(path), held_file(os.path.basename(path)))
             try:
                 lock = locks.lock_file(beside)
@@ -314,16 +318,18 @@ class LocalStore:
             if lock is not None:
                 stack.callback(lock.release_and_remove, beside)
                 if not os.path.lexists(path):
-                    # Its last holder removed the folder, and then the lock file.
+                    # The last holder has removed the folder and its lock file. So the lock that was
+                    # just taken is on a new file, and there is nothing to hold.
                     raise NotFoundError(f"nothing at `{path}`") from None
         return lock is not None
 
     def _errors_of(self, doing: str, key: str) -> _Errors:
-        """Context that raises errors of the system as errors of Holdfast."""
+        """Return a context that converts errors of the operating system, as `error_of` does."""
         return _Errors(self, doing, key)
 
     def error_of(self, error: BaseException, doing: str, key: str) -> HoldfastError | None:
-        """Return the error of Holdfast for one of the system; None for other errors."""
+        """Convert an error of the operating system to one of Holdfast. Return None for other
+        errors. `doing`, `key`: operation and file, for the message."""
         path = self._path(key)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             if isinstance(error, FileNotFoundError) and doing in ("list", "look at", "read"):
@@ -334,7 +340,7 @@ class LocalStore:
                 hint=_HINTS.get(error.errno or 0, hint),
             )
         if isinstance(error, MemoryError):
-            # A sparse file may claim any size.
+            # This can happen on a small disk too: a sparse file may be larger than memory.
             return StorageError(f"cannot {doing} `{path}`: it does not fit into memory")
         if isinstance(error, OSError):
             return StorageError(
@@ -345,9 +351,10 @@ class LocalStore:
 
 
 class _Errors:
-    """Context of one operation: see `LocalStore.error_of`.
+    """Context of one operation, which converts errors: see `LocalStore.error_of`.
 
-    A class, since a listing enters five per checkpoint, and a generator takes four times as long.
+    A class, since a generator takes four times as long, and a listing enters five contexts per
+    checkpoint.
     """
 
     __slots__ = ("_doing", "_key", "_store")
@@ -380,13 +387,14 @@ class _LocalReader:
 
 
 def _reserve(file: int, nbytes: int) -> None:
-    """Reserve the space, so that a full disk fails before the first byte is written."""
+    """Reserve disk space for `nbytes` of an open file, so that a save to a full disk fails before
+    it writes the first byte."""
     if not nbytes:
         return
     try:
         os.posix_fallocate(file, 0, nbytes)
     except OSError as error:
-        # Some file systems cannot reserve space; on those the write itself fails.
+        # Some file systems cannot reserve space. There, the write fails if the disk is full.
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
@@ -394,7 +402,7 @@ def _reserve(file: int, nbytes: int) -> None:
 def _pread(file: int, start: int, stop: int) -> bytes:
     parts = []
     while start < stop:
-        # One call reads up to 2 GiB, so most reads need no join.
+        # One call reads up to 2 GiB, so most reads have one part, which needs no join.
         part = os.pread(file, stop - start, start)
         if not part:
             break
@@ -411,8 +419,8 @@ def _remove_folder(path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
-        # The process has no file descriptors left, as after a save that failed for that reason.
-        # Delete its folder in a way that opens one file at most.
+        # The process has no file descriptors left. A save may just have failed for this reason.
+        # Delete the folder in a way that opens at most one file.
         with suppress(OSError):
             os.rmdir(path)
             return
@@ -422,7 +430,7 @@ def _remove_folder(path: str) -> None:
 
 
 def _listed(entry: os.DirEntry[str]) -> str:
-    """Return the name of an entry in a list: that of a folder ends in `/`."""
+    """Return the name of an entry. The name of a folder ends in `/`."""
     try:
         return entry.name + "/" if entry.is_dir() else entry.name
     except OSError:

@@ -1,7 +1,7 @@
-"""Lock files and folders with flock(2), or files by a lease where there is no flock.
+"""Lock files and folders with flock(2). Where there is no flock, lock files with leases.
 
-Such a lock belongs to the open file, and ends when its last copy is closed. So it ends with the
-process however the process ends, provided that forked children give up their copies.
+A flock belongs to an open file, and ends when the last copy of the file's descriptor is closed. So
+it ends with the process, however the process ends, if forked children close their copies.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from holdfast.storage.leases import CONTENT_BYTES_MAX, Lease, take_lease
 from holdfast.storage.plain import kind_of
 
 _TRIES = 100
-"""Most attempts to lock a file. Each fails only if another process removed the file meanwhile."""
+"""Maximum number of tries to lock a file. A try fails only if another process removed the file
+meanwhile."""
 
 _LOCKS = Path("/proc/locks")
 
 _HOLDER = re.compile(r"host (\S+), pid (\d+)")
-"""Part of a note that names the holder of a lock."""
+"""Pattern of the part of a note that names the holder of a lock."""
 
 
 class Lock:
@@ -40,11 +41,11 @@ class Lock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process holds the lock: False once released, and in a forked child."""
+        """Whether this process holds the lock. False after `release`, and in a forked child."""
         return self._held.is_held
 
     def is_at(self, path: str) -> bool:
-        """Whether the locked file still has this path."""
+        """Return whether the locked file still has this path."""
         return self._held.is_at(path)
 
     def write_note(self, note: str) -> None:
@@ -55,10 +56,11 @@ class Lock:
             os.ftruncate(self._held.descriptor, len(data))
 
     def release(self) -> None:
-        """Unlock. Does nothing if released already, or in a forked child."""
+        """Unlock the file. Does nothing if it is unlocked already, or in a forked child."""
         if self.is_held:
             descriptor = self._held.give_up()
-            # `close` is not enough: a child forked by native code may keep the file open.
+            # `close` alone does not unlock the file while a child that native code has forked still
+            # has it open.
             with suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
@@ -71,7 +73,8 @@ class Lock:
             self.release()
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # When the interpreter ends, the globals of this module are gone, and the system unlocks.
+        # When the interpreter ends, the globals of this module may be gone. The operating system
+        # then unlocks the file anyway.
         if not is_finalizing():
             with suppress(OSError):
                 self.release()
@@ -81,14 +84,14 @@ AnyLock = Lock | Lease
 
 
 def lock_file(path: str, *, waits: bool = False) -> AnyLock | None:
-    """Lock a plain file, after creating it if needed. Return None if it is locked already.
+    """Lock a plain file, and create it first if needed. Return None if it is locked already.
 
-    On a file system without flock, take a lease. `waits`: wait for the lease of a process that may
-    have been killed, until it lapses.
+    On a file system without flock, take a lease. `waits`: wait for the lease of another process,
+    which may have been killed, until the lease lapses.
 
     Raises:
-        StorageError: it is a link, a folder, a pipe or a device.
-        OSError: it cannot be opened or locked.
+        StorageError: `path` is a link, a folder, a pipe or a device.
+        OSError: the file cannot be opened or locked.
     """
     try:
         return _flock_file(path)
@@ -108,10 +111,11 @@ def _flock_file(path: str) -> Lock | None:
         if lock is None:
             return None
         if not lock.is_at(path):
-            # Its last holder removed the file after it was opened here.
+            # The last holder of the lock removed the file after it was opened here.
             lock.release()
         elif os.fstat(descriptor).st_nlink > 1:
-            # A hard link: writing a note would overwrite the file's other name.
+            # The file has a second name, by a hard link, so it may be a user's file: do not write a
+            # note to it.
             os.unlink(path)
             lock.release()
         else:
@@ -120,11 +124,11 @@ def _flock_file(path: str) -> Lock | None:
 
 
 def lock_folder(path: str) -> Lock | None:
-    """Lock a folder or a file; the lock survives renames. Return None if it is locked already.
+    """Lock a folder or a file. The lock survives renames. Return None if it is locked already.
 
     Raises:
-        FileNotFoundError: it does not exist, or was renamed before it could be locked.
-        OSError: the file system cannot lock it.
+        FileNotFoundError: nothing is at `path`, or it was renamed before it could be locked.
+        OSError: the file system cannot lock what is at `path`.
     """
     with no_fork_between():
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -136,16 +140,16 @@ def lock_folder(path: str) -> Lock | None:
 
 
 def is_held_here(path: str) -> bool:
-    """Whether this process holds the lock on the file at `path`."""
+    """Return whether this process holds the lock on the file at `path`."""
     files = (one for one in leavers() if isinstance(one, HeldFile) and one.is_held)
     return any(file.is_at(path) for file in files)
 
 
 def holder_of(path: str) -> str | None:
-    """Return the note of the process on this machine that has locked `path`; None if none has.
+    """Return the note of the process that has locked `path`; None if no such process is known.
 
-    Reads `/proc/locks` instead of locking, so that a check never makes a run fail. The holder of a
-    lease may be on any machine.
+    Reads `/proc/locks`. If it tried to lock the file, a run that starts at this moment could fail.
+    It therefore finds only locks of this machine, but leases of any machine.
     """
     file = file_at(path)
     if file is None:
@@ -165,7 +169,7 @@ def holder_of(path: str) -> str | None:
 
 
 def read_note(path: str) -> str:
-    """Return the note in a lock file; empty if it has none, or if it is no plain file."""
+    """Return the note in a lock file; empty if the file has no note, or is not a plain file."""
     return leases.note_in(_content(path))
 
 
@@ -181,8 +185,8 @@ def _content(path: str) -> str:
 
 
 def has_ended(path: str) -> bool:
-    """Whether the process that has locked `path` was one of this host, and has ended. False for a
-    lease, which no forked child keeps."""
+    """Return whether the process that has locked `path` was one of this host and has ended. False
+    for a lease, since forked children do not keep leases."""
     content = _content(path)
     holder = _HOLDER.search(content)
     if leases.is_lease(content) or holder is None or holder[1] != os.uname().nodename:
@@ -197,7 +201,7 @@ def has_ended(path: str) -> bool:
 
 
 def processes_with(path: str) -> list[int]:
-    """Return the processes that have `path` open, among those this user may inspect."""
+    """Return the PIDs of processes that have `path` open, if this user may inspect them."""
     file = file_at(path)
     processes = set()
     for process in Path("/proc").glob("[0-9]*"):
@@ -211,7 +215,7 @@ def processes_with(path: str) -> list[int]:
 
 
 def _open_lock_file(path: str, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Open a lock file. Refuses links, since the note would overwrite their target."""
+    """Open a lock file. Refuses links, since writing a note would overwrite the link's target."""
     more = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags | more, 0o666)
@@ -234,7 +238,7 @@ def _not_plain(path: str, mode: int) -> StorageError:
 
 
 def _locked(descriptor: int) -> Lock | None:
-    """Lock an open file. If it is locked already, close it and return None."""
+    """Lock an open file. If the file is locked already, close it and return None."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock = Lock(descriptor)

@@ -133,7 +133,7 @@ class MemoryStore:
             return Links(str(id(file)), sum(other is file for other in _files(self._root)))
 
     def evict(self, key: str) -> None:
-        """Does nothing, since the memory is the disk."""
+        """Do nothing, since files in memory have no cache."""
 
     def free_bytes(self) -> int | None:
         if self._capacity is None:
@@ -200,7 +200,7 @@ def _split(key: str) -> tuple[str, str]:
 
 
 def _files(node: _Node) -> Iterator[bytearray]:
-    """Every name of every file. A file with several names comes several times."""
+    """Yield the files in a folder, at any depth: each file once for each of its names."""
     if isinstance(node, dict):
         for child in node.values():
             yield from _files(child)

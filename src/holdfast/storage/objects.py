@@ -1,18 +1,19 @@
 """A `Store` in a bucket of an object store: S3, Google Cloud Storage, Azure.
 
 A bucket has no folders and no renames. So the files of checkpoint `NAME` are in `NAME/ID/`, with an
-ID per attempt, and a small object, the pointer `NAME/manifest.json`, says which ID is published. It
-is put last, by one conditional request (`storage/claims.py`), the instant of publication:
+ID per attempt. A small object, the pointer `NAME/manifest.json`, says which ID is published. One
+conditional request puts the pointer last, which publishes the checkpoint (`storage/claims.py`):
 
     step-5/1f2e3d4c/__0_0.distcp    files of the attempt `.attempt-step-5-1f2e3d4c`
     step-5/1f2e3d4c/.metadata
     step-5/1f2e3d4c/manifest.json
     step-5/manifest.json            pointer; from now on `step-5` is this attempt
-    step-5/.metadata                for readers of stock DCP, which know no pointers
+    step-5/.metadata                for readers of stock DCP, which do not read pointers
 
-This class shows them as folders do: `step-5/__0_0.distcp` is `step-5/1f2e3d4c/__0_0.distcp` while
-the pointer names that ID, and an ID that no pointer names is `.attempt-step-5-ID` while a lease
-protects it, or `.removing-step-5-ID`. Locks and holds are leases (`storage/bucket_leases.py`).
+`ObjectStore` shows these objects as files in folders. `step-5/__0_0.distcp` is the object
+`step-5/1f2e3d4c/__0_0.distcp` while the pointer names that ID. An ID that no pointer names is shown
+as the folder `.attempt-step-5-ID` while a lease protects it, otherwise as `.removing-step-5-ID`.
+Locks and holds are leases (`storage/bucket_leases.py`).
 """
 
 from __future__ import annotations
@@ -62,16 +63,17 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 THREADS = 16
-"""Requests that are sent at the same time."""
+"""Maximum number of requests that are sent at the same time."""
 
 _LEASES_SHOWN = 10
-"""Multiple of a lease's duration after which it is listed, so that a cleanup deletes it."""
+"""Age, as a multiple of `LEASE_S`, from which a lease's object is listed, so that a cleanup deletes
+it."""
 
 _POLLS = 20
-"""Looks at a lease in the time in which it lapses."""
+"""Number of times per `LEASE_S` that a process checks a lease for which it waits."""
 
 _NO_ID = "00000000"
-"""ID that is shown for an attempt without objects."""
+"""ID in the name of the hidden folder that shows a left-over `.metadata` without an attempt."""
 
 _COPIED = "copy it to another place with the tool of that store, then delete it there"
 
@@ -80,13 +82,13 @@ class ObjectStore:
     """The objects below one prefix of a bucket, as a tree of files."""
 
     def __init__(self, bucket: Bucket, *, threads: int = THREADS) -> None:
-        """`threads`: requests that are sent at the same time."""
+        """`threads`: maximum number of requests that are sent at the same time."""
         self._bucket, self._num_threads = bucket, threads
         self._leases = BucketLeases(bucket)
         self._pointers = Pointers(bucket)
         self._claims = Claims(bucket, self._pointers)
         self._replaced: dict[str, Pointer] = {}
-        """The pointer of each checkpoint that this store holds."""
+        """Pointer of each checkpoint that this store holds."""
 
     @property
     def url(self) -> str:
@@ -110,27 +112,25 @@ class ObjectStore:
         return sorted(names.union(*shown))
 
     def _is_lease(self, found: StoredObject) -> bool:
-        """Whether an object is the lease of a hold, which may be in use. Its age is approximate:
-        the clock of this machine may differ from that of the store."""
+        """Return whether an object is the lease of a hold that may still be in use. The age of the
+        lease is approximate, since the clocks of this machine and the store may differ."""
         age_s = time.time() - found.modified.timestamp()
         return held_of(_name(found.key)) is not None and age_s < _LEASES_SHOWN * LEASE_S
 
     def _shown(self, prefix: str, beside: set[str]) -> set[str]:
-        """Names of the folders that a prefix is shown as.
-
-        `beside`: names of the objects beside the prefix.
-        """
+        """Return the names of the folders that a listing shows for one prefix, with `/` at the end:
+        the prefix itself, hidden folders, or both. `beside`: names of the objects beside it."""
         listing, name = self._bucket.list(prefix), _name(prefix)
         ids = {name for name in listing.prefixes if is_id(name)}
         files = {_name(found.key) for found in listing.objects}
         if files == {METADATA} and not listing.prefixes and self._pointers.is_left_over(prefix):
-            # A killed process has left the index of a deleted checkpoint.
+            # A process was killed while it deleted the checkpoint. Only `.metadata` is left.
             return {f"{HiddenFolder('removing', name, _NO_ID)}/"}
         pointer, published = self._pointer_in(prefix, listing), None
         if pointer is not None and pointer.is_published:
             published = pointer.id
         elif pointer is not None:
-            # The attempt may have no files any more.
+            # Show the attempt that has reserved the name, even if it has no files any more.
             ids, files = ids | {pointer.id}, files - {MANIFEST}
         if not ids:
             return {f"{name}/"}
@@ -145,7 +145,7 @@ class ObjectStore:
         return shown
 
     def _pointer_in(self, prefix: str, listing: Listing) -> Pointer | None:
-        """The pointer in a listing; None if there is none."""
+        """Return the pointer of a prefix, given the prefix's listing; None if it has no pointer."""
         for found in listing.objects:
             if _name(found.key) == MANIFEST and found.nbytes <= POINTER_BYTES_MAX:
                 return self._pointers.of(prefix, version=found.version)
@@ -174,7 +174,8 @@ class ObjectStore:
         return False
 
     def _read(self, key: str, request: Callable[[str], T]) -> T:
-        """Send a request for a file. If its checkpoint was replaced meanwhile, look again once."""
+        """Call `request` with the key of the object that is shown as the file `key`. If the file's
+        checkpoint was replaced meanwhile, call it again, with the key of the new file."""
         found = self._key(key, fresh=_name(key) == MANIFEST)
         try:
             return request(found)
@@ -197,15 +198,16 @@ class ObjectStore:
         return max(one.modified.timestamp() for one in found)
 
     def listed(self, below: str | None = None) -> tuple[ObjectStore, Callable[[], None]]:
-        """Return a store of the same objects for a reader that looks again and again, and the
-        function that it calls before it looks. `below`: see `ListedBucket`."""
+        """Return a store of the same objects for a reader that checks them again and again. Also
+        return a function that the reader calls before each check. `below`: see `ListedBucket`."""
         bucket = ListedBucket(self._bucket, below)
         return ObjectStore(bucket, threads=1), bucket.refresh
 
     # ---------------------------------------------------------------------------------- addresses
 
     def _key(self, key: str, *, fresh: bool = False) -> str:
-        """Key of the object with the bytes of a file. `fresh`: read its pointer again."""
+        """Return the key of the object that this store shows as the file `key`. `fresh`: read the
+        pointer again, even if it is remembered."""
         folder, _, name = key.rpartition("/")
         prefix = self._folder(folder, fresh=fresh)
         if name == MANIFEST and folder and prefix == folder and self._is_reserved(folder):
@@ -213,12 +215,13 @@ class ObjectStore:
         return _join(prefix, name)
 
     def _is_reserved(self, folder: str) -> bool:
-        """Whether a name is reserved for an attempt, as far as is known."""
+        """Return whether a name is reserved for an attempt, according to the last known pointer."""
         pointer = self._pointers.of(folder)
         return pointer is not None and not pointer.is_published
 
     def _folder(self, folder: str, *, fresh: bool = True) -> str:
-        """Prefix of the files of a folder. `fresh`: see `_key`."""
+        """Return the prefix of the objects that this store shows as the files in `folder`. `fresh`:
+        read the pointer again, even if it is remembered."""
         parts = folder.split("/") if folder else []
         for place, part in enumerate(parts):
             hidden = hidden_folder_of(part)
@@ -250,8 +253,8 @@ class ObjectStore:
         self._read(source, lambda key: self._bucket.copy(key, found))
 
     def make_folder(self, key: str) -> None:
-        """For the root, check that the bucket answers, and that it can be saved to. Other folders
-        exist while they hold files, or while an attempt is held."""
+        """If `key` is the root, check that the bucket answers, and that it supports saves. Do
+        nothing for other folders, which exist while they hold files or while an attempt is held."""
         if not key:
             self._bucket.list("")
             self._leases.check_conditions()
@@ -273,11 +276,13 @@ class ObjectStore:
         try:
             self._pointers.write_stock_index(name)
         except HoldfastError as error:
-            # The checkpoint is published. Its cleanup, or the next save of it, writes the index.
+            # The checkpoint is published anyway. The next cleanup or save of this name writes the
+            # index.
             logger.warning("`%s` is saved, but stock DCP cannot read it: %s", name, error)
 
     def _end_dead_claim(self, name: str, attempt_id: str) -> bool:
-        """End the claim of an attempt, if nobody holds it. Returns whether it has ended."""
+        """End the claim of an attempt if no process holds the attempt. Return whether the claim has
+        ended."""
         above, _, last = name.rpartition("/")
         with (
             suppress(NotFoundError),
@@ -289,7 +294,7 @@ class ObjectStore:
         return True
 
     def _pointer_of(self, name: str) -> Pointer:
-        """The pointer of a checkpoint that may be replaced or unpublished."""
+        """Return the pointer of a checkpoint that is to be replaced or unpublished."""
         pointer = self._pointers.read(name)
         if pointer is None or not pointer.is_published:
             self._bucket_has(name)
@@ -301,17 +306,18 @@ class ObjectStore:
         return pointer
 
     def _bucket_has(self, name: str) -> None:
-        """Raise a NotFoundError if nothing but attempts is below this prefix."""
+        """Raise a NotFoundError if only attempts, or no objects, are below this prefix."""
         self.list(name)
 
     def unpublish(self, name: str, removing: str) -> str:  # noqa: ARG002 - the ID stays
         hidden = hidden_folder_of(_name(name))
         above = name.rpartition("/")[0]
         if hidden is not None:
-            # No pointer names it, so it has no name to lose.
+            # The folder is hidden already: no pointer names it.
             return _join(above, str(HiddenFolder("removing", hidden.name, hidden.id)))
         pointer = self._pointer_of(name)
-        # The index of stock DCP goes first, and is there again if the pointer stays.
+        # Delete the index of stock DCP first. If deleting the pointer then fails, write the index
+        # again.
         self._bucket.delete([_join(name, METADATA)])
         try:
             self._check_lease(name)
@@ -337,15 +343,17 @@ class ObjectStore:
         prefix = self._folder(key)
         if hidden is not None:
             name = _join(key.rpartition("/")[0], hidden.name)
-            # An attempt keeps its place when it is published: a save that fails after that must
-            # not delete it.
+            # If the attempt is published, `end` raises an error: a save that fails after publishing
+            # must not delete the files.
             self._claims.end(name, hidden.id)
-            # It may lead to these files, if a save or a deletion was killed.
+            # If a save or a deletion was killed, the index of stock DCP may still lead to the
+            # files that are deleted now. So write it anew, or delete it.
             self._pointers.write_stock_index(name)
         keys = [found.key for found in self._bucket.list_all(prefix)]
         if not keys:
             raise NotFoundError(f"nothing at `{self._where(key)}`")
-        # The manifest first: a reader that was given this prefix must not take it for whole.
+        # Delete the manifest first. Otherwise a reader of this very prefix could take what is left
+        # for a complete checkpoint.
         first = [found for found in keys if _name(found) in (MANIFEST, METADATA)]
         self._bucket.delete(first)
         self._bucket.delete([found for found in keys if found not in first])
@@ -360,7 +368,7 @@ class ObjectStore:
         lease = self._leases.new(key, note)
         holder = lease.take()
         if holder is not None:
-            # The holder may be an unreferenced manager in a reference cycle.
+            # Collect garbage, since an unreferenced manager of this process may hold the lock.
             gc.collect()
             holder = lease.take()
         if holder is not None:
@@ -372,8 +380,8 @@ class ObjectStore:
             self._leases.release(key, lease)
 
     def _wait_for(self, lease: BucketLease, holder: Holder) -> None:
-        """Take a lease of another process once it lapses. Raises an ExistsError if that process
-        renews it."""
+        """Wait until the lease of another process lapses, then take it. Raises an ExistsError if
+        that process renews the lease."""
         until = time.monotonic() + 2 * LEASE_S
         while not holder.is_alive and time.monotonic() < until:
             time.sleep(LEASE_S / _POLLS)
@@ -392,7 +400,7 @@ class ObjectStore:
             data, found = self._bucket.get(key, NOTE_BYTES_MAX)
         except NotFoundError:
             return None
-        # Approximate: the clock of this machine may differ from that of the store.
+        # The age is approximate: the clocks of this machine and the store may differ.
         is_old = time.time() - found.modified.timestamp() > 2 * LEASE_S
         return None if is_old else note_in(data)
 
@@ -423,20 +431,22 @@ class ObjectStore:
             self._bucket_has(key)
 
     def _remember(self, name: str) -> None:
-        """Remember the pointer, which `publish` may replace."""
+        """Remember the pointer of a checkpoint, so that `publish` replaces this checkpoint and
+        no later one."""
         pointer = self._pointers.read(name)
         if pointer is not None and pointer.is_published:
             self._replaced[name] = pointer
 
     def _check_unpublished(self, above: str, hidden: HiddenFolder) -> None:
-        """Raise a NotFoundError if the pointer names this folder. A listing that lags may show it
-        as left over."""
+        """Raise a NotFoundError if a pointer names the folder `hidden` below `above`: then it is
+        published. A listing that misses recent changes may still show it as hidden."""
         pointer = self._pointers.read(_join(above, hidden.name))
         if pointer is not None and pointer.is_published and pointer.id == hidden.id:
             raise NotFoundError(f"`{hidden}` is published")
 
     def _check_lease(self, key: str) -> None:
-        """Make sure that this store still holds a checkpoint or an attempt, if it has held it."""
+        """If this store took a lease on a checkpoint or an attempt, check that it still has the
+        lease."""
         lease = self._leases.held(_lease_key(key))
         if lease is not None:
             check(lease, "save again: a cleanup may have deleted a part of this attempt")
@@ -448,23 +458,23 @@ class ObjectStore:
         return ThreadPoolExecutor(self._num_threads, thread_name_prefix="holdfast-request")
 
     def _in_threads(self, request: Callable[[T], U], items: Sequence[T]) -> Sequence[U]:
-        """Return the results for all items, in order."""
+        """Send a request for each item, several at a time. Return the results in order."""
         if min(len(items), self._num_threads) < 2:
             return [request(item) for item in items]
         return [*self._threads.map(request, items)]
 
 
 def _holds_attempts_only(files: Collection[str], prefixes: Collection[str]) -> bool:
-    """Whether a folder without a pointer holds nothing but attempts: it is no folder then. An index
-    of stock DCP may be left of a deleted checkpoint."""
+    """Return whether only attempts are directly below a prefix without a pointer. If so, the prefix
+    is not shown as a folder. An index of stock DCP does not count: a deletion may have left it."""
     return not {*files} - {METADATA} and all(map(is_id, prefixes))
 
 
 def _lease_key(key: str) -> str:
-    """Key of the lease on a checkpoint or an attempt."""
+    """Return the key of the lease on a checkpoint or an attempt."""
     folder, _, name = key.rpartition("/")
     hidden = hidden_folder_of(name)
-    # An attempt has one lease, also once it is shown as `.removing`.
+    # An attempt keeps its lease when it is shown as `.removing`.
     held = str(HiddenFolder("attempt", hidden.name, hidden.id)) if hidden else name
     return _join(folder, held_file(held))
 

@@ -1,6 +1,6 @@
-"""Open the store that a path or URL names.
+"""Open the store for a path or URL.
 
-Other modules must not make a `LocalStore` themselves: given a URL, they would save to a local
+Other modules must not make a `LocalStore` themselves. Given a URL, a `LocalStore` saves to a local
 folder called `s3:`.
 """
 
@@ -21,7 +21,7 @@ _SHORTENED = re.compile(r"(?:^|/)[A-Za-z][A-Za-z0-9+.-]+:(?=/)")
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a URL rather than a local path."""
+    """Return whether `path` is a URL rather than a local path."""
     return "://" in os.fsdecode(path)
 
 
@@ -29,7 +29,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
     """Return the absolute form of a local path, without resolving links.
 
     Raises:
-        UsageError: it is a URL, no path, or relative to a deleted folder.
+        UsageError: `path` is a URL, is not a valid path, or is relative to a deleted folder.
     """
     text = os.fsdecode(path)
     shortened = _SHORTENED.search(text)
@@ -59,7 +59,7 @@ def folder_store(path: str | os.PathLike[str]) -> LocalStore:
     """Return the store of a local folder.
 
     Raises:
-        UsageError: `path` is a URL, or no path.
+        UsageError: `path` is a URL, or is not a valid path.
     """
     return LocalStore(local_path(path))
 
@@ -75,15 +75,17 @@ def without_scheme(url: str | os.PathLike[str]) -> str:
 
 
 BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
-"""Schemes of the URLs of object stores that checkpoints are saved to."""
+"""URL schemes of the object stores to which Holdfast can save."""
 
 GROUP = "holdfast.stores"
-"""Entry points of other packages. The name of each is the scheme of a URL, such as `minio`; its
-object is called with the URL, and returns a `Store`."""
+"""Group of entry points by which other packages provide stores. The name of an entry point is the
+scheme of a URL, such as `minio`. It refers to a function that takes the URL and returns a
+`Store`."""
 
 
 def third_party_store(url: str) -> Store | None:
-    """Return the store that another package has for the scheme of this URL; None if none has."""
+    """Return the store that another package provides for the scheme of this URL; None if no
+    package does."""
     for entry_point in entry_points(group=GROUP, name=url.partition("://")[0]):
         store: Store = entry_point.load()(url)
         return store
@@ -94,7 +96,7 @@ def store_to_save(path: str | os.PathLike[str]) -> Store:
     """Return the store of a local folder, or of a URL that Holdfast can write to.
 
     Raises:
-        UsageError: it is no path, or nothing can write to the URL.
+        UsageError: `path` is not a valid path, or is a URL to which Holdfast cannot write.
     """
     text = without_scheme(path)
     if not is_url(text):
@@ -109,12 +111,12 @@ def store_to_save(path: str | os.PathLike[str]) -> Store:
 
 
 def written_store(url: str) -> Store | None:
-    """Return the store of a URL that can be written to; None if there is none."""
+    """Return a store that can write to this URL; None if Holdfast has none for it."""
     if (store := third_party_store(url)) is not None:
         return store
     if url.partition("://")[0] not in BUCKETS:
         return None
-    # Folders need no obstore.
+    # Imported here, since local folders do not need obstore.
     from holdfast.storage.cloud import CloudBucket
     from holdfast.storage.objects import ObjectStore
 
@@ -125,13 +127,13 @@ def open_store(url: str | os.PathLike[str]) -> ReadStore:
     """Return the store of a folder or a URL, for reading.
 
     Raises:
-        UsageError: it is no path, or no installed client opens the URL.
+        UsageError: `url` is not a valid path, or is a URL that no installed client opens.
     """
     text = without_scheme(url)
     if is_url(text):
         if (store := written_store(text)) is not None:
             return store
-        from holdfast.storage.remote import RemoteStore  # Folders need no fsspec.
+        from holdfast.storage.remote import RemoteStore  # Local folders do not need it.
 
         return RemoteStore(text)
     return folder_store(text)

@@ -1,4 +1,4 @@
-"""Open untrusted files safely: regular files only, never waiting for a pipe."""
+"""Open untrusted files safely: only plain files, and without waiting for a pipe."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def kind_of(mode: int) -> str:
 
 
 def check_plain(path: str, mode: int) -> None:
-    """Check that `path`, whose mode is given, is a plain file.
+    """Check by its mode that `path` is a plain file.
 
     Raises:
-        NotFoundError: it is a folder.
-        FormatError: it is a pipe, a socket or a device.
+        NotFoundError: `path` is a folder.
+        FormatError: `path` is a pipe, a socket, a device or a link.
     """
     if stat.S_ISDIR(mode):
         raise NotFoundError(f"`{path}` is a folder, not a file")
@@ -43,13 +43,13 @@ def open_plain(path: str, flags: int) -> int:
     """Open a plain file and return its descriptor. Does not wait for the other end of a pipe.
 
     Raises:
-        NotFoundError: it is a folder.
-        FormatError: it is a pipe, a socket or a device.
+        NotFoundError: `path` is a folder.
+        FormatError: `path` is a pipe, a socket or a device.
     """
     try:
         file = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
-        # Opening a socket, or a pipe without a reader, fails.
+        # ENXIO comes from a socket, or from a pipe without a reader: raise a clearer error.
         if error.errno == errno.ENXIO:
             check_plain(path, os.stat(path).st_mode)
         raise

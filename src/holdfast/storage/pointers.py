@@ -1,4 +1,4 @@
-"""The pointers of a bucket: which attempt is the checkpoint of that name."""
+"""The pointers of a bucket. Each says which attempt is published under a name."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from holdfast.format.pointer import POINTER_BYTES_MAX, id_in, reserved_in
 from holdfast.storage.bucket import Bucket, TakenError, UnansweredError, Version
 
 _TRIES = 5
-"""Most times that the index of stock DCP is written while other processes publish."""
+"""Maximum number of times that the index of stock DCP is written while other processes publish."""
 
 _START_BYTES = 300
-"""Bytes of an index of stock DCP that hold its first file name."""
+"""Number of bytes from the start of an index of stock DCP that include its first file name."""
 
 
 class Pointer(NamedTuple):
-    """One state of a pointer."""
+    """Content and version of a pointer, or of the reservation in its place."""
 
     id: str
-    """ID of the checkpoint, or of the attempt that has reserved the name."""
+    """ID of the attempt that is published, or that has reserved the name."""
 
     version: Version
     is_published: bool
-    """Whether it is a checkpoint. Readers find nothing under a name that is only reserved."""
+    """Whether the attempt is published. If the name is only reserved, readers find nothing."""
 
 
 class Pointers:
-    """Reads pointers, and remembers them for reads that may be late."""
+    """Reads pointers, and remembers them for reads that need not see the latest change."""
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
@@ -41,15 +41,18 @@ class Pointers:
     def of(
         self, folder: str, *, fresh: bool = False, version: Version | None = None
     ) -> Pointer | None:
-        """Return the pointer of a folder; None if it has none. `fresh`: read it again. `version`:
-        read it again unless it is this one."""
+        """Return the pointer of a folder; None if the folder has no pointer.
+
+        Reads the pointer if it is not remembered, if `fresh` is true, or if the remembered pointer
+        does not have this `version`.
+        """
         with self._mutex:
             known, is_known = self._known.get(folder), folder in self._known
         stale = version is not None and (known is None or known.version != version)
         return known if is_known and not fresh and not stale else self.read(folder)
 
     def read(self, folder: str) -> Pointer | None:
-        """Read the pointer of a folder; None if it has none."""
+        """Read the pointer of a folder; None if the folder has no pointer."""
         pointer = None
         with suppress(NotFoundError):
             key = f"{folder}/{MANIFEST}".lstrip("/")
@@ -63,13 +66,13 @@ class Pointers:
         return pointer
 
     def forget(self, folder: str) -> None:
-        """Read the pointer of this folder when it is needed next."""
+        """Forget the pointer of this folder, so that it is read again when it is next needed."""
         with self._mutex:
             self._known.pop(folder, None)
 
     def write_stock_index(self, name: str) -> None:
-        """Make `NAME/.metadata` lead stock readers to the attempt that is published; delete it if
-        none is, or if that attempt has no index of stock DCP."""
+        """Write `NAME/.metadata`, which leads readers of stock DCP to the published attempt. Delete
+        it if no attempt is published, or if the published one has no index of stock DCP."""
         failed: UnansweredError | None = None
         for _ in range(_TRIES):
             pointer = self.read(name)
@@ -97,7 +100,7 @@ class Pointers:
             if self.is_left_over(name):
                 self._bucket.delete([key])
             return
-        # With a condition: a request that arrives late must not replace the index of a later save.
+        # Put with a condition: a request that arrives late must not replace a later save's index.
         try:
             found = self._bucket.head(key)
         except NotFoundError:
@@ -106,7 +109,8 @@ class Pointers:
             self._bucket.put_over(key, data, found.version)
 
     def is_left_over(self, name: str) -> bool:
-        """Whether `NAME/.metadata` leads into an attempt, and so is no file of a user."""
+        """Return whether Holdfast wrote `NAME/.metadata`, to lead readers of stock DCP to the files
+        of an attempt. Otherwise it is a user's file, or there is none."""
         with suppress(NotFoundError):
             return leads_to_subfolder(self._bucket.get(f"{name}/{METADATA}", _START_BYTES)[0])
         return False

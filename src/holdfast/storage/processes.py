@@ -1,4 +1,4 @@
-"""Tell whether a process of this machine still runs, also after its number went to another one."""
+"""Find out whether a process of this machine still runs, even if another one has its PID now."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def this_process() -> str:
-    """Name this process: machine since its start, PID namespace, PID, time of its start. Empty
-    where there is no `/proc`."""
+    """Return a name of this process: boot ID of the machine, PID namespace, PID and start time.
+    Empty where there is no `/proc`."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = Path("/proc/self/ns/pid").stat().st_ino
@@ -18,8 +18,8 @@ def this_process() -> str:
 
 
 def runs(process: str) -> bool | None:
-    """Whether a process, as `this_process` names it, runs. None if it is of another machine or PID
-    namespace, which cannot be told from here."""
+    """Return whether a process still runs. `process`: what `this_process` returned in it. Return
+    None for a process of another machine or PID namespace, which cannot be seen from here."""
     ours, theirs = this_process().split(), process.split()
     if not ours or theirs[:2] != ours[:2] or len(theirs) != len(ours):
         return None
@@ -30,6 +30,6 @@ def runs(process: str) -> bool | None:
 
 
 def _start_of(pid: int) -> str:
-    """Time of the start of a process, in ticks since the start of the machine."""
-    # The name of the program, in brackets, may have spaces.
+    """Return the start time of a process, in clock ticks since the machine was booted."""
+    # Skip the name of the program, which is in brackets and may have spaces.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

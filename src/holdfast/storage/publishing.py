@@ -13,8 +13,8 @@ from holdfast.storage.store import FolderStore
 def publish_by_rename(store: FolderStore, folder: str, name: str, *, replace: bool) -> None:
     """Publish a hidden folder as `Store.publish` does.
 
-    A checkpoint that it replaces is first renamed to `.replaced-...`. If the process dies between
-    both renames, a cleanup gives that checkpoint its name back.
+    If a checkpoint is to be replaced, it is first renamed to `.replaced-...`. If the process dies
+    between the two renames, a cleanup gives the replaced checkpoint its name back.
     """
     if not replace:
         store.rename(folder, name)
@@ -27,23 +27,25 @@ def publish_by_rename(store: FolderStore, folder: str, name: str, *, replace: bo
         store.rename(name, str(replaced))
         store.rename(folder, name)
     except ExistsError:
-        # Another save was faster, so the checkpoint that both were to replace can go.
+        # Another save has published first. Delete the old checkpoint, which both were to replace.
         with suppress(HoldfastError):
             store.rename(str(replaced), str(removing))
             store.remove(str(removing))
         raise
     except HoldfastError:
-        # If this fails too, readers use the `.replaced` folder, and a cleanup renames it.
+        # Give the old checkpoint its name back. If this fails too, readers use the `.replaced`
+        # folder, and a cleanup renames it.
         with suppress(HoldfastError):
             store.rename(str(replaced), name)
         raise
-    # Renamed while it is held: otherwise a cleanup could restore its name during the next save.
+    # Rename the old checkpoint while this process holds it. Otherwise a cleanup could rename it
+    # back during the next save.
     with suppress(HoldfastError):
         store.rename(str(replaced), str(removing))
 
 
 def unpublish_by_rename(store: FolderStore, name: str, removing: str) -> str:
-    """Unpublish a checkpoint as `Store.unpublish` does."""
+    """Take the name away from a checkpoint by renaming it to `removing`. Return `removing`."""
     if name != removing:
         store.rename(name, removing)
     return removing

@@ -1,6 +1,6 @@
 """Read object stores and other URLs: `s3://`, `gs://`, `hf://`, `https://`.
 
-No other module uses fsspec, which finds the client for the scheme of a URL.
+fsspec finds the client for the scheme of a URL. No other module uses fsspec.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class RemoteStore:
 
     @contextmanager
     def _errors_of(self, key: str) -> Iterator[None]:
-        """Raise errors of the client as errors of Holdfast."""
+        """Convert errors of the client to errors of Holdfast."""
         try:
             yield
         except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Atomic renames that never replace anything."""
+"""Atomic renames that never replace a file, or a folder with files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def rename_exclusive(source: str, target: str) -> None:
 
 
 def rename_without_flag(source: str, target: str) -> None:
-    """Like `rename_exclusive`, for file systems without `RENAME_NOREPLACE`."""
+    """Like `rename_exclusive`, for file systems that do not support renameat2 with the flag
+    `RENAME_NOREPLACE`."""
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
     if not stat.S_ISDIR(os.lstat(source).st_mode):
@@ -49,7 +50,7 @@ def rename_without_flag(source: str, target: str) -> None:
             os.unlink(source)
             return
     try:
-        # Renaming a folder can only replace an empty folder, so that no file is lost.
+        # Renaming a folder can replace only an empty folder, so no file is lost.
         os.rename(source, target)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
@@ -59,7 +60,8 @@ def rename_without_flag(source: str, target: str) -> None:
 
 @cache
 def _renameat2() -> Callable[[bytes, bytes], int] | None:
-    """Return a function that returns 0 or an errno; None if the C library lacks renameat2."""
+    """Return a function that renames its first path to its second one, and returns 0 or an errno.
+    Return None if the C library does not have renameat2."""
     import ctypes  # Readers do not need this import.
 
     libc: Any = ctypes.CDLL(None, use_errno=True)

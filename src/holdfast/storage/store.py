@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 Check = Callable[[], None]
-"""Function that raises an error if this process has lost the lock."""
+"""Function that raises an error if this process has lost a lock that it took."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -17,9 +17,9 @@ class FileWriter(Protocol):
     """A file, open for writing."""
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        """Write the parts one after the other from `offset` on. Ranges never overlap.
+        """Write the parts one after the other from `offset` on. Ranges of two calls never overlap.
 
-        The parts must not change until the file's context ends: they may be read until then.
+        The parts must not change until the file's context ends, since they may be read until then.
         """
         ...
 
@@ -28,14 +28,15 @@ class FileReader(Protocol):
     """A file, open for reading."""
 
     def read_into(self, start: int, target: memoryview) -> int:
-        """Fill `target` from `start` on. Return the bytes read; fewer only if the file ends."""
+        """Fill `target` with the bytes of the file from `start` on. Return the number of bytes
+        read, which is smaller than `target` only if the file ends first."""
         ...
 
 
 class ReadStore(Protocol):
     """A tree of files to read from. Keys are paths relative to its root, with `/` as separator.
 
-    Every method may raise `StorageError`, and `NotFoundError` if nothing has the key.
+    Every method may raise `StorageError`, and `NotFoundError` if there is nothing with this key.
     """
 
     @property
@@ -52,7 +53,7 @@ class ReadStore(Protocol):
         ...
 
     def read(self, key: str, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop` of a file; fewer only if the file ends before."""
+        """Return bytes `start` to `stop` of a file, or fewer if the file ends earlier."""
         ...
 
     def open(self, key: str) -> AbstractContextManager[FileReader]:
@@ -60,8 +61,8 @@ class ReadStore(Protocol):
         ...
 
     def leads_out(self, folder: str, file: str) -> bool:
-        """Whether a file of a folder is a link to a place outside of that folder. False if the
-        store has no links."""
+        """Return whether a file in a folder is a link to a place outside of that folder. False if
+        the store has no links."""
         ...
 
 
@@ -75,8 +76,8 @@ class Store(ReadStore, Protocol):
     def create(self, key: str, nbytes: int) -> AbstractContextManager[FileWriter]:
         """Create a file of `nbytes`, with its space reserved.
 
-        When the context ends without error, the content is durable; `sync` the folder to make the
-        name durable too. When it ends in an error, the file is incomplete.
+        When the context ends without error, the content is durable. Call `sync` for the folder to
+        make the name durable too. When the context ends in an error, the file is incomplete.
         """
         ...
 
@@ -93,9 +94,9 @@ class Store(ReadStore, Protocol):
 
         Atomic: readers find no checkpoint, or the whole one. Durable on return.
 
-        `replace`: the checkpoint that has the name now, which the caller holds, gives way to the
-        new one. A killed process leaves one of the two under this name, or the old one in a
-        `.replaced` folder.
+        `replace`: the new checkpoint takes the place of the one with this name, which the caller
+        holds. If the process is killed, one of the two checkpoints has this name, or the old one is
+        in a `.replaced` folder.
 
         Raises:
             ExistsError: the name is taken, even if another process took it just now.
@@ -103,8 +104,8 @@ class Store(ReadStore, Protocol):
         ...
 
     def unpublish(self, name: str, removing: str) -> str:
-        """Take the name of a checkpoint, or of a hidden folder, away. Return the folder that has
-        its files now: `removing`, or another hidden folder of the same checkpoint.
+        """Take the name away from a checkpoint, or from a hidden folder. Return the hidden folder
+        that has the files now: `removing`, or another one of the same checkpoint.
 
         Atomic: readers find the whole checkpoint, or none. Durable on return.
         """
@@ -121,12 +122,12 @@ class Store(ReadStore, Protocol):
     def lock(self, key: str, note: str) -> AbstractContextManager[Check]:
         """Lock `key` until the context ends or the process dies. `note` describes the holder.
 
-        The context gives a function that checks whether this process still holds the lock. It
-        locks again if the file is gone and no other process has locked one in its place.
+        The context gives a function that checks whether this process still holds the lock. If the
+        lock's file is gone and no other process has locked a new one, the function locks again.
 
         Raises:
-            ExistsError: another process holds the lock, now or when the check is called; the
-                message quotes its note.
+            ExistsError: another process holds the lock, now or when the function is called. The
+                message quotes the note of that process.
         """
         ...
 
@@ -138,18 +139,18 @@ class Store(ReadStore, Protocol):
     def hold(self, key: str) -> AbstractContextManager[bool | None]:
         """Hold a file or folder, across renames, until the context ends or the process dies.
 
-        The context gives True if this caller holds it, False if another does, None if the store
-        cannot tell. A hold does not prevent anything by itself: whoever removes or replaces a
-        folder must hold it first, and must leave folders alone that others hold.
+        The context gives True if this caller holds it, False if another one does, None if the store
+        cannot tell. A hold by itself prevents nothing. So code that removes or replaces a folder
+        must hold the folder first, and must not touch folders that others hold.
 
         Raises:
-            NotFoundError: nothing has the key.
+            NotFoundError: there is nothing with this key.
         """
         ...
 
 
 class Creating(Protocol):
-    """A place to create files in."""
+    """Anything that can create files, such as a `Store`."""
 
     def create(self, key: str, nbytes: int) -> AbstractContextManager[FileWriter]:
         """Like `Store.create`."""
@@ -169,7 +170,8 @@ class FolderStore(Store, Protocol):
         ...
 
     def amend(self, key: str) -> AbstractContextManager[FileWriter]:
-        """Open an existing file of full length; several processes may write parts of it.
+        """Open a file that has its full length already, to write parts of it. Several processes may
+        write to it at the same time.
 
         The bytes that this process wrote are durable when the context ends without error.
         """
@@ -182,31 +184,32 @@ class FolderStore(Store, Protocol):
 
 @runtime_checkable
 class Joining(Protocol):
-    """The part of a store that lets several processes of one host write into a new file."""
+    """A store in which several processes of one host can write into a new file."""
 
     def join(self, key: str) -> AbstractContextManager[FileWriter]:
-        """Open a file that another process has created and not ended yet, to write a part of it.
+        """Open a file to write a part of it, while another process is in the context of `create`
+        for this file.
 
-        When the context ends without error, the part is written. It becomes durable when the
-        context of `create` ends after that.
+        When the context ends without error, the part is written. The part becomes durable when the
+        context of `create` ends, which must be later.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The names of one file."""
+    """Identity of one file, and the number of its names."""
 
     file: str
     """Identity of the file: equal for all of its names."""
 
     count: int
-    """Number of its names."""
+    """Number of the file's names."""
 
 
 @runtime_checkable
 class Linking(Protocol):
-    """The part of a store that gives one file several names, so that it is stored once.
+    """A store that can give one file several names, so that the file is stored only once.
 
     The file is deleted with its last name.
     """
@@ -216,32 +219,32 @@ class Linking(Protocol):
         `target` to make the name durable.
 
         Raises:
-            NotFoundError: nothing has the key `source`.
+            NotFoundError: there is nothing with the key `source`.
             StorageError: the store cannot link this file.
         """
         ...
 
     def links(self, key: str) -> Links:
-        """Return the identity of a file, and the number of its names."""
+        """Return the identity of a file, such as its inode, and the number of its hard links."""
         ...
 
     def evict(self, key: str) -> None:
-        """Drop what memory caches of a durable file, so that it is next read from the disk."""
+        """Drop a durable file from the page cache, so that the next read comes from the disk."""
         ...
 
 
 @runtime_checkable
 class LinkListing(Protocol):
-    """A store of files that may be symbolic links."""
+    """A store whose files may be symbolic links."""
 
     def list_with_links(self, folder: str) -> tuple[Sequence[str], Collection[str]]:
-        """Return the result of `list`, and the names of those that are symbolic links."""
+        """Return the result of `list`, and the names of the symbolic links among them."""
         ...
 
 
 @runtime_checkable
 class Stamping(Protocol):
-    """The part of a store that tells when a folder has changed, without reading its files."""
+    """A store that can tell when a folder has changed, without reading the folder's files."""
 
     def stamp(self, folder: str) -> object:
         """Return a value that changes when any file directly in `folder` changes."""
@@ -254,14 +257,14 @@ class Stamping(Protocol):
 
 @runtime_checkable
 class Copying(Protocol):
-    """The part of a store that copies a file by itself, so that its bytes are not sent again. They
-    are stored twice."""
+    """A store that can copy a file by itself, so that this process does not send the bytes again.
+    The copy takes up space of its own."""
 
     def copy(self, source: str, target: str) -> None:
-        """Copy the file `source` to `target`, which must be free. The copy is durable then.
+        """Copy the file `source` to `target`, which must be free. The copy is durable on return.
 
         Raises:
-            NotFoundError: nothing has the key `source`.
+            NotFoundError: there is nothing with the key `source`.
             StorageError: the store cannot copy this file.
         """
         ...
@@ -269,16 +272,17 @@ class Copying(Protocol):
 
 @runtime_checkable
 class Distant(Protocol):
-    """The part of a store that is reached over a network: each request waits for an answer."""
+    """A store that is reached over a network, so that each request waits for an answer."""
 
     @property
     def request_bytes(self) -> int:
-        """Bytes of one request for data, a multiple of 1 MiB. Smaller requests mostly wait."""
+        """Best size of a request for data, in bytes: a multiple of 1 MiB. With smaller requests,
+        most of the time is spent waiting for answers."""
         ...
 
 
 class PlainReader:
-    """A `FileReader` for stores without open files. Each read names the key again."""
+    """A `FileReader` for stores that cannot open files. Each read passes the key again."""
 
     def __init__(self, store: ReadStore, key: str) -> None:
         self._store, self._key = store, key

@@ -14,16 +14,16 @@ from holdfast.storage.bucket import Bucket, TakenError, UnansweredError
 from holdfast.storage.store import Buffer
 
 PART_BYTES = 8 << 20
-"""Bytes of one request. Smaller ones spend their time on the way to the store."""
+"""Bytes of one request. Smaller requests spend most of their time on the network's latency."""
 
 WAITING_BYTES_MAX = 16 << 20
-"""Most bytes that wait to be sent."""
+"""Maximum number of bytes that wait to be sent."""
 
 _TRIES = 5
 
 
 class ObjectReader:
-    """Reads ranges of an object; a large one by several requests at once."""
+    """Reads ranges of an object. A large range is read by several requests at once."""
 
     def __init__(self, read: Callable[[int, memoryview], int], threads: ThreadPoolExecutor) -> None:
         """`read(start, target)`: sends one request, as `Bucket.get_into` does."""
@@ -46,8 +46,8 @@ class ObjectReader:
 
 
 class ObjectWriter:
-    """Writes an object: a small one by one request, a large one as a stream, in the order of its
-    bytes."""
+    """Writes an object. A small object is put by one request. A large object is put as a stream, so
+    its bytes must be written in order."""
 
     def __init__(self, bucket: Bucket, key: str, nbytes: int, where: str) -> None:
         self._bucket, self._key, self._nbytes, self._where = bucket, key, nbytes, where
@@ -133,7 +133,7 @@ class _Stream:
         self._thread.start()
 
     def put(self, part: memoryview) -> None:
-        """Send a part after all others. Waits while too many bytes wait."""
+        """Send a part after all earlier parts. Blocks while too many bytes wait to be sent."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._waiting < WAITING_BYTES_MAX)
             if self._ended:
@@ -142,8 +142,8 @@ class _Stream:
         self._queue.put(part)
 
     def end(self, error: BaseException | None) -> None:
-        """Wait until all parts are stored; or give the object up because of the caller's error.
-        Raises the error of the thread."""
+        """Wait until all parts are stored, and raise the error of the thread if it failed. If the
+        caller failed with `error`, make the upload fail too, so that no object is created."""
         self._queue.put(error)
         self._thread.join()
         if error is None:
@@ -166,7 +166,8 @@ class _Stream:
     def _parts(self) -> Iterator[Buffer]:
         while (part := self._queue.get()) is not None:
             if isinstance(part, BaseException):
-                # A new error: the store may keep the traceback of this one, and what it refers to.
+                # Raise a new error, since the store's client may keep the error that it gets. The
+                # caller's own error would keep alive all objects that its traceback refers to.
                 raise StorageError(f"given up: {part}")
             yield part
             with self._changed:

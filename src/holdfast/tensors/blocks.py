@@ -13,7 +13,7 @@ from holdfast.format.torchzip import contiguous_strides
 def blocks(shape: Sequence[int], itemsize: int, nbytes_max: int) -> Iterator[Region]:
     """Yield boxes of at most `nbytes_max` bytes that cover a tensor.
 
-    Each box is contiguous in a row-major tensor. They come in the order of the elements.
+    Each box is contiguous in a row-major tensor. Boxes come in the order of their elements.
     """
     region = Region.whole(shape)
     if region.num_elements * itemsize <= nbytes_max or not region.num_elements:
@@ -25,13 +25,13 @@ def blocks(shape: Sequence[int], itemsize: int, nbytes_max: int) -> Iterator[Reg
 def runs(box: Region, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield the contiguous runs that make up a box of a row-major tensor of `shape`.
 
-    Each run is the index of its first element in the flat tensor, and its number of elements. They
-    come in the order of the elements.
+    A run is a pair: the index of its first element in the flat tensor, and its number of elements.
+    Runs come in the order of their elements.
     """
     if not box.num_elements:
         return
     strides = contiguous_strides(tuple(shape))
-    # Trailing dims that the box covers in full extend the runs of the dim before them.
+    # Trailing dims that the box covers in full merge with the dim before them into longer runs.
     inner = len(shape)
     while inner and (box.start[inner - 1], box.stop[inner - 1]) == (0, shape[inner - 1]):
         inner -= 1
@@ -43,9 +43,10 @@ def runs(box: Region, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _split(region: Region, dim: int, itemsize: int, nbytes_max: int) -> Iterator[Region]:
-    """Split a region along `dim`, and single rows that are still too large along the next dims."""
+    """Split a region along `dim` into boxes of at most `nbytes_max` bytes. If a single index along
+    `dim` has more bytes, split it along the next dims."""
     row_nbytes = region.num_elements // region.shape[dim] * itemsize
-    # A power of two, so that blocks begin where attention heads do.
+    # A power of two, as most widths of heads are: a block then begins where a head does.
     rows = 1 << (max(1, nbytes_max // row_nbytes).bit_length() - 1)
     for first in range(region.start[dim], region.stop[dim], rows):
         last = min(first + rows, region.stop[dim])

@@ -37,7 +37,7 @@ class TensorInfo:
 
 
 class Tensors(Protocol):
-    """Named tensors, of which any box can be read."""
+    """Set of named tensors. Any box of a tensor can be read."""
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -62,8 +62,8 @@ class Renamed:
         names: Mapping[str, str],
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        """`names`: the new name of each tensor of the source. `aliases`: further names of tensors,
-        each with the tensor's first name; key and value are new names."""
+        """`names`: new name of each tensor of the source. `aliases`: further new names of tensors;
+        each maps to the new name of its tensor in `names`."""
         self._source = source
         self._original = {new: old for old, new in names.items()}
         for name, first in (aliases or {}).items():
@@ -78,10 +78,11 @@ class Renamed:
 
 
 class Mapped:
-    """Tensors of one side of a mapping, computed from the tensors of the other side."""
+    """Native tensors that a mapping computes from Hugging Face tensors, or the reverse."""
 
     def __init__(self, source: Tensors, mapping: TensorMapping, side: SideName) -> None:
-        """`side`: the side whose tensors this object has."""
+        """`side`: whether this object has native or Hugging Face tensors. `source` has the other
+        ones."""
         self._source, self._mapping, self._side = source, mapping, side
         self.infos: dict[str, TensorInfo] = {name: self._info(name) for name in mapping.names(side)}
 
@@ -99,7 +100,8 @@ class Mapped:
         return target
 
     def _info(self, name: str) -> TensorInfo:
-        """Return dtypes and shape. The dtype is the widest of the sources'."""
+        """Return dtypes and shape of a computed tensor. Its dtype is the widest dtype of the source
+        tensors that it is computed from."""
         shape = self._mapping.shape(self._side, name)
         copies = self._mapping.copies(self._side, name, Region.whole(shape))
         sources = [self._source.infos[source] for source in {copy.source: None for copy in copies}]

@@ -14,7 +14,8 @@ from holdfast.format.region import Region
 from holdfast.tensors.relation import Axes, Dim, Relation, Side, SideName, size_of
 
 READS_MAX = 64
-"""Most reads that a box with gaps is split into; beyond that, one read includes the gaps."""
+"""Most reads that a box with gaps is split into. If more are needed, a single read includes the
+gaps."""
 
 Box = dict[str, tuple[int, int]]
 """Half-open range of indices along each axis."""
@@ -22,7 +23,8 @@ Box = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A box of a tensor, seen along the axes that are merged into its dims."""
+    """A box of a tensor. A dim that merges several axes, such as heads and the elements of a head,
+    is split into these axes."""
 
     region: Region
     """Region of the tensor that is read or written: the smallest that includes the box."""
@@ -34,7 +36,8 @@ class View:
     """Shape of `region` with every merged dim split into its axes."""
 
     inside: tuple[slice, ...]
-    """Slices of the box within `factored`; smaller than it where `region` includes gaps."""
+    """Slices of `factored` that select the box. If `region` includes gaps, they select only a
+    part."""
 
     def of(self, region_data: NDArray[np.generic]) -> NDArray[np.generic]:
         """Return the box, one dim per axis, as a view of `region_data` (the region's elements)."""
@@ -51,7 +54,7 @@ class View:
 class Copy:
     """Elements of one source tensor, and their position in the target tensor.
 
-    Arrays passed to the methods have the shapes of the two regions and the same dtype.
+    Arrays passed to the methods have the shapes of the two views' regions, and the same dtype.
     """
 
     source: str
@@ -76,10 +79,11 @@ class Copy:
         return self._in_target_order(source).reshape(self.target_view.region.shape)
 
     def _in_target_order(self, source: NDArray[np.generic]) -> NDArray[np.generic]:
-        """Return a view of the box with its dims in the order of the target's axes."""
+        """Return a view of the source box with its dims in the order of the target's axes."""
         source_axes, target_axes = self.source_view.axes, self.target_view.axes
-        # If only one side has an axis as a dim, the other has it in its tensor names, such as the
-        # number of a layer. The box covers one index of it, so its length here is 1.
+        # If only one side has an axis as a dim, the other side has it in its tensor names, such as
+        # the number of a layer. The box covers a single index of this axis, so the dim has length
+        # 1.
         dropped = tuple(n for n, axis in enumerate(source_axes) if axis not in target_axes)
         common = [axis for axis in source_axes if axis in target_axes]
         order = [common.index(axis) for axis in target_axes if axis in common]
@@ -88,16 +92,17 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """Membership of one tensor in one relation."""
+    """A relation that describes a tensor, and which of the tensors in the relation it is."""
 
     relation: Relation
     axes: Axes
     indices: Mapping[str, int]
-    """Position of the tensor along the axes in the name of its side."""
+    """Index of the tensor along each axis in its name, such as the number of its layer."""
 
 
 class TensorMapping:
-    """Relations whose sizes are known: names, shapes and copies, in both directions."""
+    """Relations of a model with known sizes: the names and shapes of its tensors on both sides, and
+    the copies that compute tensors of one side from those of the other."""
 
     def __init__(
         self,
@@ -105,8 +110,8 @@ class TensorMapping:
         axes: Axes,
         aliases: Mapping[SideName, Mapping[str, str]] | None = None,
     ) -> None:
-        """`axes`: indices of every axis that is not spelled by words. `aliases`: first names of
-        tied tensors, by second name."""
+        """`axes`: indices of every axis, except axes such as `{g:w1,w3}`, which a relation spells
+        out. `aliases`: first name of each tied tensor, by its second name."""
         self.axes: Axes = axes
         self.aliases: Mapping[SideName, Mapping[str, str]] = aliases or {"native": {}, "hf": {}}
         self._members: dict[SideName, dict[str, list[_Member]]] = {"native": {}, "hf": {}}
@@ -119,7 +124,8 @@ class TensorMapping:
                     members.setdefault(tensor, []).append(member)
 
     def names(self, side: SideName) -> list[str]:
-        """Return the first names of all tensors of a side, in the order of the relations."""
+        """Return one name per tensor of a side, in the order of the relations. If a tensor has
+        several names, this is the first."""
         return list(self._members[side])
 
     def shape(self, side: SideName, name: str) -> tuple[int, ...]:
@@ -127,13 +133,15 @@ class TensorMapping:
         return member.relation.side(side).shape(member.axes)
 
     def dtype(self, side: SideName, name: str) -> str | None:
-        """Return the dtype that a tensor keeps whatever the others are converted to, or None."""
+        """Return the dtype that a tensor keeps in every conversion; None if it is converted like
+        others."""
         return self._members[side][name][0].relation.dtype
 
     def row_by_row(self, side: SideName, name: str) -> Relation | None:
-        """Return the relation to a tensor of the other side with the same rows, in any order.
+        """Return the relation between tensor `name` of a side and the tensor of the other side that
+        has the same slices along dim 0, in any order; None if there is no such tensor.
 
-        None: there is no such tensor. Both names in the relation are without fields.
+        The returned relation has complete tensor names, without fields such as `{l}`.
         """
         members = self._members[side].get(name, ())
         if len(members) != 1:
@@ -155,8 +163,8 @@ class TensorMapping:
     ) -> Iterator[Copy]:
         """Yield the copies that fill the box `wanted` of a tensor, each element once.
 
-        Target regions are relative to the first element of `wanted`. With `exact`, no source region
-        includes elements that are not copied, however many copies that takes.
+        Target regions are relative to the first element of `wanted`. `exact`: whether no
+        region may include other elements than those to copy, however many copies this takes.
         """
         other: SideName = "hf" if side == "native" else "native"
         for member in self._members[side][name]:
@@ -179,7 +187,8 @@ def _single(indices: Mapping[str, int]) -> Box:
 
 
 def _boxes_in(side: Side, axes: Axes, wanted: Region) -> Iterator[Box]:
-    """Yield the elements of `wanted` that the relation describes, as boxes along its axes."""
+    """Yield the elements of `wanted` that a relation describes, as boxes along the relation's
+    axes."""
     for boxes in product(
         *(_dim_boxes(*d, axes) for d in zip(side.dims, wanted.start, wanted.stop, strict=True))
     ):
@@ -193,7 +202,8 @@ def _dim_boxes(dim: Dim, start: int, stop: int, axes: Axes) -> list[Box]:
 
 
 def _boxes(lo: int, hi: int, merged: Sequence[str], axes: Axes) -> list[Box]:
-    """Return elements `lo` to `hi` along merged axes as boxes, each of which is contiguous."""
+    """Divide elements `lo` to `hi` of a dim into boxes along its axes. `merged`: axes that the dim
+    merges, outermost first."""
     if not merged:
         return [{}]
     axis, *rest = merged
@@ -219,9 +229,9 @@ def _split(box: Box, axes: Sequence[str]) -> Iterator[Box]:
 
 
 def _without_gaps(source: Side, target: Side, axes: Axes, box: Box, exact: bool) -> Iterator[Box]:
-    """Split a box into parts that are contiguous in each merged dim of both sides.
+    """Split a box. Where a side stores several axes as one dim, each part is one range of this dim.
 
-    A box that would become more than `READS_MAX` parts is yielded as it is, unless `exact`.
+    If there would be more than `READS_MAX` parts, yield the box unsplit, unless `exact`.
     """
     dims = (*source.dims, *target.dims)
     gapped = list(dict.fromkeys(axis for dim in dims for axis in _axes_with_gaps(dim, axes, box)))
@@ -232,8 +242,8 @@ def _without_gaps(source: Side, target: Side, axes: Axes, box: Box, exact: bool)
 
 
 def _axes_with_gaps(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:
-    """Yield each axis with gaps: the box has several indices along it, but only a part of an axis
-    further inside."""
+    """Yield each axis of `dim` along which the box has gaps in the tensor: it has several indices
+    along this axis, but only some of the indices along an axis further inside."""
     partial = False
     for axis in reversed(dim.axes):
         start, stop = box[axis]
@@ -243,7 +253,8 @@ def _axes_with_gaps(dim: Dim, axes: Axes, box: Box) -> Iterator[str]:
 
 
 def _view(side: Side, axes: Axes, box: Box) -> View:
-    """Return the smallest region of a tensor that includes the box, and the box within it."""
+    """Return the view of a box in the tensor of one side. The box is given along the axes of a
+    relation."""
     start, stop = [], []
     view_axes: list[str] = []
     factored: list[int] = []

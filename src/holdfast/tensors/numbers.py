@@ -34,33 +34,37 @@ _FLOAT8 = {
 
 
 def raw_type(dtype: str) -> np.dtype[np.generic]:
-    """Return the numpy dtype for elements of torch's `dtype`, if need be for their bits alone."""
+    """Return the numpy dtype for elements of torch's `dtype`. If numpy lacks this dtype, return an
+    unsigned integer type of the same size."""
     itemsize = dtype_of(dtype).itemsize
     return np.dtype(_BITS[itemsize] if dtype.startswith(_NOT_IN_NUMPY) else dtype)
 
 
 def box_of(array: Array, region: Region) -> Array:
-    """Return a view of a box of an array, which may have no dims."""
+    """Return a view of the box `region` of an array. The array may have no dims."""
     # Indexing an array without dims would return a scalar, which is not a view.
     return np.asarray(array[region.slices()] if region.start else array)
 
 
 def is_floating(dtype: str) -> bool:
-    """Return whether the dtype is a floating-point dtype, which may be converted to another."""
+    """Return whether `dtype` is a floating-point dtype. Only floating-point dtypes can be converted
+    to one another."""
     return dtype.startswith(("float", "bfloat"))
 
 
 QUANTIZED_FLOATS = ("float8", "float4")
-"""First letters of the floating-point dtypes that mean nothing without factors."""
+"""Prefixes of floating-point dtypes whose numbers mean nothing without scale factors."""
 
 
 def is_packed(dtype: str) -> bool:
-    """Return whether weights of this dtype are quantized, and mean nothing without factors."""
+    """Return whether weights of this dtype are quantized, so that they mean nothing without scale
+    factors."""
     return not is_floating(dtype) or dtype.startswith(QUANTIZED_FLOATS)
 
 
 def convert(elements: Array, source: str, target: str) -> Array:
-    """Return the elements in another floating-point dtype; the array itself if it is the same."""
+    """Return the elements in another floating-point dtype. If both dtypes are equal, return the
+    array itself."""
     if source == target:
         return elements
     convert_part = _converter(source, target)
@@ -75,7 +79,7 @@ def convert(elements: Array, source: str, target: str) -> Array:
 
 
 _INFINITE = {"float16": 0x7C00, "bfloat16": 0x7F80}
-"""Bits of infinity without its sign, of dtypes of 16 bits."""
+"""Bits of positive infinity in each 16-bit dtype."""
 
 
 def too_large(elements: Array, source: str, converted: Array, target: str) -> float | None:
@@ -136,7 +140,7 @@ def _to_bfloat16(numbers: Floats) -> Array:
 
 @cache
 def _values(dtype: str) -> Floats:
-    """Return the value of each of the 256 bytes."""
+    """Return the number that each of the 256 possible bytes stands for."""
     byte, values = np.arange(256), np.empty(256)
     if dtype == "float8_e8m0fnu":
         values[:] = np.ldexp(1.0, byte - 127)

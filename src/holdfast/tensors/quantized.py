@@ -1,10 +1,11 @@
 """Dequantization on reading: fp8 with a factor per block, row or tensor, and MXFP4.
 
-Sources: DeepSeek V3's `README_WEIGHTS.md` (each block of 128 x 128 elements of `X.weight` has one
-factor in `X.weight_scale_inv`); compressed-tensors, FBGEMM and ModelOpt (one factor per row or
-tensor, in `X.weight_scale`), by which the stored numbers are multiplied too; and the OCP
-Microscaling Formats specification 1.0 (each group of 32 elements of 4 bits shares an exponent of 8
-bits; gpt-oss stores them as `X_blocks` and `X_scales`).
+Stored fp8 numbers are multiplied by their factors. Sources of the formats: DeepSeek V3's
+`README_WEIGHTS.md` (each block of 128 x 128 elements of `X.weight` has one factor in
+`X.weight_scale_inv`); compressed-tensors, FBGEMM and ModelOpt (one factor per row or tensor, in
+`X.weight_scale`); and the OCP Microscaling Formats specification 1.0 (each group of 32 elements of
+4 bits shares an exponent of 8 bits; gpt-oss stores the elements as `X_blocks` and the exponents as
+`X_scales`).
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ PREFERRED = "bfloat16"
 SCALE, BLOCKS, SCALES = "_scale_inv", "_blocks", "_scales"
 
 PLAIN_SCALE = "_scale"
-"""End of the name of fp8 factors that are not in blocks."""
+"""Suffix of the names of fp8 factors per row or per tensor."""
 
 _WEIGHT = ".weight"
 
 _ACTIVATIONS = (".input_scale", ".output_scale", ".activation_scale")
-"""Ends of the names of factors for activations, which unquantized models do not have."""
+"""Suffixes of the names of factors for activations. Unquantized models do not have such factors."""
 
 BLOCK = (128, 128)
-"""Shape of the fp8 blocks that share a factor, unless the configuration has another."""
+"""Default shape of fp8 blocks. All elements of a block share one factor."""
 
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _PAIR_OF_BYTE = np.array(
@@ -46,7 +47,7 @@ _PAIR_OF_BYTE = np.array(
     ],
     np.float32,
 )
-"""The two values in each byte, the one in the low half first."""
+"""The two MXFP4 numbers in a byte, by the value of the byte. The low half comes first."""
 
 LISTED_MAX = 10
 """Most tensors in one error."""
@@ -55,23 +56,25 @@ READABLE = (None, "fp8", "mxfp4")
 """Values of `quant_method` whose tensors can be read."""
 
 QUANTIZED = ("int8", *QUANTIZED_FLOATS)
-"""First letters of the dtypes that quantized weights alone have."""
+"""Prefixes of dtypes that only quantized weights have."""
 
 _PACKED = ("uint8", "int32", *QUANTIZED)
-"""First letters of the dtypes that quantized weights have."""
+"""Prefixes of dtypes that quantized weights may have."""
 
 GROUP = 32
-"""MXFP4 elements that share an exponent; they take 16 bytes."""
+"""Number of MXFP4 elements that share an exponent. Together they take 16 bytes."""
 
 
 class Dequantized:
-    """Tensors of a source; a quantized tensor and its factors appear as one float tensor."""
+    """Tensors of a source, dequantized. A quantized tensor and its factors appear as one float
+    tensor."""
 
     def __init__(
         self, source: Tensors, config: Mapping[str, Any], *, keeps_fp8: bool = False
     ) -> None:
-        """`config`: `quantization_config` of the folder, or empty. `keeps_fp8`: fp8 without factors
-        is kept as it is, for checkpoints that are no published weights."""
+        """`config`: `quantization_config` of the folder, or empty. `keeps_fp8`: whether fp8 tensors
+        without factors are kept unchanged, as in checkpoints of training runs. Otherwise they are
+        an error."""
         self._source = source
         infos, unsupported = source.infos, list[str]()
         _check_method(infos, config)
@@ -128,8 +131,8 @@ class Dequantized:
         return self._source.read(name, region)
 
     def _read_fp8(self, name: str, region: Region) -> Floats:
-        """Read a box of a weight `[..., r, c]` with one factor per block of its last two dims, or
-        with factors of a shape that is broadcast to its own."""
+        """Read a box of an fp8 weight `[..., r, c]`. The weight has one factor per block of its
+        last two dims, or factors whose shape can be broadcast to the weight's."""
         bits = self._source.read(name, region)
         broadcast = self._broadcast(name)
         if broadcast is not None:
@@ -150,8 +153,8 @@ class Dequantized:
         return values
 
     def _broadcast(self, name: str) -> tuple[int, ...] | None:
-        """Return the shape of a weight's factors with one dim for each of the weight's, or None if
-        they are factors of blocks, or of no known kind."""
+        """Return the shape by which a weight's factors are broadcast, with one dim per dim of the
+        weight. None: the factors are per block, or of an unknown kind."""
         weight = self._source.infos[name].shape
         scale = self._source.infos[self._scale_of[name]].shape
         if self._in_blocks or scale == self._blocks_of(weight):
@@ -166,7 +169,8 @@ class Dequantized:
         return full
 
     def _blocks_of(self, weight: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the shape of the factors of a weight in blocks; None if it has too few dims."""
+        """Return the shape that the factors of a weight have if they are per block; None if the
+        weight has too few dims."""
         outer = len(weight) - len(self._block)
         if outer < 0:
             return None
@@ -176,10 +180,11 @@ class Dequantized:
     def _read_broadcast(
         self, name: str, region: Region, bits: Array, shape: tuple[int, ...]
     ) -> Floats:
-        """Multiply a box of a weight by its factors, whose shape is broadcast to the weight's."""
+        """Multiply `bits`, a box of a weight, by its factors. `shape`: shape by which the factors
+        are broadcast."""
         scale = self._scale_of[name]
         info = self._source.infos[scale]
-        # Factors are few: one per row at most.
+        # Read all factors: there is usually at most one per row.
         factors = floats(self._source.read(scale, Region.whole(info.shape)), info.dtype)
         box = tuple(
             slice(start, stop) if size > 1 else slice(None)
@@ -190,7 +195,7 @@ class Dequantized:
         return values
 
     def _read_mxfp4(self, name: str, region: Region) -> Array:
-        """Read a box of a weight `[e, k, r]`, whose blocks hold its transpose `[e, r, k]`."""
+        """Read a box of a weight `[e, k, r]`, which is stored transposed: `[e, r, k]`."""
         (e0, k0, r0), (e1, k1, r1) = region.start, region.stop
         g0, g1 = k0 // GROUP, -(-k1 // GROUP)
         box = Region((e0, r0, g0, 0), (e1, r1, g1, GROUP // 2))
@@ -244,7 +249,7 @@ def _check_method(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) ->
 
 
 def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Return the name of the factors of each fp8 weight that has some."""
+    """Return the name of the factors of each fp8 weight that has factors."""
     found = {name: name + SCALE for name in infos if name + SCALE in infos}
     plain = {
         name: name + PLAIN_SCALE

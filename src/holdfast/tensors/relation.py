@@ -1,7 +1,7 @@
-"""Relations: which elements of one checkpoint's tensors are which elements of another's.
+"""Relations: which elements of native tensors are which elements of Hugging Face tensors.
 
-A relation writes two tensors over the same axes. It can be used in both directions, on whole
-tensors or on any box of them:
+A relation describes two tensors by the same axes. It works in both directions, for whole tensors
+and for any box of a tensor:
 
     attention.wq.weight       | (h r s) d | self_attn.q_proj.weight             | (h s r) d
     moe.experts.w1            | e f d     | mlp.experts.{e}.gate_proj.weight    | f d
@@ -9,13 +9,12 @@ tensors or on any box of them:
     attention.wk.weight       | (k x) d   | self_attn.qkv_proj.weight | (h x)+*(k x)+(k x) d
 
 The columns are the native name, the native dims, the Hugging Face name, and the Hugging Face dims
-where they differ. A fifth column names a dtype that the tensor keeps whatever the others are
-converted to.
+where they differ. A fifth column, if present, is a dtype that the tensor keeps in every conversion.
 
 `(h r s)` is one dim that merges three axes, the first one outermost. `{e}` in a name: each index of
-that axis has its own tensor. `{g:w1,w3}`: these words stand for the indices of `g`. `a+*b+c` is a
-dim of three segments; the relation describes the segment with the star. So rename, transpose,
-permute, stack, fuse and split are all relations.
+the axis `e` has its own tensor. `{g:w1,w3}`: in the names, the words `w1` and `w3` stand for the
+indices of `g`. `a+*b+c` is a dim of three segments; the relation describes the segment with the
+star. So rename, transpose, permute, stack, fuse and split are all relations.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from math import prod
 from typing import Literal
 
 SideName = Literal["native", "hf"]
-"""Side of a relation: the names of our own models, or those of Hugging Face."""
+"""Side of a relation: native names or Hugging Face names."""
 
 Axes = Mapping[str, Sequence[int]]
 """Indices of each axis, as they appear in tensor names: most often `range(size)`."""
@@ -77,7 +76,7 @@ class Side:
 
     @property
     def name_axes(self) -> tuple[str, ...]:
-        """Axes in the name."""
+        """Axes whose index is part of the tensor's name, such as the number of the layer."""
         return tuple(match[1] for match in _FIELD.finditer(self.name))
 
     @property
@@ -114,7 +113,7 @@ class Relation:
     native: Side
     hf: Side
     dtype: str | None = None
-    """Dtype that the tensor keeps whatever the others are converted to; None: no such rule."""
+    """Dtype that the tensor keeps in every conversion; None: it is converted like the others."""
 
     def __post_init__(self) -> None:
         used = [sorted({*side.axes}) for side in self.sides]
@@ -130,12 +129,13 @@ class Relation:
 
     @property
     def words(self) -> dict[str, tuple[str, ...]]:
-        """Words of each axis that is spelled by words; their number is the size of the axis."""
+        """Words of each axis such as `{g:w1,w3}`, one word for each of its indices."""
         return {**dict(self.native.words), **dict(self.hf.words)}
 
 
 def table(text: str, native: str = "", hf: str = "") -> tuple[Relation, ...]:
-    """Parse a table of relations, one per line. `native` and `hf` are prefixes of all names."""
+    """Parse a table of relations, one per line. `native` and `hf` are prefixes for the names of
+    each side."""
     rows = []
     for line in filter(None, map(str.strip, text.splitlines())):
         cells = [cell.strip() for cell in line.split("|")]

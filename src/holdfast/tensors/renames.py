@@ -1,4 +1,4 @@
-"""Rules `theirs=ours` by which tensors get other names."""
+"""Rules `theirs=ours` that give tensors other names."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def parse(rule: str, option: str) -> tuple[re.Pattern[str], str]:
     True
 
     Raises:
-        UsageError: this is no such rule. The message names `option`.
+        UsageError: `rule` is malformed. The message names `option`.
     """
     theirs, equals, ours = rule.partition("=")
-    # Rules are about whole parts of names, with or without the dot behind them.
+    # A rule matches whole parts of a name. A dot at the end of a part makes no difference.
     theirs, ours = theirs.removesuffix("."), ours.removesuffix(".")
     if not equals or not theirs or theirs.count("{}") != ours.count("{}"):
         raise UsageError(
@@ -38,8 +38,8 @@ def parse(rule: str, option: str) -> tuple[re.Pattern[str], str]:
 
 
 def new_names(names: Collection[str], rules: Sequence[str], option: str) -> dict[str, str]:
-    """Return the new name of every tensor, by the first rule that matches the beginning of its old
-    name. `{}` matches one part of a name, without dots.
+    """Return the new name of every tensor, by its old name. The first rule that matches the
+    beginning of the old name applies. `{}` matches one part of a name, without dots.
 
     Raises:
         UsageError: a rule matches no tensor, or two tensors get the same name.
@@ -74,9 +74,9 @@ def new_names(names: Collection[str], rules: Sequence[str], option: str) -> dict
 
 
 def suggested(names: Collection[str], expected: Collection[str] = ()) -> list[str]:
-    """Return rules for parts of names that wrappers add. With `expected`, return rules that give
-    tensors the missing `model.` in front, or drop what all of them have there, if the expected
-    names say so.
+    """Return rules that drop the parts of names that wrappers add. If no wrapper is found, return
+    rules that lead to the names in `expected`: rules that add a missing prefix `model.`, or a rule
+    that drops a common prefix.
 
     >>> suggested(["_orig_mod.layers.0.weight", "_orig_mod.norm.weight"])
     ['_orig_mod=']
@@ -108,7 +108,8 @@ def suggested(names: Collection[str], expected: Collection[str] = ()) -> list[st
 
 
 def _prefix_rule(names: Collection[str], wanted: Collection[str]) -> list[str]:
-    """Return the rule that drops what every unexpected name has in front of an expected one."""
+    """Return a rule that drops a prefix. Without this prefix, names that are not in `wanted`
+    become names in `wanted`. Return an empty list if there is no such prefix."""
     common: set[str] | None = None
     for name in names:
         dots = () if name in wanted else re.finditer(r"\.", name)

@@ -25,7 +25,8 @@ class StoredTensors:
     """Tensors that a manifest lists, whatever the format of the checkpoint."""
 
     def __init__(self, source: Source, strides: Mapping[str, tuple[int, ...]]) -> None:
-        """`strides`: of tensors that are not row-major, if the manifest does not contain them."""
+        """`strides`: strides of the tensors that are not row-major, unless their containers state
+        them."""
         self._source, self._strides = source, strides
         self._located: dict[tuple[str, int], tuple[Span, tuple[int, ...]]] = {}
         tensors = source.manifest.tensors
@@ -48,7 +49,7 @@ class StoredTensors:
     def _fill(
         self, name: str, entry: TensorEntry, chunk: Chunk, region: Region, target: Array
     ) -> None:
-        """Read one region of one chunk into `target`, which has its shape."""
+        """Read one region of one chunk into `target`, which has the shape of the region."""
         itemsize, shape = dtype_of(entry.dtype).itemsize, chunk.region.shape
         span, strides = self._locate(name, entry, chunk)
         box = region.within(chunk.region)
@@ -69,7 +70,7 @@ class StoredTensors:
             _read_range(data, byte_range, row_major, target)
 
     def _locate(self, name: str, entry: TensorEntry, chunk: Chunk) -> tuple[Span, tuple[int, ...]]:
-        """Return the span and the strides of a chunk's elements."""
+        """Return the span of a chunk's elements in its file, and their strides."""
         shape = chunk.region.shape
         if chunk.data_offset is not None:
             nbytes = chunk.region.num_elements * dtype_of(entry.dtype).itemsize

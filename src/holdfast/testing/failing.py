@@ -19,7 +19,7 @@ from holdfast.storage.store import (
 )
 
 Fail = Callable[[str, str], None]
-"""Function `fail(verb, key)`: it raises the error of an operation, or lets it happen."""
+"""Function `fail(verb, key)`, called before an operation. It raises an error to make it fail."""
 
 
 class LinkingStore(FolderStore, Linking, Joining, Protocol):

@@ -92,7 +92,8 @@ class _Board:
             )
             if len(items) < self.size:
                 raise RankError(f"rank {rank} lost another rank")
-            # All ranks have entered this exchange, so no rank needs the items of earlier ones.
+            # A rank enters an exchange only after it has left the one before. All have entered this
+            # one, so no rank needs the items of earlier exchanges.
             self._items.pop(number - 2, None)
             return copy.deepcopy([items[other] for other in range(self.size)])
 
@@ -110,7 +111,7 @@ class _Board:
             return sent.popleft()
 
     def leave(self, rank: int) -> None:
-        """End a rank. Exchanges that it has not entered fail on the other ranks."""
+        """Note that a rank has ended. Exchanges that it has not entered fail on the other ranks."""
         with self._changed:
             self._gone.add(rank)
             self._changed.notify_all()
@@ -129,7 +130,7 @@ def run_ranks(
     timeout_s: float = 30.0,
     hosts: Sequence[str] | None = None,
 ) -> list[T]:
-    """Run `work` on `size` ranks, and return the result of each.
+    """Run `work` on `size` ranks, each a thread of this process. Return the result of each.
 
     `hosts`: name of the host that each rank pretends to be on.
 

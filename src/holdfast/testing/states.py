@@ -103,7 +103,7 @@ class _ValueState:
 
 
 class _LoadRecorder:
-    """Wrapper of an object that keeps a copy of the argument of `load_state_dict`."""
+    """Wrapper of an object. It keeps a copy of the argument that `load_state_dict` gets."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
@@ -122,7 +122,7 @@ def _is_component(value: Any) -> bool:
 
 
 def _is_other_object(value: Any) -> bool:
-    """Whether `value` has a state, but is neither a module nor an optimizer."""
+    """Whether `value` has `state_dict`, but is neither a module nor an optimizer."""
     return is_object(value) and not isinstance(value, nn.Module | Optimizer)
 
 
@@ -144,7 +144,7 @@ def _copied(state: Any) -> Any:
     try:
         return copy.deepcopy(state)
     except (RuntimeError, TypeError, AttributeError):
-        # The state has no copy. Then a save refuses it, or the comparison finds it equal to itself.
+        # The state cannot be copied. Then a save refuses it, or it is compared with itself.
         return state
 
 

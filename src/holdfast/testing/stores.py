@@ -11,13 +11,14 @@ from holdfast.storage.store import FolderStore, Joining, Store
 
 
 def read_opened(store: Store, key: str) -> int:
-    """Open a file, and read its first byte."""
+    """Open a file, and read its first byte. Return the number of bytes read."""
     with store.open(key) as reader:
         return reader.read_into(0, memoryview(bytearray(1)))
 
 
 class StoreSuite:
-    """Tests that every `Store` must pass. To run them, derive a class for pytest that makes stores.
+    """Tests that every `Store` must pass. G1, G2, ... are the guarantees in `docs/guarantees.md`.
+    To run the tests, derive a class for pytest that makes stores.
 
     class TestMyStore(StoreSuite):
         def new_store(self) -> Store:
@@ -65,14 +66,15 @@ class StoreSuite:
         assert store.read("file", 0, 10) == b""
 
     def test_a_file_is_never_overwritten(self) -> None:
-        """G1. Method: creates a second file of the same name; the first file is unchanged."""
+        """Guarantee G1. Method: creates a second file of the same name; the first file is
+        unchanged."""
         store = self.new_store()
         put(store, "file", b"first")
         refuses(StorageError, lambda: put(store, "file", b"second"))
         assert store.read("file", 0, 9) == b"first"
 
     def test_an_error_while_writing_is_raised_to_the_caller(self) -> None:
-        """G7. Method: raises an error in the context of `create`."""
+        """Guarantee G7. Method: raises an error in the context of `create`."""
         store = self.new_store()
 
         def fail() -> None:
@@ -102,8 +104,8 @@ class StoreSuite:
             assert "absent" in refuses(NotFoundError, ask).what
 
     def test_a_lock_has_one_holder_and_names_it_to_others(self) -> None:
-        """G11. Method: tries twice to take a held lock; both errors have the note of the holder.
-        Afterwards the lock is free, even if its holder raised an error."""
+        """Guarantee G11. Method: tries twice to take a held lock; both errors have the note of the
+        holder. Afterwards the lock is free, even if its holder raised an error."""
         store = self.new_store()
         with store.lock("lock", "run 7 on host a"):
             for _ in range(2):
@@ -115,8 +117,8 @@ class StoreSuite:
         enter(store, "run 11")
 
     def test_the_holder_of_a_lock_can_be_queried(self) -> None:
-        """G16. Method: queries a lock before it is taken, while it is held and after its release. A
-        query does not take the lock."""
+        """Guarantee G16. Method: queries a lock before it is taken, while it is held and after its
+        release. A query does not take the lock."""
         store = self.new_store()
         assert store.holder("lock") is None
         with store.lock("lock", "run 7 on host a"):
@@ -125,12 +127,13 @@ class StoreSuite:
         enter(store, "run 8")
 
     def test_free_space_is_a_positive_number_or_unknown(self) -> None:
-        """G11. Method: queries the free space of a new store."""
+        """Guarantee G11. Method: queries the free space of a new store."""
         free = self.new_store().free_bytes()
         assert free is None or free > 0
 
     def test_a_published_attempt_is_a_checkpoint_with_all_its_files(self) -> None:
-        """G1. Method: lists the store before and after; at first no checkpoint is listed."""
+        """Guarantee G1. Method: lists the store before and after; at first no checkpoint is
+        listed."""
         store = self.new_store()
         attempt = begin(store, "step-5", "00000001", {"a": b"1", "b": b"22"})
         with store.hold(attempt):
@@ -142,7 +145,8 @@ class StoreSuite:
         assert store.size("step-5/b") == 2
 
     def test_publishing_never_replaces_a_checkpoint_unasked(self) -> None:
-        """G1, G16. Method: publishes a second attempt of the same name; both keep their files."""
+        """Guarantees G1, G16. Method: publishes a second attempt of the same name; both keep their
+        files."""
         store = self.new_store()
         first = begin(store, "step-5", "00000001", {"a": b"first"})
         second = begin(store, "step-5", "00000002", {"a": b"second"})
@@ -154,8 +158,8 @@ class StoreSuite:
         assert content(store, second) == {"a": b"second"}
 
     def test_a_checkpoint_is_replaced_as_a_whole(self) -> None:
-        """G1. Method: replaces a checkpoint by one with other files. No old file is in the new
-        checkpoint. The old files are in a hidden folder until the cleanup."""
+        """Guarantee G1. Method: replaces a checkpoint by one with other files. No old file is in
+        the new checkpoint. The old files are in a hidden folder until the cleanup."""
         store = self.new_store()
         store.publish(begin(store, "step-5", "00000001", {"a": b"first", "c": b"3"}), "step-5")
         second = begin(store, "step-5", "00000002", {"a": b"second"})
@@ -170,8 +174,8 @@ class StoreSuite:
         assert content(store, "step-5") == {"a": b"second"}
 
     def test_an_unpublished_checkpoint_has_no_name_and_can_be_removed(self) -> None:
-        """G5. Method: unpublishes one of two checkpoints, publishes a new one under its name, and
-        removes the old files."""
+        """Guarantee G5. Method: unpublishes one of two checkpoints, publishes a new one under its
+        name, and removes the old files."""
         store = self.new_store()
         for step, number in (("step-5", "00000001"), ("step-6", "00000002")):
             store.publish(begin(store, step, number, {"a": step.encode()}), step)
@@ -190,8 +194,8 @@ class StoreSuite:
         assert content(store, "step-5") == {"a": b"again"}
 
     def test_an_attempt_has_one_holder_and_can_be_removed(self) -> None:
-        """G16. Method: holds an attempt twice, which fails, and then the published checkpoint. The
-        name of an attempt does not exist after it is published."""
+        """Guarantee G16. Method: holds an attempt, and later the published checkpoint; holding
+        either twice fails. The name of an attempt does not exist after it is published."""
         store = self.new_store()
         attempt = begin(store, "step-5", "00000001", {"a": b"1"})
         with store.hold(attempt) as held:
@@ -236,7 +240,7 @@ class FolderStoreSuite(StoreSuite):
         assert list(store.list("a")) == []
 
     def test_an_existing_folder_is_not_made_again(self) -> None:
-        """G1. Method: makes a folder a second time; its files are still there."""
+        """Guarantee G1. Method: makes a folder a second time; its files are still there."""
         store = self.new_store()
         store.make_folder("folder")
         put(store, "folder/file", b"kept")
@@ -244,7 +248,7 @@ class FolderStoreSuite(StoreSuite):
         assert store.read("folder/file", 0, 9) == b"kept"
 
     def test_changing_a_missing_file_or_folder_is_an_error(self) -> None:
-        """G7. Method: calls every method that changes a store."""
+        """Guarantee G7. Method: calls every method that changes a store."""
         store = self.new_store()
         changes: list[Callable[[], object]] = [
             lambda: put(store, "absent/file", b"1"),
@@ -257,7 +261,8 @@ class FolderStoreSuite(StoreSuite):
         assert list(store.list()) == []
 
     def test_a_file_is_not_used_as_a_folder_nor_a_folder_as_a_file(self) -> None:
-        """G11. Method: passes the key of a file where a folder is needed, and the reverse."""
+        """Guarantee G11. Method: passes the key of a file where a folder is needed, and the
+        reverse."""
         store = self.new_store()
         put(store, "file", b"1")
         store.make_folder("folder")
@@ -273,7 +278,7 @@ class FolderStoreSuite(StoreSuite):
         assert list(store.list()) == ["file", "folder/"]
 
     def test_a_rename_moves_everything_in_a_folder(self) -> None:
-        """G1. Method: renames a folder that contains a folder."""
+        """Guarantee G1. Method: renames a folder that contains a folder."""
         store = self.new_store()
         for folder in ("old", "old/inner"):
             store.make_folder(folder)
@@ -283,8 +288,8 @@ class FolderStoreSuite(StoreSuite):
         assert store.read("new/inner/file", 0, 1) == b"1"
 
     def test_a_rename_never_replaces_anything(self) -> None:
-        """G1. Method: renames a folder to the name of a full folder, of an empty one and of a file,
-        which fails and changes none of them."""
+        """Guarantee G1. Method: renames a folder to the name of a full folder, of an empty one and
+        of a file, which fails and changes none of them."""
         store = self.new_store()
         for folder in ("source", "full", "empty"):
             store.make_folder(folder)
@@ -309,7 +314,8 @@ class FolderStoreSuite(StoreSuite):
         assert list(store.list("kept")) == ["file"]
 
     def test_a_held_folder_stays_held_when_it_is_renamed(self) -> None:
-        """G16. Method: holds a folder, renames it, and makes another folder with its old name."""
+        """Guarantee G16. Method: holds a folder, renames it, and makes another folder with its old
+        name."""
         store = self.new_store()
         store.make_folder("one")
         with store.hold("one") as held:
@@ -326,7 +332,8 @@ class FolderStoreSuite(StoreSuite):
         refuses(NotFoundError, lambda: store.hold("absent").__enter__())
 
     def test_a_held_folder_may_be_read_and_removed(self) -> None:
-        """G16. Method: the holder reads and removes the folder. The name is free at once."""
+        """Guarantee G16. Method: the holder reads and removes the folder. The name is free at
+        once."""
         store = self.new_store()
         store.make_folder("one")
         put(store, "one/file", b"1")
@@ -339,8 +346,8 @@ class FolderStoreSuite(StoreSuite):
                 assert other
 
     def test_several_writers_fill_one_new_file(self) -> None:
-        """G1. Method: the creator of a file and two other writers each write a part, if the store
-        supports that. Joining a missing file or a folder fails."""
+        """Guarantee G1. Method: the creator of a file and two other writers each write a part, if
+        the store supports that. Joining a missing file or a folder fails."""
         store = self.new_store()
         if not isinstance(store, Joining):
             return
@@ -355,7 +362,8 @@ class FolderStoreSuite(StoreSuite):
         refuses((NotFoundError, StorageError), lambda: store.join("folder").__enter__())
 
     def test_a_file_is_renamed_only_to_a_free_name(self) -> None:
-        """G16. Method: renames a file to a taken name, then to a free name in another folder."""
+        """Guarantee G16. Method: renames a file to a taken name, then to a free name in another
+        folder."""
         store = self.new_store()
         store.make_folder("folder")
         put(store, "source", b"source")

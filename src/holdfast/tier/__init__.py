@@ -1,1 +1,1 @@
-"""The fast tier: checkpoints on the disks of the hosts, which are copied to the durable folder."""
+"""The fast tier: checkpoints on the disks of the hosts. Some are copied to the run's folder."""

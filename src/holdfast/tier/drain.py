@@ -1,4 +1,4 @@
-"""Copy checkpoints from the hosts to the durable folder, in a thread."""
+"""Copy checkpoints from the fast tier to the folder of the run, in a thread."""
 
 from __future__ import annotations
 
@@ -24,25 +24,28 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """A checkpoint that is durable now."""
+    """A checkpoint of the fast tier whose copy in the folder of the run is durable."""
 
     step: int
     where: str
+    """Path or URL of the copy."""
+
     manifest: Manifest
     """Manifest without entries."""
 
     times: Times | None
-    """Duration of the copy, on rank 0."""
+    """Durations of the copy on all ranks; None on ranks other than 0."""
 
 
 OnDrained = Callable[[Drained], object]
-"""Called on every rank, in the thread."""
+"""Function that every rank calls, in the thread that copies, once a copy is durable."""
 
 
 class Drain:
-    """Copies one checkpoint at a time. Each rank copies its own file.
+    """Copies checkpoints from the fast tier to the folder of the run, one at a time. Each rank
+    copies its own data file.
 
-    Collective: every rank makes one and calls its methods in the same order.
+    Collective: every rank makes a `Drain` and calls its methods in the same order.
     """
 
     def __init__(
@@ -54,8 +57,8 @@ class Drain:
         bytes_per_s: float | None,
         on_drained: OnDrained,
     ) -> None:
-        """`ranks`: used by the thread alone. `bytes_per_s`: limit on the bytes that this rank
-        copies per second."""
+        """`catalog`: the checkpoints in the folder of the run. `ranks`: only for the collectives of
+        the thread. `bytes_per_s`: limit on the bytes that this rank copies per second."""
         self._tier, self._catalog, self._ranks = tier, catalog, ranks
         self._bytes_per_s, self._on_drained = bytes_per_s, on_drained
         self._thread = Background()
@@ -72,7 +75,7 @@ class Drain:
         return self._thread.failed
 
     def start(self, step: int) -> None:
-        """Start to copy a checkpoint that every host has published. No other may be on its way."""
+        """Start to copy a checkpoint that all hosts have published. No copy may be running."""
         self._stops = False
         self._tier.draining = step
 
@@ -89,11 +92,11 @@ class Drain:
         self._thread.start(run)
 
     def wait(self) -> None:
-        """Wait until the checkpoint is durable. Raise the error of a failed copy, once."""
+        """Wait until the copy in progress is durable. Raise the error of a failed copy, once."""
         self._thread.wait()
 
     def stop(self) -> None:
-        """Give up the copy, which leaves nothing behind: the run has a deadline."""
+        """Give up the copy in progress and delete its attempt: a stopping run has a deadline."""
         self._stops = True
         with suppress(HoldfastError):
             self._thread.wait()
@@ -128,13 +131,16 @@ class Drain:
             self._copy_file(name, attempt, file, manifest.files[file])
 
     def _publish(self, name: str, attempt: HiddenFolder) -> Manifest:
-        """Copy the index files, which every host has, and publish. Returns the manifest."""
+        """Copy the index files, which every host has, and publish the attempt as `name`.
+
+        Return the manifest, without entries. Called on rank 0.
+        """
         source = self._tier.catalog.store
         stored = source.list(name)
         for file in (file for file in INDEX_FILES if file in stored):
             nbytes = source.size(f"{name}/{file}")
             self._copy_file(name, attempt, file, nbytes)
-        # Nothing is published whose files rank 0 does not see, in full.
+        # Check that rank 0 sees all files in full before it publishes the checkpoint.
         manifest = open_manifest(self._catalog.store, str(attempt), entries=False)
         self._catalog.publish(attempt)
         self._catalog.clean_up(name)

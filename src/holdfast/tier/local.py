@@ -1,8 +1,8 @@
-"""The folder of a run on each host, and saves into it.
+"""The folder of a run on each host in the fast tier, and saves into it.
 
-Each rank writes its file to the disk of its own host. One rank of each host, the lowest, makes the
-attempt there and publishes it, with the same index files on every host. So a folder has some of the
-files of a checkpoint, and all folders together have all of them.
+Each rank writes its data file to the disk of its own host. The lowest rank of a host makes the
+attempt there and publishes it, with the same index files on every host. So each host has some of
+the data files of a checkpoint, and all hosts together have all of them.
 """
 
 from __future__ import annotations
@@ -30,27 +30,28 @@ from holdfast.tier.transfer import Transfer, transfer
 logger: logging.Logger = logging.getLogger("holdfast")
 
 KEPT = 2
-"""Number of newest checkpoints that each host keeps. Other hosts may have the newest in part."""
+"""Number of newest checkpoints that each host keeps. After an interrupted save, other hosts may
+lack the newest one, so that all hosts need the one before it."""
 
 
 class LocalTier:
-    """The folder of a run on the host of this rank.
+    """The part of the fast tier on the host of this rank: the folder of the run there.
 
-    Collective: every rank makes one and calls its methods in the same order.
+    Collective: every rank makes a `LocalTier` and calls its methods in the same order.
     """
 
     def __init__(self, record: TierRecord, ranks: Ranks, *, replicas: int = 0) -> None:
-        """`replicas`: number of other hosts that keep the files of each host."""
+        """`replicas`: number of other hosts (0 or 1) that keep copies of each host's files."""
         self.hosts: list[str] = hosts_of(ranks)
         """Host of each rank."""
         self.host: str = self.hosts[ranks.rank]
         self.leaders: dict[str, int] = {host: self.hosts.index(host) for host in self.hosts}
-        """The rank that leads each host."""
+        """Lowest rank of each host, which makes, publishes and deletes the checkpoints there."""
         self.leads: bool = ranks.rank == self.leaders[self.host]
-        """Whether this rank makes, publishes and deletes the checkpoints on its host."""
+        """Whether this rank is the one in `leaders` for its host."""
         self.catalog: Catalog = Catalog(folder_store(record.folder_on(host_of(ranks))))
         self.draining: int | None = None
-        """Step that is being copied to the durable folder."""
+        """Step that is being copied from the fast tier to the folder of the run."""
         self._replicas = replicas
         self._remover = Remover(self.catalog)
 
@@ -58,7 +59,7 @@ class LocalTier:
         """Lock the folder until `held` ends, and clean up after killed runs. Not collective.
 
         Raises:
-            ExistsError: another host has the same folder, or another run uses it.
+            ExistsError: another host or another run has locked the same folder.
             StorageError: the folder cannot be written.
         """
         if not self.leads:
@@ -69,12 +70,15 @@ class LocalTier:
         put_in_order(store)
 
     def attempt(self, name: str) -> HiddenFolder:
-        """Name of a new attempt, the same on every host. Called on rank 0."""
+        """Return a random name for a new attempt of `name`. All hosts use the one of rank 0."""
         return HiddenFolder("attempt", name, os.urandom(4).hex())
 
     def begin(self, pending: Pending, ranks: Ranks) -> Pending:
-        """Make the attempt of a save on every host. Raises on all ranks if one of them fails, as
-        for lack of space. Collective."""
+        """Make the attempt of a save on every host. If this fails on one host, for example for lack
+        of space, raise the error on all ranks. Collective.
+
+        Return a copy of `pending` that saves to the folder of this host.
+        """
         sizes = ranks.broadcast(ranks.gather(pending.file_nbytes))
         pending = replace(pending, catalog=self.catalog, deletes=self.leads)
         copies = self._copies(sizes, pending.attempt)
@@ -101,7 +105,11 @@ class LocalTier:
         run_on_all(ranks, lambda: self._make(attempt) if self.leads else None)
 
     def commit(self, pending: Pending, written: WriteResult | HoldfastError, ranks: Ranks) -> int:
-        """Publish a save on every host: a `CommitBy` of `finish_save`. Collective."""
+        """Publish a save on every host. `finish_save` gets this as `commit_by`. Collective.
+
+        `written`: write result of this rank, or its error. Return the checkpoint's size
+        in bytes.
+        """
         index, facts, attempt = pending.index, pending.facts, pending.attempt
 
         def make_index(
@@ -130,8 +138,9 @@ class LocalTier:
             self.catalog.abort(attempt)
 
     def retain(self, step: int) -> None:
-        """Delete all checkpoints of this host up to `step`, but the newest `KEPT` and the one that
-        is being copied. Later ones belong to a branch that the run has left, and stay.
+        """Delete the checkpoints of this host up to `step`, except the newest `KEPT` and the one
+        that is being copied. Later steps stay: the run abandoned them when it went back to an
+        earlier step.
 
         Each host logs its own problems. Not collective.
         """
@@ -152,7 +161,10 @@ class LocalTier:
         self._remover.wait()
 
     def _copies(self, sizes: Sequence[int], attempt: HiddenFolder) -> list[Transfer]:
-        """The files that other hosts keep too: those of each host on the next one."""
+        """Return the transfers that copy the data files of each host to the next host.
+
+        There are none without replicas. `sizes`: size of the data file of each rank.
+        """
         hosts = list(self.leaders)
         if not self._replicas or len(hosts) == 1:
             return []

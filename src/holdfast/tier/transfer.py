@@ -1,4 +1,4 @@
-"""Send parts of files from the disk of one rank to that of another, in pieces."""
+"""Send parts of files from the disk of one rank to the disk of another, in pieces."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from holdfast.errors import DamagedError, HoldfastError
 from holdfast.storage.store import ReadStore, Store
 
 PIECE_BYTES = 4 << 20
-"""Bytes of one read, of one message between ranks, and of one write."""
+"""Maximum bytes of each read, each message between ranks, and each write."""
 
 SENDING = 2
-"""Number of pieces that may still be on their way while the next one is read."""
+"""Number of pieces that may still be in transfer while the next piece is read."""
 
 Range = tuple[int, int]
 """Bytes `start` to `stop` of a file."""
@@ -25,7 +25,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Parts of one file to send."""
+    """Parts of one file that one rank sends to another."""
 
     key: str
     """Path of the file in the store of the source."""
@@ -43,26 +43,26 @@ class Transfer:
     """Rank that reads the file."""
 
     target: int
-    """Rank that writes it."""
+    """Rank that writes the new file."""
 
     def pieces(self) -> Iterator[Range]:
-        """The parts, divided into messages."""
+        """Yield the parts to send, divided into ranges of at most `PIECE_BYTES`."""
         for start, stop in self.ranges:
             for first in range(start, stop, PIECE_BYTES):
                 yield first, min(first + PIECE_BYTES, stop)
 
 
 def transfer(transfers: Sequence[Transfer], store: Store, ranks: Ranks) -> None:
-    """Send files between ranks.
+    """Send parts of files between the disks of ranks.
 
-    `transfers`: the same on every rank. `store`: the disk of this rank. Files become durable, their
-    folder is not synced.
+    `transfers`: the same on every rank. `store`: the disk of this rank. The content of new files is
+    durable; their folder is not synced.
 
     Collective: every rank calls this. An error of one rank is raised on all; files are incomplete
     then.
     """
     errors: list[HoldfastError] = []
-    # Every rank keeps to one order, so no circle of ranks can wait for each other.
+    # All ranks follow the same order, so ranks cannot wait for each other in a circle.
     for item in transfers:
         if ranks.rank == item.source:
             errors += _send(item, store, ranks)
@@ -77,11 +77,14 @@ def transfer(transfers: Sequence[Transfer], store: Store, ranks: Ranks) -> None:
 
 
 def _send(item: Transfer, store: ReadStore, ranks: Ranks) -> list[HoldfastError]:
-    """Send a file. After an error the other rank still receives all pieces, without content."""
+    """Send the parts of a file to the other rank. Return the error, if there was one.
+
+    After an error, send all further messages without content, since the other rank waits for them.
+    """
     sending: deque[Sending] = deque()
     error: HoldfastError | None = None
     for start, stop in item.pieces():
-        # The last byte says whether the others are good.
+        # The last byte of a message says whether the bytes before it could be read.
         memory = torch.zeros(stop - start + 1, dtype=torch.uint8, device="cpu")
         if error is None:
             outcome = capture(partial(_read, item, store, start, memory))
@@ -119,7 +122,7 @@ def _receive(item: Transfer, store: Store, ranks: Ranks) -> list[HoldfastError]:
                 writer.write(piece[0], [memory.numpy()[:-1].data])
 
     outcome = capture(write)
-    # After an error, the source still sends the rest.
+    # After an error, the source still sends the rest, which must be received.
     for piece in pieces:
         receive(piece)
     return [outcome] if isinstance(outcome, HoldfastError) else []

@@ -1,9 +1,9 @@
-"""Find the newest checkpoint that the hosts have together, and load from it.
+"""Find the checkpoints that the hosts have together, and load from them.
 
-Hosts report the manifests and files that they have. Files of one checkpoint have equal manifests on
-all hosts: those of another attempt at the same step are never combined with them. Parts of data
-files that a host needs and does not have come from a host that has them, into an attempt that is
-deleted after the load.
+Each host reports the manifests and files that it has. Files are combined only if their manifests
+are equal, so files of two attempts at the same step are never mixed. If a host needs parts of data
+files that it does not have, another host sends them. These parts are written to an attempt, which
+is deleted after the load.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from holdfast.tier.local import LocalTier
 from holdfast.tier.transfer import Range, Transfer, transfer
 
 GAP_BYTES_MAX = 1 << 20
-"""Largest gap between two parts of a file that are fetched as one. Small neighbours are read with
-the gaps between them (`loading/read.py`), so these gaps must be there."""
+"""Two ranges of a file with at most this many bytes between them are fetched as one range, which
+includes these bytes. A load needs them too, since it reads ranges that are near as one."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostPart:
-    """The files of one checkpoint that one host has."""
+    """The part of a checkpoint that is on one host."""
 
     step: int
     digest: int
-    """Checksum of the manifest, which tells attempts apart."""
+    """Checksum of the manifest, which differs between attempts at the same step."""
 
     created: str
     """Time of the commit: ISO 8601, UTC."""
 
     files: Mapping[str, int]
-    """Size of each file of the host, index files included."""
+    """Size of each file that the host has in full, index files included."""
 
     missing: frozenset[str]
-    """Data files that the manifest lists, and the host has not, or not in full."""
+    """Data files that the manifest lists, but that the host does not have in full."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalCheckpoint:
-    """A checkpoint that the hosts have together, in full."""
+    """A local checkpoint of which the hosts together have all files."""
 
     step: int
     created: str
@@ -63,20 +63,24 @@ class LocalCheckpoint:
     """Size of each file."""
 
     ranks: Mapping[str, tuple[int, ...]]
-    """For each file, the leading rank of each host that has it."""
+    """For each file, the lowest rank of each host that has the file."""
 
 
 def find(tier: LocalTier, ranks: Ranks) -> list[LocalCheckpoint]:
-    """The complete checkpoints that a run can resume from, newest first. The same on all ranks.
+    """Return the local checkpoints of which the hosts together have all files, newest first.
 
-    Collective: every rank calls this.
+    Only full checkpoints, from which a run can resume, are returned. The result is the same on all
+    ranks. Collective: every rank calls this.
     """
     parts = ranks.gather(list(_parts(tier.catalog)) if tier.leads else [])
     return ranks.broadcast(combine(parts))
 
 
 def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
-    """The checkpoints of which all files are there, newest first, given the parts of each rank."""
+    """Return the checkpoints of which the hosts together have all files, newest first.
+
+    `parts`: for each rank, the parts of checkpoints that the rank reports for its host.
+    """
     groups: dict[tuple[int, str, int], list[tuple[int, HostPart]]] = {}
     for rank, reported in enumerate(parts):
         for part in reported:
@@ -89,14 +93,18 @@ def combine(parts: Sequence[Sequence[HostPart]]) -> list[LocalCheckpoint]:
             sizes |= part.files
             for file in part.files:
                 owners[file] = (*owners.get(file, ()), rank)
-        # Each host misses files of others; no file may be missing on all of them.
+        # Each host lacks files. The checkpoint is complete if every such file is on another host.
         if all(part.missing <= owners.keys() for _, part in group):
             found.append(LocalCheckpoint(step, created, sizes, owners))
     return found
 
 
 def _parts(catalog: Catalog) -> Iterator[HostPart]:
-    """The parts on this host. Unreadable ones are left out."""
+    """For each checkpoint, yield the part that is on this host.
+
+    Leave out checkpoints that are marked as damaged, that cannot be read, or that no run can resume
+    from.
+    """
     try:
         folders, damaged = catalog.folders(), damaged_steps(catalog.store)
     except HoldfastError:
@@ -123,10 +131,10 @@ def _part(store: ReadStore, step: int, folder: str) -> HostPart | None:
 
 @dataclass(frozen=True, slots=True)
 class UnionStore:
-    """The folder of a host as if it had all files of one checkpoint: a `ReadStore`.
+    """A `ReadStore` that shows the folder of a host as if it had all files of one checkpoint.
 
-    Names and sizes are those of the whole checkpoint. Only files of this host, and parts that have
-    come from others, can be read.
+    It lists the names and sizes of the whole checkpoint. Only the files of this host, and the parts
+    that were fetched from other hosts, can be read.
     """
 
     beneath: ReadStore
@@ -135,10 +143,10 @@ class UnionStore:
 
     sizes: Mapping[str, int]
     fetched_to: str
-    """Folder of the files from other hosts."""
+    """Folder of the files that were fetched from other hosts."""
 
     fetched: set[str] = field(default_factory=set)
-    """Names of these files."""
+    """Names of the files that were fetched from other hosts, at least in part."""
 
     @property
     def url(self) -> str:
@@ -175,7 +183,10 @@ class UnionStore:
 
 
 class Fetching:
-    """A checkpoint that the hosts have together, and the parts of it that came to this host."""
+    """Local checkpoint of which this host may have only some files.
+
+    What a load on this rank needs from other files is fetched from the hosts that have them.
+    """
 
     def __init__(
         self, tier: LocalTier, found: LocalCheckpoint, ranks: Ranks, attempt: HiddenFolder
@@ -187,15 +198,18 @@ class Fetching:
         self.store: UnionStore = UnionStore(tier.catalog.store, name, found.files, str(attempt))
 
     def open(self) -> Opened:
-        """Open the checkpoint on rank 0, and send the manifest to the others. Collective."""
-        # Each rank reads the rows of its own tensors.
+        """Open the checkpoint on rank 0, and send its manifest to the other ranks. Collective."""
+        # Rank 0 reads all index files. The others read only the rows of their own tensors.
         index = INDEX_FILES if self._ranks.rank == 0 else (ROWS,)
         self._fetch({f: [(0, n)] for f, n in self._found.files.items() if f in index})
         name = step_name(self._found.step)
         return run_on_rank_0(self._ranks, lambda: open_in(self.store, name))
 
     def fetch(self, source: Source, wanted: Sequence[Wanted], values: Iterable[ValueEntry]) -> None:
-        """Fetch what this rank will read and its host does not have. Collective."""
+        """Fetch the data of `wanted` and `values` that this rank's host does not have. Collective.
+
+        `wanted`: tensors that this rank will read. `values`: entries of values that it will read.
+        """
         self._fetch(capture(lambda: _needed(source.manifest, wanted, values)))
 
     def _fetch(self, needed: Mapping[str, Sequence[Range]] | HoldfastError) -> None:
@@ -208,13 +222,16 @@ class Fetching:
             }
         plan = gather_and_run(self._ranks, needed, self._plan)
         transfer(plan, self._tier.catalog.store, self._ranks)
-        # A rank also reads what came to another rank of its host.
+        # A rank can also read the files that were fetched by another rank of its host.
         here = [item for item in plan if self._tier.hosts[item.target] == self._tier.host]
         self.store.fetched.update(item.target_key.rpartition("/")[2] for item in here)
 
     def _plan(self, needed: Sequence[Mapping[str, Sequence[Range]]]) -> list[Transfer]:
-        """The transfers, on rank 0: each byte once to each host. The hosts that have a file, and
-        the ranks of each, take turns to send."""
+        """Return the transfers of the ranges that each rank needs, given by file in `needed`.
+
+        Each byte is sent once to each host that needs it. The hosts that have a file, and the ranks
+        of each host, take turns to send. Called on rank 0.
+        """
         hosts, found = self._tier.hosts, self._found
         targets: dict[tuple[str, str], tuple[int, list[Range]]] = {}
         for rank, by_file in enumerate(needed):
@@ -235,7 +252,7 @@ class Fetching:
 def _needed(
     manifest: Manifest, wanted: Sequence[Wanted], values: Iterable[ValueEntry]
 ) -> dict[str, list[Range]]:
-    """The parts of files that hold some tensors and values, and the checksums of these files."""
+    """Return file -> ranges of bytes that hold the wanted tensors, the values and checksums."""
     needed: dict[str, list[Range]] = {}
     for want in wanted:
         entry = manifest.tensors[want.name]
@@ -252,7 +269,7 @@ def _needed(
 
 
 def merged(ranges: Iterable[Range]) -> list[Range]:
-    """Ranges in order, those with small gaps as one.
+    """Return the ranges in order. Merge those with at most `GAP_BYTES_MAX` bytes between them.
 
     >>> merged([(9, 12), (0, 4), (5_000_000, 5_000_001)])
     [(0, 12), (5000000, 5000001)]
@@ -268,9 +285,9 @@ def merged(ranges: Iterable[Range]) -> list[Range]:
 
 @contextmanager
 def fetching(tier: LocalTier, found: LocalCheckpoint, ranks: Ranks) -> Iterator[Fetching]:
-    """Context in which a checkpoint of the hosts can be read.
+    """Context in which a local checkpoint can be read of which this host may have only some files.
 
-    Collective: every rank enters and leaves it.
+    Collective: every rank enters and leaves the context.
     """
     attempt = ranks.broadcast(tier.attempt(f"fetched-{found.step}"))
     try:

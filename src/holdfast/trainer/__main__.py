@@ -20,8 +20,8 @@ def main(arguments: list[str]) -> int:
         return report(error)
     prepare_start(config, arguments)
     try:
-        # Here and not at the top, since importing torch takes seconds: `--help` and wrong settings
-        # are answered before.
+        # Not at the top, since importing torch takes seconds, and `--help` and errors in the
+        # settings do not need it.
         from holdfast.trainer.worker import work
     except ImportError as error:
         return report(not_installed(error, "training"))

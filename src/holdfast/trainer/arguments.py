@@ -1,7 +1,7 @@
 """Read a `Config` from a TOML file and the command line.
 
-The command line overrides the file, the file overrides the defaults. Both are read into the same
-nested dictionary, so one function checks a value from either source.
+The command line overrides the file, the file overrides the defaults. The values of the file and of
+the command line are collected by section and key, and the same function checks both.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read_config(arguments: Sequence[str]) -> Config:
 
 
 def _explicit_values(arguments: Sequence[str]) -> Values:
-    """Read the values on the command line and in the file, without the defaults."""
+    """Return only the values that the command line or the configuration file sets."""
     overrides = _from_command_line(arguments)
     file = overrides.get("job", {}).get("config_file")
     values = _from_file(Path(file)) if file is not None else {}
@@ -57,7 +57,7 @@ def _explicit_values(arguments: Sequence[str]) -> Values:
 
 
 def print_requested_help(arguments: Iterable[str], program: str) -> None:
-    """Print all settings with their defaults and raise `SystemExit`, if the arguments say so."""
+    """If the arguments ask for help, print all settings with defaults and raise `SystemExit`."""
     if not {"-h", "--help"} & {*arguments}:
         return
     import tyro
@@ -75,9 +75,10 @@ def print_requested_help(arguments: Iterable[str], program: str) -> None:
 
 
 def report(error: HoldfastError) -> int:
-    """Print an error in the settings on the first worker of each machine; return its exit status.
+    """Print an error in the settings on the first worker of each machine. Return the exit status.
 
-    All workers of a machine find the same error. Another machine may have other files.
+    All workers of a machine find the same error, so one prints it. Another machine has files of its
+    own, and may find another error.
     """
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         sys.stderr.write(f"error: {error}\n")
@@ -85,10 +86,10 @@ def report(error: HoldfastError) -> int:
 
 
 def prepare_start(config: Config, arguments: Sequence[str] = ()) -> None:
-    """Print which settings have no effect, and refresh the installed skills; on rank 0 only.
+    """Print which settings have no effect, and update the installed skills; on rank 0 only.
 
-    TorchTitan's settings for features that do not exist here have no effect, nor do the keys of
-    `[checkpoint]` if `enable` was forgotten.
+    TorchTitan's settings for features that do not exist here have no effect. The keys of
+    `[checkpoint]` have no effect if `enable` was forgotten.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -189,7 +190,8 @@ def _from_command_line(arguments: Sequence[str]) -> Values:
 
 
 def _take_words(rest: list[str], *, many: bool) -> list[str]:
-    """Remove the value after a flag, or all values if `many`, from the front of `rest`."""
+    """Remove the words before the next flag from the front of `rest`, and return them: all of them
+    if `many`, else at most one."""
     words: list[str] = []
     while rest and not rest[0].startswith("--") and (many or not words):
         words.append(rest.pop(0))
@@ -197,7 +199,8 @@ def _take_words(rest: list[str], *, many: bool) -> list[str]:
 
 
 def _parse_flag(name: str, flag: str) -> tuple[str, str, bool]:
-    """Return the section and key in a flag, and whether the key has the prefix `no-`."""
+    """Return the section and key in `name`, a flag without `--` and value, and whether the key has
+    the prefix `no-`. `flag`: the flag as error messages show it."""
     section, _, key = name.replace("-", "_").partition(".")
     if section not in _sections():
         flags = [f"{s}.{k}" for s in _sections() for k in _keys(s)]
@@ -225,14 +228,16 @@ def _unknown(what: str, name: str, known: Iterable[str], section: str = "") -> U
 
 
 def _from_toml(where: str, value: Any, hint: Any) -> Any:
-    """Convert a value in a file to type `hint`. A list may be text, as on the command line."""
+    """Convert a value in a file to type `hint`. A list may be written as on the command line.
+    `where`: name of the setting for error messages."""
     if isinstance(value, str) and is_list(members(hint)[0]):
         return _parsed(where, [value], hint)
     return fitted(where, value, hint)
 
 
 def _parsed(where: str, words: list[str], hint: Any) -> Any:
-    """Parse words of the command line as a value of type `hint`."""
+    """Parse words of the command line as a value of type `hint`. `where`: name of the setting for
+    error messages."""
     if hint is not (types := members(hint))[0]:
         if words[0].lower() == "none" and type(None) in get_args(hint):
             return None

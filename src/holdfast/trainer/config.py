@@ -1,7 +1,7 @@
 """The settings of a training run, under TorchTitan's sections and keys.
 
-Each class checks its values on construction. Nothing here imports torch, so that `--help` and
-wrong settings are answered at once.
+Each class checks its values on construction. This module does not import torch, so that
+`--help` and errors in the settings appear at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from holdfast.manager.config import CheckpointConfig
 @settings("job")
 @dataclass(frozen=True, slots=True)
 class JobConfig:
-    """Name of the run and folder for its files."""
+    """Folder, description and configuration file of the run."""
 
     dump_folder: str = "./outputs"
     """Folder for everything that the run writes, relative to the current directory."""
@@ -48,7 +48,8 @@ class ModelConfig:
     30B-A3B or 235B-A22B."""
 
     hf_assets_path: str | None = None
-    """Folder with a `tokenizer.json`; without that file each byte of text is a token."""
+    """Hugging Face folder with the `tokenizer.json` and `config.json` of the model. Without a
+    `tokenizer.json`, each byte of text is a token."""
 
     def __post_init__(self) -> None:
         known = MODELS[self.name]
@@ -107,7 +108,7 @@ class TrainingConfig:
         _not_negative("training.max_norm", self.max_norm)
 
     def batch_per_rank(self, dp_size: int) -> int:
-        """Return the sequences per step of each of `dp_size` data-parallel ranks."""
+        """Return how many sequences each of `dp_size` data-parallel ranks has per step."""
         if self.global_batch_size == -1:
             return self.local_batch_size
         unit = self.local_batch_size * dp_size
@@ -206,7 +207,7 @@ class ParallelismConfig:
     """Replicas of weights and optimizer state (HSDP; DDP if each replica is on one rank)."""
 
     data_parallel_shard_degree: int = -1
-    """Ranks over which each replica is sharded (FSDP2). -1: all that the other degrees leave."""
+    """Ranks over which each replica is sharded (FSDP2). -1: all ranks left by the others."""
 
     tensor_parallel_degree: int = 1
     """Ranks over which each matrix is sharded."""
@@ -239,7 +240,7 @@ class ParallelismConfig:
         return STAGES_PER_RANK[self.pipeline_parallel_schedule]
 
     def degrees(self, world_size: int) -> dict[str, int]:
-        """Return the degree of each mesh axis, outermost first, with -1 replaced.
+        """Return the degree of each mesh axis, outermost first; a degree of -1 is computed.
 
         Raises:
             UsageError: the product is not `world_size`.
@@ -251,7 +252,7 @@ class ParallelismConfig:
             return degrees
         nearest_degrees = min(
             _factorizations(world_size, len(requested)),
-            # Distance by ratio: 2 and 8 are equally far from 4. Any degree suits -1.
+            # Compare degrees by their ratio: 2 and 8 are equally far from 4. Any degree suits -1.
             key=lambda candidate: sum(
                 abs(math.log2(degree / wanted))
                 for degree, wanted in zip(candidate, requested.values(), strict=True)
@@ -308,7 +309,8 @@ class ActivationCheckpointConfig:
     """Recomputation of activations in the backward pass, which saves memory and costs time."""
 
     mode: Literal["none", "selective", "full"] = "none"
-    """full: recompute every layer from its input. selective: recompute part of that."""
+    """full: recompute every layer from its input. selective: recompute what
+    `selective_ac_option` selects."""
 
     selective_ac_option: str = "2"
     """Recomputation of mode selective. A number n: the whole of every n-th layer.
@@ -343,10 +345,10 @@ class Config:
     def check(self, world_size: int, flavor: Flavor | None = None) -> None:
         """Check that these settings can run on `world_size` workers.
 
-        `flavor` replaces that of the settings.
+        `flavor` replaces the flavor in the settings.
 
         Raises:
-            UsageError: they cannot, for the reason given.
+            UsageError: the settings do not fit. The message says why.
         """
         if self.checkpoint.create_seed_checkpoint and world_size != 1:
             keys = (*AXES.values(), "expert_parallel_degree")

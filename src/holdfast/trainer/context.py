@@ -1,7 +1,7 @@
-"""Context parallelism: each rank holds one slice of every sequence, attention spans all slices.
+"""Context parallelism: each rank holds one slice of every sequence; attention spans all slices.
 
-Gathers the keys and values of one layer at a time. torch's `context_parallel` needs less memory,
-since it passes them around a ring, but supports only the attention kernels of GPUs.
+Each layer gathers the keys and values of all slices. torch's `context_parallel` needs less memory,
+since it passes keys and values around a ring, but it supports only the attention kernels of GPUs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def sequence_slice(seq_len: int, index: int, degree: int) -> range:
 
 
 def context_parallel_attention(mesh: DeviceMesh) -> Attend:
-    """Return causal attention from this rank's queries to the keys of its own and earlier slices.
+    """Return a function that attends from this rank's queries to the keys of its own slice and of
+    all earlier slices.
 
-    Collective over `mesh`, forward and backward.
+    The function is collective over `mesh`, forward and backward.
     """
     group, index = mesh.get_group(), mesh.get_local_rank()
 

@@ -1,4 +1,4 @@
-"""Turn text into a token file, which all ranks and later runs share."""
+"""Turn text into a token file, which all ranks and later runs use."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ByteTokenizer:
     """Highest id plus one."""
 
     name = "bytes"
-    """Name that no tokenizer with other ids has."""
+    """Name of the tokenizer. Two tokenizers that encode a text differently have different names."""
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """Return the document's bytes between the tokens 256 and 257."""
+        """Return the bytes of `text` as token ids, between begin token 256 and end token 257."""
         ids = np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
         return np.concatenate(([256], ids, [257])).astype(np.uint16)
 
@@ -44,7 +44,7 @@ class FileTokenizer:
     """Tokenizer from a Hugging Face `tokenizer.json`."""
 
     def __init__(self, path: Path) -> None:
-        """Load the file."""
+        """Load the file `path`."""
         try:
             from tokenizers import Tokenizer as Loaded
         except ImportError:
@@ -59,7 +59,7 @@ class FileTokenizer:
         self.name: str = xxhash.xxh3_128_hexdigest(path.read_bytes())
 
     def encode(self, text: str) -> npt.NDArray[np.integer[Any]]:
-        """Return the ids, with the special tokens that the file specifies."""
+        """Return the token ids of `text`, with the special tokens that the file specifies."""
         return np.asarray(self._loaded.encode(text).ids, dtype=np.uint32)
 
 
@@ -67,7 +67,7 @@ Tokenizer = ByteTokenizer | FileTokenizer
 
 
 def open_tokenizer(hf_assets_path: str | None) -> Tokenizer:
-    """Return the tokenizer in `model.hf_assets_path`, else the `ByteTokenizer`."""
+    """Return the tokenizer in `model.hf_assets_path`; without one, the `ByteTokenizer`."""
     if hf_assets_path is None:
         return ByteTokenizer()
     folder = Path(hf_assets_path)
@@ -92,13 +92,13 @@ def open_tokens(config: Config, tokenizer: Tokenizer) -> Tokens:
     """Open the token file of the configured data set; write it first if there is none.
 
     Token files are in `tokens` below the dump folder. Their names are hashes of the tokenizer and
-    of the data files' names, sizes and modification times. Several processes may write one at once:
-    each writes a temporary file, and the last rename wins.
+    of the data files' names, sizes and modification times. Several processes may write the same
+    token file at once: each writes a temporary file, and the last rename wins.
 
     Raises:
         NotFoundError: there is no such data set.
         FormatError: the data set has no text, or its files are not text.
-        UsageError: a package that its files need is not installed.
+        UsageError: a package that the data set needs is not installed.
     """
     text = _open_text(config)
     key = xxhash.xxh3_128_hexdigest(f"{text.identity}\n{tokenizer.name}".encode())
@@ -124,7 +124,7 @@ def open_tokens(config: Config, tokenizer: Tokenizer) -> Tokens:
     info = {"count": count, "dtype": dtype.name, "fingerprint": digest.hexdigest()}
     temporary = info_file.with_suffix(f".json.{os.getpid()}")
     temporary.write_text(json.dumps(info))
-    # Last: the info file marks the token file as complete.
+    # Renamed last, since the info file marks the token file as complete.
     temporary.replace(info_file)
     if (tokens := _open_cached(ids_file, info_file)) is None:
         raise FormatError(f"`{text.name}` holds no text: 0 tokens")
@@ -148,7 +148,8 @@ class Text:
 
     name: str
     identity: str
-    """Key that changes with the names, sizes and times of the data files."""
+    """Text that changes with the names, sizes and times of the data files; for a data set on the
+    Hugging Face hub, its name."""
 
     documents: Callable[[], Iterator[str]]
     """Function that yields the documents in a fixed order."""
@@ -186,7 +187,7 @@ def _text_of_files(name: str, root: Path, paths: list[Path]) -> Text:
 
 
 def _file_documents(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield one document per .py or .txt file, line of a .jsonl and row of a .parquet."""
+    """Yield the documents: .py and .txt files, lines of .jsonl files, rows of .parquet files."""
     for path in paths:
         if path.suffix == ".jsonl":
             yield from _json_lines(path)
@@ -210,7 +211,8 @@ def _json_lines(path: Path) -> Iterator[str]:
 
 
 def _hub_documents(dataset: str) -> Iterator[str]:
-    """Yield the rows of the split `train` of `owner/name[:config]` while they are downloaded."""
+    """Yield the texts of a data set on the Hugging Face hub, `owner/name[:config]`, as they are
+    downloaded. Its split is `train`."""
     datasets = _import_datasets(f"`training.dataset` {dataset}")
     path, _, subset = dataset.partition(":")
     try:

@@ -1,8 +1,8 @@
 """Batches of tokens, in an order that does not depend on the number of ranks.
 
-The tokens are cut into samples of `seq_len + 1`. Each epoch visits all samples in a random order.
-A loader's only state is the number of samples that the run has taken, over all epochs, so a resume
-on any number of ranks continues with the next sample.
+The data is cut into samples of `seq_len + 1` tokens; neighbouring samples share one token. Each
+epoch visits all samples in a random order. A loader's only counter is the number of samples that
+the run has taken, over all epochs, so a resume on any number of ranks continues with the next one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from holdfast.trainer.corpus import Tokens
 
 @dataclass(kw_only=True, eq=False)
 class DataLoader:
-    """Iterator over one data-parallel rank's share of each step's samples, from the first one."""
+    """Iterator over batches: for each step, one data-parallel rank's share of the samples."""
 
     state_is_global: ClassVar[bool] = True
     """Whether every rank has the same state, so that any number of ranks can load it."""
@@ -64,10 +64,10 @@ class DataLoader:
         return {"position": self._position, **self._identity()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue after the samples that `state_dict` counts.
+        """Continue after the samples that `state_dict` counts as taken.
 
         Raises:
-            MismatchError: these are samples of other data, or in another order.
+            MismatchError: the state is of other data, or of another order of samples.
         """
         if differences := state_differences(state_dict, self._identity()):
             raise MismatchError(

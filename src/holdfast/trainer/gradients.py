@@ -28,7 +28,7 @@ class Gradients:
         batch_per_rank = config.training.batch_per_rank(parallel.dp_size)
         num_microbatches = batch_per_rank // self._local_batch_size
         cp_index, cp_degree = parallel.index("cp"), parallel.degree("cp")
-        # The loss of a step is the mean of this many means, each over equally many tokens.
+        # A step's loss is the mean of this many losses, each the mean over equally many tokens.
         self._num_losses = num_microbatches * parallel.dp_size * cp_degree
         self._positions = sequence_slice(config.training.seq_len, cp_index, cp_degree)
         self._pipeline: Pipeline | None = None
@@ -43,7 +43,8 @@ class Gradients:
             )
 
     def accumulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Return this rank's share of the step's mean loss; leave its gradients in the model.
+        """Return this rank's share of the step's mean loss. Add its gradients to the `grad` of
+        each weight.
 
         `inputs` and `labels` are whole sequences; a context-parallel rank uses its slice of them.
         `training.local_batch_size` sequences go through the model at a time. The sum of all ranks'
@@ -63,7 +64,8 @@ class Gradients:
         return total
 
     def _accumulate_alone(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Run the batches one by one through a model that is not split into pipeline stages."""
+        """Run forward and backward through a model without pipeline stages, `local_batch_size`
+        sequences at a time. Return this rank's share of the loss."""
         (model,) = self._stages
         total = torch.zeros((), device=self._parallel.device)
         size = self._local_batch_size
@@ -81,9 +83,9 @@ class Gradients:
 
 @contextmanager
 def loss_context(parallel: ParallelContext) -> Iterator[None]:
-    """Context for forward, loss and backward.
+    """Context for the forward pass, the loss and the backward pass.
 
-    With tensor parallelism the loss is computed from logits that stay sharded by vocabulary. On a
+    With tensor parallelism, the loss is computed from logits that stay sharded by vocabulary. On a
     GPU without FSDP, autocast computes in bfloat16, as FSDP's policy does.
     """
     kind = parallel.device.type

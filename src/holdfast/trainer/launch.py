@@ -31,7 +31,8 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvhost-ctrl-gpu")
 """Device files of GPU drivers: NVIDIA, WSL, AMD, Jetson."""
 
 GRACE_S = 10
-"""Seconds that workers get to end, beyond `checkpoint.stop_deadline_s`, before they are killed."""
+"""Seconds in which workers must end before they are killed, after another worker has failed. After
+a stop signal, `checkpoint.stop_deadline_s` is added."""
 
 PR_SET_PDEATHSIG = 1
 """Option of Linux' `prctl` (`sys/prctl.h`): signal to receive when the parent dies."""
@@ -54,14 +55,14 @@ def main(arguments: list[str]) -> int:
 
 
 class Workers:
-    """Forked workers, to which the launcher passes on its signals."""
+    """Forked worker processes, to which the launcher passes on the signals that it receives."""
 
     def __init__(self, config: Config, num_workers: int) -> None:
         """Fork the workers, which start at once."""
-        # Set before torch is imported, which reads it: one thread per core, over all workers.
+        # One thread per core, over all workers. torch reads this variable when it is imported.
         threads = max(1, len(os.sched_getaffinity(0)) // num_workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        # All workers are on this machine, whose hostname may resolve to another address.
+        # gloo would use the address of the hostname, which may not lead to this machine.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -72,11 +73,12 @@ class Workers:
         self._kill_after_s = int(config.checkpoint.stop_deadline_s) + GRACE_S
         self._ranks_by_pid: dict[int, int] = {}
         self._status: int | None = None
-        # A pipe with one byte. The first worker with an error reads it, so only that one reports.
+        # A pipe with one byte. The first worker that fails reads the byte. Only the worker that has
+        # read it may print its error.
         self._report_token, write_end = os.pipe()
         os.write(write_end, b"1")
         os.close(write_end)
-        # Bound before the workers learn the port, so that no other process can take it.
+        # Bound before the workers get the port, so that no other process can take the port.
         listener = socket.create_server(("127.0.0.1", 0), backlog=2 * num_workers)
         port = listener.getsockname()[1]
         for rank in range(num_workers):
@@ -126,9 +128,10 @@ class Workers:
         """Run worker `rank` in this forked process, then exit; never returns."""
         status = 1
         try:
-            # Out of the terminal's process group: the launcher passes ^C on, once, to all workers.
+            # Leave the terminal's process group, so that ^C does not come twice: the launcher
+            # passes it on.
             os.setpgid(0, 0)
-            # A shell starts background jobs with SIGINT ignored, and Python keeps that.
+            # A shell starts background jobs with SIGINT ignored. Python would go on ignoring it.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if sys.platform == "linux":
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -141,7 +144,7 @@ class Workers:
                 "LOCAL_WORLD_SIZE": str(self._num_workers),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-                # The launcher serves the store, so that it outlives rank 0.
+                # The launcher serves the store of torch.distributed, so that it outlives rank 0.
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
             from holdfast.trainer.worker import work
@@ -159,7 +162,7 @@ class Workers:
             os._exit(status)
 
     def _is_first_error(self) -> bool:
-        """Return True once over all processes of the run, then False."""
+        """Return True for the first call in any process of the run, False for all later calls."""
         return os.read(self._report_token, 1) == b"1"
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -171,7 +174,8 @@ class Workers:
         self._send(signal.SIGKILL)
 
     def _send(self, number: signal.Signals) -> None:
-        # These pids have not been waited for, so the system has not given them to other processes.
+        # The launcher has not yet waited for these processes, so the system cannot have given their
+        # pids to others.
         for pid in self._ranks_by_pid:
             os.kill(pid, number)
 
@@ -201,7 +205,7 @@ def _num_workers(config: Config) -> int:
                 )
             return count
     count = num_gpus or NUM_CPU_WORKERS
-    config.check(count)  # Raises where the settings fit no number of GPUs.
+    config.check(count)  # Raises an error if the settings do not fit.
     return count
 
 

@@ -39,7 +39,7 @@ class Metrics:
         self._last: MetricsRow | None = None
         self._board: SummaryWriter | None = None
         if config.enable_tensorboard and importlib.util.find_spec("tensorboard") is None:
-            # Every rank checks this, so that all of them stop.
+            # Checked on every rank, so that all ranks stop.
             raise UsageError(
                 "`metrics.enable_tensorboard` needs the package `tensorboard`, which is not "
                 "installed",
@@ -91,7 +91,7 @@ class Metrics:
 
 
 def with_timings(row: MetricsRow, timings: Timings) -> MetricsRow:
-    """Return the row with further saves and loads added."""
+    """Return `row` with the timings of saves and loads, and the number of failed saves, added."""
     return replace(
         row,
         saves=(*row.saves, *timings.saves),
@@ -101,7 +101,7 @@ def with_timings(row: MetricsRow, timings: Timings) -> MetricsRow:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return this process's peak memory on its device."""
+    """Return this process's peak memory on `device`, in bytes."""
     if device.type != "cpu":
         return accelerator.memory_bytes_max(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Decoder in the shape of Llama 3 or Qwen3, with Meta's names for its weights.
+"""Decoder with the architecture of Llama 3 or Qwen3, and Meta's names for its weights.
 
 A tensor's name ends in its shape, one letter per dim:
 
@@ -8,8 +8,8 @@ A tensor's name ends in its shape, one letter per dim:
     H  query heads                   K  key and value heads
     P  rotary pairs of a head, E / 2
 
-With tensor parallelism H, K and F, and T between the layers, are this rank's share. The code
-therefore takes all these counts from its tensors, never from the configuration.
+With tensor parallelism, H, K and F count only this rank's share. Between the layers, T does too.
+Therefore the code takes all these counts from its tensors, never from the configuration.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from holdfast.trainer.config import ActivationCheckpointConfig
 from holdfast.trainer.moe import MixtureOfExperts
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention of queries (BHTE) to keys and values (BKTE); the output is BHTE."""
+"""Function that computes attention from queries (BHTE), keys and values (BKTE); returns BHTE."""
 
 
 def checkpoint_function(
     config: ActivationCheckpointConfig, layer: int
 ) -> Callable[..., Tensor] | None:
-    """Return the function that runs a layer with recomputation; None for a layer without."""
+    """Return a function that runs the layer with index `layer` with activation checkpointing; None
+    if `config` selects none for this layer."""
     selective = config.mode == "selective"
     if selective and config.selective_ac_option == "op":
         # Matrix products and attention, the costly part of a layer, are not recomputed.
@@ -61,11 +62,11 @@ def _product_policy(_context: object, op: object, *_: object, **__: object) -> C
 class Transformer(nn.Module):
     """Decoder, or one pipeline stage of it.
 
-    Later stages take the hidden states (BTD) of the stage before them in place of tokens (BT).
+    The first stage takes tokens. Each later stage takes the hidden states of the stage before it.
     """
 
     rope: Tensor
-    """Rotary table, of shape TP2."""
+    """Cosine and sine for each position and each rotary pair of a head: see `rotary_table`."""
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class Transformer(nn.Module):
     ) -> None:
         """Build the stage of `layers` (default: all) for tokens at `positions` (default: all).
 
-        The stage with the first layer has the embedding, that with the last layer the output.
+        The stage with the first layer has the embedding, the stage with the last layer the output.
         """
         super().__init__()
         self.flavor = flavor
@@ -110,7 +111,7 @@ class Transformer(nn.Module):
         self.tie()
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Return the logits (BTV), or the hidden states (BTD) of a stage before the last."""
+        """Return the logits; in a stage before the last, the hidden states."""
         x_BTD = self.tok_embeddings(tokens_BT)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, self.rope)
@@ -127,7 +128,7 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def rope_table(self) -> Tensor:
-        """Compute the rotary table for `positions`, of shape TP2, on the current device."""
+        """Compute the rotary table for `positions` on the current device: see `rotary_table`."""
         table_TP2 = rotary_table(
             self.seq_len, self.flavor.head_dim, self.flavor.rope_theta, self.flavor.rope_scaling
         )
@@ -149,7 +150,8 @@ class TransformerBlock(nn.Module):
             self.moe: MixtureOfExperts = MixtureOfExperts(flavor.dim, flavor.experts)
 
     def forward(self, x_BTD: Tensor, rope_TP2: Tensor) -> Tensor:
-        # A wrapper module would change the names of the weights and wrap FSDP's hooks.
+        # Not torch's wrapper module for this, which would change the names of the weights and wrap
+        # FSDP's hooks.
         if self.checkpointed is not None and self.training:
             return self.checkpointed(self.compute, x_BTD, rope_TP2)
         return self.compute(x_BTD, rope_TP2)
@@ -200,12 +202,12 @@ class Attention(nn.Module):
 
 
 def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Compute causal attention, of shape BHTE."""
+    """Compute causal attention. The output has the shape of the queries."""
     return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=True)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: a gated projection from D to F and a projection back."""
+    """SwiGLU: a gated projection to the hidden width and a projection back."""
 
     def __init__(self, flavor: Flavor) -> None:
         super().__init__()
@@ -235,9 +237,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: Scaling | None) -> Tensor:
-    """Compute cosine and sine of `position * frequency`, of shape TP2, as transformers does.
+    """Compute cosine and sine of `position * frequency` for each position and each rotary pair of a
+    head, as transformers does. Shape: `(seq_len, head_dim / 2, 2)`.
 
-    A `DynamicScaling` depends on `seq_len`: a shorter sequence is rotated like one of that length.
+    With `DynamicScaling`, the frequencies depend on `seq_len`. Shorter sequences use the same
+    frequencies.
     """
     if isinstance(scaling, DynamicScaling):
         length = max(seq_len, scaling.original_seq_len) / scaling.original_seq_len
@@ -258,7 +262,8 @@ def rotary_table(seq_len: int, head_dim: int, theta: float, scaling: Scaling | N
 
 
 def _scale_frequencies(frequency_P: Tensor, scaling: Llama3Scaling) -> Tensor:
-    """Scale as Llama 3.1 does: divide low frequencies by `factor`, keep high ones, interpolate."""
+    """Scale rotary frequencies as Llama 3.1 does: divide low frequencies by `factor`, keep high
+    frequencies, and interpolate between the two."""
     turns_P = frequency_P * scaling.original_seq_len / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept_P = ((turns_P - low) / (high - low)).clamp(0, 1)
@@ -266,7 +271,8 @@ def _scale_frequencies(frequency_P: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def _kept_by_yarn(head_dim: int, theta: float, scaling: YarnScaling) -> Tensor:
-    """Return the share of each frequency that is kept: 1 for high ones, 0 for low ones."""
+    """Return the share of each rotary frequency that YaRN does not scale: 1 for high frequencies, 0
+    for low frequencies, a ramp between the two."""
 
     def index_of(num_turns: float) -> float:
         turns_per_radian = scaling.original_seq_len / (num_turns * 2 * math.pi)
@@ -283,7 +289,7 @@ def _kept_by_yarn(head_dim: int, theta: float, scaling: YarnScaling) -> Tensor:
 
 
 def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
-    """Rotate each head's pairs of neighbouring elements by the angle of their position.
+    """Rotate each head's pairs of neighbouring elements by the angles in the rotary table.
 
     The pairs are (0, 1), (2, 3), ..., as in Meta's weights. Hugging Face's copies of these weights
     pair the first half with the second, and permute the rows of `wq` and `wk` to match.
@@ -294,7 +300,7 @@ def rotate(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
 
 
 def rotate_halves(x_BTHE: Tensor, rope_TP2: Tensor) -> Tensor:
-    """Rotate each head's first half with its second by the angle of their position."""
+    """Rotate pairs of elements, one of each half of a head, by the angles in the rotary table."""
     first_BTHP, second_BTHP = x_BTHE.float().chunk(2, dim=-1)
     rotated = _rotate_pairs(first_BTHP, second_BTHP, rope_TP2)
     return torch.cat(rotated, dim=-1).type_as(x_BTHE)

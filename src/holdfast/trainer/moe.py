@@ -5,7 +5,7 @@ A tensor's name ends in its shape, with the letters of `model` and:
     N  tokens of all sequences        X  experts
     C  experts of each token          R  rows to compute: N x C, or as many as other ranks have sent
 
-There is no load-balancing loss: it would depend on which tokens share a batch.
+There is no load-balancing loss, since it would depend on which tokens share a batch.
 """
 
 from __future__ import annotations
@@ -77,17 +77,19 @@ class Experts(nn.Module):
         return self.num_experts // (1 if self.group is None else self.group.size())
 
     def apply_expert_parallel(self, mesh: DeviceMesh) -> None:
-        """Divide the experts evenly over the ranks of `mesh`, to which tokens are then sent."""
+        """Divide the experts evenly over the ranks of `mesh`. `forward` then sends each token to
+        the ranks that have its experts."""
         self.group = mesh.get_group()
         for name, weight in list(self.named_parameters()):
             sharded = distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None)
             setattr(self, name, nn.Parameter(sharded))
 
     def forward(self, x_RD: Tensor, count_X: Tensor) -> Tensor:
-        """Return each row's output of its expert.
+        """Return for each row of `x_RD` the output of its expert.
 
-        `x_RD` is sorted by expert, `count_X` is the number of rows of each. Collective over the
-        ranks that divide the experts, forward and backward.
+        A row is one token for one of its experts. The rows are sorted by expert; `count_X` has the
+        number of rows of each expert. Collective over the ranks that divide the experts, forward
+        and backward.
         """
         if self.group is None:
             return self._compute(x_RD, count_X.tolist())

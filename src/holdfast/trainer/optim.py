@@ -19,13 +19,13 @@ from holdfast.trainer.parallel import ParallelContext, local_shard
 def build_optimizers(
     stages: Sequence[nn.Module], config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
-    """Build one optimizer for each stage and each mesh of its weights.
+    """Build the optimizers: for each pipeline stage, one for each device mesh of its weights.
 
-    Experts have their own mesh, and no kernel takes tensors of several meshes at once.
+    Experts have their own mesh, and a kernel cannot take tensors of several meshes at once.
     """
     settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name != "SGD":
-        # Fused: the unfused loop spends most of its time dispatching on sharded weights.
+        # On sharded weights, the unfused loop spends most of its time on dispatch.
         settings |= {"betas": config.adam_betas, "eps": config.eps, "fused": True}
     optimizer_class = getattr(torch.optim, config.name)
     groups: dict[object, list[nn.Parameter]] = {}
@@ -60,10 +60,11 @@ def apply_schedules(schedulers: Sequence[LambdaLR]) -> None:
 
 
 def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
-    """Return the function from a step, counted from 0, to its factor of the learning rate.
+    """Return a function that maps a step, counted from 0, to the factor of its learning rate.
 
-    Linear warm-up, constant phase, decay. The factor of the first and of the last step is not 0, or
-    they would learn nothing.
+    The schedule has a linear warm-up, a constant phase and a decay. The factors of its first and
+    last step are above 0, since a step with factor 0 would learn nothing. `steps`: length of the
+    schedule if `total_steps` is None.
     """
     total = config.total_steps or steps
     warmup = min(config.warmup_steps, total)
@@ -91,7 +92,8 @@ def lr_curve(config: LRSchedulerConfig, steps: int) -> Callable[[int], float]:
 def clip_gradients(
     stages: Sequence[nn.Module], max_norm: float, parallel: ParallelContext
 ) -> Tensor:
-    """Clip all gradients to `max_norm` (0: no clipping); return their earlier norm. Collective."""
+    """Clip the norm of all gradients to `max_norm`; 0: do not clip. Return the norm before that.
+    Collective."""
     parameters = [p for stage in stages for p in stage.parameters()]
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = gradient_norm(gradients, parallel)
@@ -111,7 +113,7 @@ def gradient_norm(gradients: Sequence[Tensor], parallel: ParallelContext) -> Ten
     total = torch.zeros((), device=parallel.device)
     for gradient in gradients:
         local, num_replicas = local_shard(gradient)
-        # Divided, since each rank with a replica of this shard adds it to the sum.
+        # Divided, since each rank with a replica of this shard adds the same term to the sum.
         total += local.float().square().sum() / num_replicas
     if parallel.world_size > 1:
         dist.all_reduce(total)

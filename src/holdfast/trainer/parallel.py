@@ -37,7 +37,7 @@ from holdfast.trainer.pipeline import stages_of_rank
 from holdfast.trainer.weights import init_weights
 
 TIMEOUT = timedelta(minutes=10)
-"""Limit for all processes to connect, and for each collective."""
+"""Time limit for all processes to connect, and for each collective."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class ParallelContext:
     """Meshes from `build_meshes`; empty for a single process."""
 
     def mesh(self, *axes: str, keep_last: bool = False) -> DeviceMesh | None:
-        """Return the submesh of `axes` that contains this process; None if all have degree 1.
+        """Return the submesh of `axes` that contains this process; None if all axes have degree 1.
 
-        Leading axes of degree 1 are dropped. `keep_last` keeps the last axis all the same, unless
-        this is a single process.
+        Leading axes of degree 1 are dropped. `keep_last`: keep the last axis even if its degree is
+        1, unless there is a single process.
         """
         for mesh in self.meshes:
             if set(axes) <= set(mesh.mesh_dim_names or ()):
@@ -87,12 +87,13 @@ class ParallelContext:
 def build_meshes(
     degrees: Mapping[str, int], device: torch.device, ep: int
 ) -> tuple[DeviceMesh, ...]:
-    """Build the meshes of the weights, of the experts, and of the axes in `[parallelism]`.
+    """Build three meshes of all ranks: one for the weights, one for the weights of the experts, and
+    one with the axes in `[parallelism]`. A single process gets none. `ep`: expert-parallel degree.
 
-    Axis `fsdp` shards the weights over the ranks that divide the batch or the sequences. Experts
-    are divided over these and the tensor-parallel ranks, which hold different tokens too between
-    the layers: along `ep` ranks hold different experts, along `fsdp_of_experts` they shard the
-    weights of each expert. Collective.
+    Axis `fsdp` joins `dp_shard` and `cp`. The experts are divided over the ranks along `fsdp` and
+    `tp`, since ranks along `tp` too hold different tokens between the layers. Ranks along axis `ep`
+    hold different experts. Ranks along axis `fsdp_of_experts` shard the weights of the same
+    experts. Collective.
     """
     if math.prod(degrees.values()) == 1:
         return ()
@@ -107,7 +108,8 @@ def build_meshes(
 
 
 def connect() -> Store | None:
-    """Connect to the store that `torchrun` or `holdfast.trainer.launch` serves.
+    """Connect to the key-value store that the launcher, `torchrun` or `holdfast.trainer.launch`,
+    serves for `torch.distributed`.
 
     Returns None for a single process.
     """
@@ -151,7 +153,7 @@ def init_parallel(config: Config, store: Store | None) -> Iterator[ParallelConte
 
 
 def _absent_workers(store: Store, world_size: int, error: RuntimeError) -> RankError:
-    """Return the error about workers that have not joined, by rank."""
+    """Return an error that lists the ranks of workers that have not joined."""
     try:
         absent = [rank for rank in range(world_size) if not store.check([f"joined/{rank}"])]
     except RuntimeError:
@@ -178,7 +180,7 @@ def _device(local_rank: int, config: Config) -> torch.device:
 
 
 def _backends(device: torch.device) -> str:
-    """Backends of the process group, by kind of device."""
+    """Return the backends of the process group, by kind of device."""
     if device.type == "cpu":
         return "gloo"
     return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
@@ -189,7 +191,7 @@ def build_model(
 ) -> list[nn.Module]:
     """Build this process's stages of the model, with their initial weights.
 
-    `flavor` replaces that of the settings. Allocates only this process's shards.
+    `flavor` replaces the flavor in the settings. Only this process's shards are allocated.
     """
     flavor = flavor or config.model.shape
     stages: list[nn.Module] = []
@@ -222,7 +224,7 @@ def build_model(
 
 
 def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh) -> None:
-    """Shard every matrix over the ranks of `mesh`.
+    """Shard every matrix, except those of routers and experts, over the ranks of `mesh`.
 
     Between layers each rank holds a slice of the sequence: an all-gather precedes a layer's matrix
     products, and a reduce-scatter follows. The logits stay sharded by vocabulary, for
@@ -318,7 +320,8 @@ def apply_fsdp(model: Transformer, parallel: ParallelContext) -> None:
 
 
 def _expert_placement(experts: Experts, degree: int) -> Callable[[nn.Parameter], Shard]:
-    """Return how to shard a weight: by expert, or by rows if only rows divide evenly."""
+    """Return a function that selects the dim along which FSDP2 shards a weight over `degree` ranks:
+    dim 0 (experts), or dim 1 if dim 0 does not divide evenly and dim 1 does."""
     num_local = experts.num_local
 
     def placement(weight: nn.Parameter) -> Shard:
@@ -355,9 +358,10 @@ def local_shard(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def sum_over_data(value: Tensor, parallel: ParallelContext) -> float:
-    """Sum the ranks' shares of `value`, such as the loss, over all tokens. Collective.
+    """Return the sum of all ranks' shares of a value, such as the loss. Collective.
 
-    Tensor-parallel ranks hold the same share. In a pipeline only the last rank's is not 0.
+    Tensor-parallel ranks hold the same share, which counts once. In a pipeline, only ranks with the
+    last stage have a share other than 0.
     """
     if parallel.world_size == 1:
         return float(value.item())

@@ -14,7 +14,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 from holdfast.trainer.config import ParallelismConfig
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Loss of logits and labels."""
+"""Function that computes the loss from logits and labels."""
 
 
 def stages_of_rank(
@@ -42,7 +42,7 @@ class Pipeline:
         num_microbatches: int,
         loss: Loss,
     ) -> None:
-        """Build the schedule of `modules`, this rank's stages, for the pipeline's ranks `mesh`.
+        """Build the schedule of `modules`, the stages of this rank. `mesh`: ranks of the pipeline.
 
         `loss` is computed for each microbatch.
         """

@@ -1,4 +1,4 @@
-"""Values of the model to train, from the `config.json` of the folder that the run starts from."""
+"""The model to train, with the values in the `config.json` of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger: logging.Logger = logging.getLogger("holdfast.trainer")
 
 @dataclass(frozen=True, slots=True)
 class FollowedModel:
-    """Model of a run, as it is trained and as exports describe it."""
+    """Model of a run: its flavor for training, and its description for exports."""
 
     flavor: Flavor
     hf_model: HFModel
@@ -28,13 +28,14 @@ class FollowedModel:
 def followed_model(config: Config, vocab_size: int) -> FollowedModel:
     """Return the model of a run, with the values of the `config.json` that the run follows.
 
-    That is the one beside the weights that the run starts from, else the one in
-    `model.hf_assets_path`. A `config.json` in the latter may be of another model, if the folder is
-    used for its tokenizer only; then the flavor alone counts.
+    The run follows the `config.json` beside the Hugging Face weights that it starts from. If there
+    is none, it follows the `config.json` in `model.hf_assets_path`, unless that file describes
+    another model: the folder may be used only for its tokenizer. Without a `config.json` to follow,
+    the values are those of the flavor.
 
     Raises:
-        MismatchError: the native model has other values than the `config.json`, or the weights to
-            start from are of other sizes.
+        MismatchError: the native model cannot have the values of the `config.json`, or the weights
+            to start from are of another model.
     """
     assets, weights = config.model.hf_assets_path, None
     if config.checkpoint.enable and config.checkpoint.initial_load_in_hf:
@@ -68,7 +69,7 @@ class _OtherModelError(MismatchError):
 
 
 def _read(folder: str) -> dict[str, Any] | None:
-    """Return the `config.json` in a folder; None if there is none, or no folder."""
+    """Return the contents of `config.json` in a folder; None if there is no such file or folder."""
     try:
         return config_at(folder)
     except NotFoundError:
@@ -76,7 +77,12 @@ def _read(folder: str) -> dict[str, Any] | None:
 
 
 def _followed(config: Config, vocab_size: int, given: dict[str, Any], *, where: str) -> Flavor:
-    """Return the flavor with the values of a configuration of the same sizes."""
+    """Return the run's flavor with the values of the configuration `given`, such as `rope_theta`.
+
+    Raises:
+        _OtherModelError: `given` is of another family, or has other sizes than the flavor.
+        MismatchError: the native model cannot have one of the values.
+    """
     name, shape = config.model.name, config.model.shape
     if given.get("model_type") not in MODEL_TYPES[name]:
         raise _OtherModelError(
@@ -84,7 +90,8 @@ def _followed(config: Config, vocab_size: int, given: dict[str, Any], *, where: 
             f"expected: {' or '.join(MODEL_TYPES[name])}",
             hint="set `model.name` to the model of these weights",
         )
-    # Heads of another width and a tied head are values to follow, not other sizes.
+    # Whether weights are tied, and the width of heads, may differ from the flavor: `with_sizes`
+    # takes both from `given`.
     try:
         derived = config_of(name, with_sizes(shape, given), vocab_size)
         check_alike((derived, f"flavor {config.model.flavor}"), (given, where))

@@ -16,7 +16,7 @@ RENAMED = {
     ("debug", "deterministic"): ("training", "deterministic"),
     ("lr_scheduler", "lr_min"): ("lr_scheduler", "min_lr_factor"),
 }
-"""Holdfast's section and key, by TorchTitan's."""
+"""Section and key that Holdfast uses, by the section and key that TorchTitan uses."""
 
 WITHOUT_EFFECT = {
     **dict.fromkeys(("comm", "compile", "experimental", "fault_tolerance", "float8"), "*"),
@@ -44,10 +44,11 @@ WITHOUT_EFFECT = {
 
 
 def translate(tables: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Rename TorchTitan's keys to Holdfast's, and remove keys that have no effect.
+    """Rename TorchTitan's keys in `tables`, the sections of a TOML file, to Holdfast's keys. Leave
+    out the keys that have no effect.
 
-    Returns the tables, and the removed names as `[section]` or `section.key`. Unknown names stay in
-    the tables.
+    Returns the new tables, and the names that were left out as `[section]` or `section.key`.
+    Unknown names stay in the tables.
     """
     translated: dict[str, Any] = {}
     without_effect = []

@@ -99,14 +99,14 @@ class Run:
 
 
 def train(config: Config, parallel: ParallelContext) -> None:
-    """Train the configured model to its last step, resuming from the newest checkpoint.
+    """Train the configured model to the last step, resuming from the newest checkpoint.
 
     Collective.
 
     Raises:
         HoldfastError: on every rank, if the settings, the data or a checkpoint are unusable.
     """
-    # First: refuses URLs before the data set creates a folder named like one.
+    # First, so that a URL is refused before the data set creates a folder of that name.
     dump_folder, checkpoint_folder = _folders(config)
     if config.checkpoint.create_seed_checkpoint:
         create_seed(config, parallel)
@@ -119,7 +119,7 @@ def train(config: Config, parallel: ParallelContext) -> None:
         lr_schedulers=run.schedulers,
         dataloader=run.loader,
         states={"train_state": run.state},
-        # Without `enable` no other key has an effect, as `arguments.prepare_start` prints.
+        # Without `enable`, no other key has an effect: `arguments.prepare_start` has said so.
         config=config.checkpoint if config.checkpoint.enable else CheckpointConfig(),
         hub=run.published.hf_model,
     ) as manager:
@@ -146,16 +146,18 @@ def train(config: Config, parallel: ParallelContext) -> None:
 
 
 def _folders(config: Config) -> tuple[Path, str]:
-    """Return the folder of the run and that of its checkpoints."""
+    """Return the folder of the run and the folder of its checkpoints."""
     dump_folder = local_path(config.job.dump_folder)
     if is_url(config.checkpoint.folder):
         return Path(dump_folder), config.checkpoint.folder
-    local_path(config.checkpoint.folder or ".")  # Refuses `s3:/`, which joining would hide.
+    # Refuse a folder such as `s3:/` before it is joined to another, which would hide the error.
+    local_path(config.checkpoint.folder or ".")
     return Path(dump_folder), local_path(os.path.join(dump_folder, config.checkpoint.folder))  # noqa: PTH118 - keeps `//`
 
 
 def create_seed(config: Config, parallel: ParallelContext) -> None:
-    """Save the whole model's initial weights as the checkpoint of step 0, without any data."""
+    """Save the whole model's initial weights as the checkpoint of step 0. No training data is
+    needed."""
     tokenizer = open_tokenizer(config.model.hf_assets_path)
     vocab_size = _vocab_size(config, tokenizer)
     flavor = _published(config, parallel, vocab_size).flavor
@@ -167,9 +169,9 @@ def create_seed(config: Config, parallel: ParallelContext) -> None:
 
 
 def take_steps(run: Run, manager: CheckpointManager, metrics: Metrics, *, first: int) -> None:
-    """Train from step `first` to the last, with metrics and checkpoints. Collective."""
+    """Take the steps after step `first` to the last, with metrics and checkpoints. Collective."""
     config, parallel, step = run.config, run.parallel, first
-    # Start, tokens and total wait for saves of the steps since the previous row.
+    # Time of the previous row of metrics, tokens since then, and `manager.blocked_s` at that time.
     started, tokens, blocked_s = time.perf_counter(), 0, 0.0
     try:
         while step < config.training.steps:
@@ -214,9 +216,10 @@ def _saved_metrics(loss: torch.Tensor, parallel: ParallelContext) -> dict[str, f
 
 
 def is_finished(config: Config, step: int | None) -> bool:
-    """Tell, and log, whether an earlier run has reached `training.steps`.
+    """Return whether an earlier run has reached `training.steps`, and log it if so.
 
-    `step` is the last step of that run, None if it is unknown.
+    `step` is the last step of that run; None if it is unknown. If `load_step` selects a step before
+    `training.steps`, the run trains from there, and this returns False.
     """
     steps = config.training.steps
     if step is None or step < steps or 0 <= config.checkpoint.load_step < steps:
@@ -235,7 +238,8 @@ def _seed(config: Config) -> None:
 
 
 def _open_data(config: Config, parallel: ParallelContext) -> tuple[Tokenizer, Tokens]:
-    """Open the data: on rank 0 first, which may write the token file. Collective."""
+    """Open tokenizer and tokens, on rank 0 first: it writes the token file if there is none.
+    Collective."""
     opened, failure = None, None
     if parallel.rank == 0:
         try:
@@ -252,8 +256,8 @@ def _tokenizer_and_tokens(config: Config) -> tuple[Tokenizer, Tokens]:
 
 
 def _published(config: Config, parallel: ParallelContext, vocab_size: int) -> FollowedModel:
-    """Return the model to train, checked against the number of workers again if its heads differ
-    from the flavor's."""
+    """Return the model to train. Check the settings again with the model's flavor, since the
+    `config.json` that the model follows may tie weights, which a pipeline does not support."""
     published = followed_model(config, vocab_size)
     config.check(parallel.world_size, published.flavor)
     return published

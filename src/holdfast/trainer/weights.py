@@ -34,7 +34,7 @@ def init_weights(model: Transformer, seed: int) -> None:
             # The scale of a norm.
             parameter.fill_(1.0)
             continue
-        # Outputs added to the residual stream start smaller, or it would grow with depth.
+        # Smaller for layers that add to the residual stream, which would otherwise grow with depth.
         residual = name.endswith(("attention.wo.weight", "feed_forward.w2.weight", "experts.w2"))
         std = STD / math.sqrt(2 * model.flavor.num_layers) if residual else STD
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -50,7 +50,9 @@ def init_weights(model: Transformer, seed: int) -> None:
 def _draw(
     local: Tensor, indices: Sequence[Tensor], shape: Sequence[int], key: str, std: float
 ) -> None:
-    """Fill `local`, the rows and columns `indices` of a matrix of `shape`."""
+    """Fill `local`, which holds the rows and columns `indices` of a matrix of `shape`, with random
+    numbers of normal distribution. `std`: standard deviation. `key`: text from which the seeds
+    are made."""
     (rows, columns), (num_rows, num_columns) = indices, shape
     band_rows = max(1, BAND_ELEMENTS // num_columns)
     for band in sorted(set((rows // band_rows).tolist())):
@@ -64,13 +66,13 @@ def _draw(
 
 
 def _local_indices(parameter: Tensor, dim: int) -> Tensor:
-    """Return the indices along `dim` of the elements on this rank."""
+    """Return the indices along `dim` of the elements of `parameter` that this rank holds."""
     shape = [1] * parameter.dim()
     shape[dim] = -1
     indices = torch.arange(parameter.shape[dim])
     if not isinstance(parameter, DTensor):
         return indices
-    # Sharding the indices like the weight gives the local ones, also where shards are uneven.
+    # Sharding the indices like the weight gives the local indices, even if shards are uneven.
     placements = [
         placement if getattr(placement, "dim", None) == dim else Replicate()
         for placement in parameter.placements

@@ -20,15 +20,15 @@ from holdfast.trainer.train import train
 
 COLLATERAL_S = 0.5
 """Seconds that a failed worker waits before it exits. If another worker failed first, the launcher
-kills this one meanwhile, so that its message does not hide the cause."""
+kills the waiting one meanwhile, so that its error does not hide the first error."""
 
 
 def work(config: Config, is_first_error: Callable[[], bool] | None = None) -> int:
     """Train as one worker of the run, and return the exit status. Collective.
 
-    Only the first worker that fails prints its error. `is_first_error` returns whether this one is;
-    by default the workers find that out through the store. `LOG_RANK` in the environment lists the
-    ranks that log, comma-separated (default: 0).
+    Only the first worker that fails prints its error. `is_first_error` returns whether this worker
+    is the first; by default, the store of the process group decides. `LOG_RANK` in the environment
+    lists the ranks that log, comma-separated (default: 0).
     """
     rank = os.environ.get("RANK", "0")
     set_up_log(rank in os.environ.get("LOG_RANK", "0").replace(" ", "").split(","))
@@ -97,7 +97,7 @@ def set_up_log(enabled: bool) -> None:
 
 
 def _is_first_in_store(store: Store | None) -> bool:
-    """Return True on the first rank that calls this, as far as the store can tell."""
+    """Return whether this rank is the first to call this function, as far as `store` can tell."""
     if store is None:
         # A single process, or one that could not connect. Two messages are better than none.
         return True

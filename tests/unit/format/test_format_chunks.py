@@ -156,7 +156,7 @@ def test_a_rank_reads_few_blocks_of_each_tensor(dim: int) -> None:
         assert sum(blocks) <= num_tensors * BLOCK_BYTES * (3 if dim == 0 else 5)
 
 
-def test_the_head_does_not_grow_with_the_number_of_ranks() -> None:
+def test_the_manifest_does_not_grow_with_the_number_of_ranks() -> None:
     """G13. Method: the bytes that a load sends to each rank, for 64 and for 2,048 ranks."""
     sent = [len(pickle.dumps(opened(*even_shards(size, 50, 0)))) for size in (64, 2048)]
     assert sent[1] < sent[0] + 500

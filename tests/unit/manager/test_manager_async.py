@@ -193,7 +193,7 @@ def pending_of(catalog: Catalog) -> Pending:
 
 
 @pytest.mark.parametrize("policy", ["raise", "wait"])
-def test_without_memory_for_a_snapshot_save_raises_or_waits(
+def test_save_raises_or_waits_if_a_snapshot_does_not_fit(
     tmp_path: Path, policy: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """G13: the needed and the free memory are logged before the copy; `on_low_memory` decides what

@@ -146,7 +146,7 @@ def test_the_first_save_finds_its_memory(
     assert torch.isfinite(saved.read("weight")).all()
 
 
-def test_the_memory_of_all_ranks_on_a_host_is_bounded_ahead(
+def test_the_memory_of_all_ranks_on_a_host_is_limited_before_the_save(
     on_device: FakeAccelerator,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,5 +1,5 @@
-"""All families, one table each. Other packages add theirs by the entry point `holdfast.families`,
-or by `register_family`."""
+"""All families, with one table each. Other packages add families by the entry point
+`holdfast.families`, or by `register_family`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 GROUP = "holdfast.families"
-"""Entry points of other packages. The name of each is a `model_type`, its object a `Family`."""
+"""Group of the entry points by which other packages add families. The name of an entry point is a
+`model_type`, its object a `Family`."""
 
 _OTHER_HEAD = re.compile(r"(?<!LMHead)Model|\w+For(?!CausalLM|ConditionalGeneration)\w+")
-"""Classes of transformers without the tensors of a language model's head, or with another head."""
+"""Pattern for classes of transformers that have no language model's head, or another head."""
 
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
@@ -41,7 +42,7 @@ def register_family(family: Family) -> None:
     """Add a family to those of this process.
 
     Raises:
-        UsageError: this is no `Family`, or one of its model types has a family already.
+        UsageError: `family` is not a `Family`, or one of its model types has a family already.
     """
     if not isinstance(family, Family):
         raise UsageError(f"`family` must be a `Family`, found: {shortened(family)}")
@@ -57,8 +58,8 @@ def register_family(family: Family) -> None:
 def table_of(config: Config) -> Family | None:
     """Return the family whose table describes the tensors of a configuration.
 
-    None: no table has its model type; or its `architectures` names a class without the head of a
-    language model, such as a classifier. Such tensors keep the names that they have.
+    None: no family has the model type, or `architectures` names a class without a language model's
+    head, such as a classifier. The tensors then keep their names.
     """
     classes = config.get("architectures")
     first = classes[0] if isinstance(classes, list) and classes else None
@@ -89,7 +90,7 @@ def family_of(config: Config, *, where: str) -> Family:
 def _registered(config: Config) -> Family | None:
     model_type = str(config.get("model_type"))
     if model_type not in _BY_TYPE:
-        # Looked up only now, since reading the metadata of all packages takes long.
+        # Search other packages only now, since reading the metadata of all packages takes long.
         for entry_point in entry_points(group=GROUP, name=model_type):
             register_family(entry_point.load())
     return _BY_TYPE.get(model_type)

@@ -1,4 +1,5 @@
-"""Rows shared by many families. `holdfast.hf.family.decoder_axes` explains the letters."""
+"""Relations that many families share. `holdfast.hf.family.decoder_axes` explains the letters of the
+axes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from holdfast.tensors.relation import Relation, table
 
 
 def block(rows: str, layers: str = "l") -> tuple[Relation, ...]:
-    """Return the rows of every layer in the axis `layers`."""
+    """Parse the lines of a table of relations that apply to every layer on an axis. `layers`: name
+    of this axis, such as `l` for all layers, or `sparse` for those with experts."""
     return table(rows, f"layers.{{{layers}}}.", f"model.layers.{{{layers}}}.")
 
 
@@ -64,9 +66,10 @@ EXPERTS_FUSED = """
 
 
 def experts(config: Config, layers: str) -> tuple[Relation, ...]:
-    """Return the expert rows of every layer in the axis `layers`, fused if the checkpoint's are."""
+    """Return the relations of the experts of every layer in the axis `layers`. If `fused_experts`
+    is true in `config`, one Hugging Face tensor has all experts of a layer."""
     return block(EXPERTS_FUSED if config.get(FUSED_EXPERTS) else EXPERTS, layers)
 
 
 DENSE = (*ENDS, *NORMS, *block(FEED_FORWARD))
-"""Rows of a dense model, without its attention."""
+"""Relations of a model without experts, except those of its attention."""

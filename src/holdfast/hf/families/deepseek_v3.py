@@ -1,8 +1,8 @@
 """DeepSeek V2, V3 and R1: attention through low-rank latents, and experts after a few dense layers.
 
-Letters besides `decoder_axes`: a rank of the query latent, c rank of the key-value latent, p that
-latent and the rotary part of the keys; y one query head, z one head of keys and values, w one head
-of values; n shared experts.
+Axes besides `decoder_axes`: `a` rank of the query latent; `c` rank of the key-value latent; `p` the
+key-value latent and the rotary part of the keys; `y` one query head; `z` one head of keys (without
+their rotary part) and values; `w` one head of values; `n` shared experts.
 """
 
 from __future__ import annotations

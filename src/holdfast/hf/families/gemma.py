@@ -1,6 +1,6 @@
 """Gemma 2 and 3: norms before and after attention and feed-forward.
 
-Norm weights are stored minus one, as Hugging Face has them.
+Native norm weights are stored minus one, like those of Hugging Face.
 """
 
 from __future__ import annotations

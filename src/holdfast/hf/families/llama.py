@@ -1,7 +1,8 @@
 """Llama 2, 3, 3.1, 3.2 and 3.3, and Mistral.
 
-Rotary embeddings rotate pairs of rows in each head. Meta pairs adjacent rows, Hugging Face row i
-with row i + x/2, so the rows of `wq` and `wk` are permuted within each head.
+Rotary embeddings rotate pairs of rows in each head. Meta pairs adjacent rows. Hugging Face pairs
+row i with row i + x/2. So the two have the rows of `wq` and `wk` in different orders within each
+head.
 """
 
 from __future__ import annotations
