@@ -348,7 +348,8 @@ def _deletion(path: str) -> str | None:
 
 
 def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
-    """Yield a problem for each folder that resumes and retention ignore because of its name.
+    """Yield a problem for each folder that is ignored because of its name, by resumes and by
+    retention.
 
     Sealed folders, and other folders of checkpoints, are left out.
     """

@@ -166,7 +166,8 @@ def _config(folder: _Folder) -> Iterator[str]:
 
 
 def _dtype(folder: _Folder, config: Config) -> Iterator[str]:
-    """Yield one line, a mistake, if `config.json` states another dtype than most weights have."""
+    """Yield a line that describes the mistake, if `config.json` states another dtype than that of
+    most weights."""
     text = config.get("text_config")
     places = [config, text] if isinstance(text, dict) else [config]
     declared = next((p[k] for p in places for k in ("dtype", "torch_dtype") if p.get(k)), None)

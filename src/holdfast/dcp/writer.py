@@ -226,8 +226,8 @@ class _Attempt:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the save of this attempt has ended: the thread that began it has ended, or calls
-        this because it is about to begin another save."""
+        """Whether the save of this attempt has ended. It has, if the thread that began it no longer
+        runs, or if the same thread is asking: a thread asks only before its next save."""
         return self._thread is threading.current_thread() or not self._thread.is_alive()
 
     @classmethod

@@ -230,8 +230,8 @@ class BucketLeases:
                 "If-Match": partial(self._bucket.put_over, probe, b"3", first),
             }
             for condition, put in conditions.items():
-                # Without an answer it is safe to try again: a store that obeys the condition has
-                # refused the put, and has not changed anything.
+                # The conditions of these puts are false, so a store that obeys them refuses each
+                # put and changes nothing. Therefore it is safe to try again without an answer.
                 if until_answered(partial(_takes, put), _TRIES):
                     raise UsageError(
                         f"`{self._bucket.url}`: this store ignores the condition `{condition}` of "

@@ -146,7 +146,7 @@ class Holder:
 
 
 @pytest.mark.parametrize("where", ["states", "inside of an object", "container"])
-def test_an_optimizer_waits_wherever_it_is_in_the_state(
+def test_an_optimizer_anywhere_in_the_state_waits_for_staging(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G15. Method: a second model and its optimizer are in `states`, in an object there, or in an

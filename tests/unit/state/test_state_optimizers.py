@@ -282,7 +282,7 @@ def test_an_8_bit_optimizer_with_tensor_subclasses_is_restored() -> None:
     round_trip({"model": model, "optimizer": optimizer}, fresh={"model": fresh, "optimizer": again})
 
 
-def test_added_options_and_state_of_no_parameter_are_restored() -> None:
+def test_added_options_and_state_without_a_parameter_are_restored() -> None:
     """G15. Method: options of all kinds; state that belongs to no parameter; numbers, None, texts
     and lists in slots; slots under numbers; an empty slot; a group without parameters."""
     model = nn.Linear(2, 2)

@@ -68,7 +68,9 @@ def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def test_one_optimizer_of_several_modules_has_their_paths_in_its_names(tmp_path: Path) -> None:
+def test_names_in_an_optimizer_of_several_modules_have_the_paths_of_the_modules(
+    tmp_path: Path,
+) -> None:
     """G15. Method: a generator and a critic whose parameters have the same names, in a dict and in
     a list; loaded with the parameters in another order. Optimizers of one module each use names
     without a prefix."""

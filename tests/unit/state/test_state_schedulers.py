@@ -58,7 +58,7 @@ def made(count: int) -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning")
-def test_different_schedulers_load_only_into_the_same_number(tmp_path: Path) -> None:
+def test_different_schedulers_load_only_into_as_many_schedulers(tmp_path: Path) -> None:
     """G15. Method: two of torch's; one and three are listed as a mismatch, nothing changes; stock
     DCP reads the same names."""
     two = made(2)
