@@ -26,7 +26,7 @@ from holdfast.catalog.paths import open_parent
 from holdfast.catalog.source import Source, read_value
 from holdfast.catalog.steady import UNREADABLE
 from holdfast.dcp.values import for_planner
-from holdfast.errors import MismatchError, NotFoundError, UsageError
+from holdfast.errors import HoldfastError, MismatchError, NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
 from holdfast.loading.read import Wanted, read_tensors
@@ -62,6 +62,8 @@ class Reader(StorageReader):
             self._path = os.path.abspath(self._path)  # noqa: PTH100 - links stay links
         self._threads = threads
         self._opened: tuple[ReadStore, Opened] | None = None
+        self._error: HoldfastError | None = None
+        """Error of `read_metadata`, until `set_up_storage_reader` has raised it."""
 
     @property
     def checkpoint_id(self) -> str:
@@ -75,27 +77,39 @@ class Reader(StorageReader):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Prepare for the next load, from the path `checkpoint_id` if there is one."""
-        self._opened = None
+        self._opened = self._error = None
         if checkpoint_id is not None:
             self._path = checked_path(checkpoint_id, "checkpoint_id")
 
-    def read_metadata(self) -> Metadata:
+    def read_metadata(self, **kwargs: Any) -> Metadata:
         """Read the index, on every rank, without unpickling anything.
+
+        If this fails, a load of DCP hides the error and calls this again with `rank`. The second
+        call returns no entries, and `set_up_storage_reader`, which DCP calls next, raises the error
+        of the first.
 
         Raises:
             NotFoundError: there is no checkpoint at the path.
             DamagedError: files are missing, or have another size than the manifest says.
             FormatError: the index cannot be read.
         """
-        with gc_paused():
-            store, name = open_parent(self._path)
-            self._opened = store, open_in(store, name)
-            return _metadata(self._opened[1].manifest, self._path)
+        if "rank" in kwargs and self._error is not None:
+            return _metadata(Manifest({}, {}), self._path)
+        self._error = None
+        try:
+            with gc_paused():
+                store, name = open_parent(self._path)
+                self._opened = store, open_in(store, name)
+                return _metadata(self._opened[1].manifest, self._path)
+        except HoldfastError as error:
+            self._error = error
+            raise
 
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        """Do nothing: `read_metadata` has opened the checkpoint."""
+    def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
+        """Raise the error of `read_metadata`, if it has failed."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Add to the plan the fingerprint of the checkpoint that this rank has opened, which

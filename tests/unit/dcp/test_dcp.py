@@ -184,11 +184,18 @@ def test_damage_is_named(tmp_path: Path) -> None:
         loaded(state, Reader(tmp_path / "a"))
     data = file.read_bytes()
     file.write_bytes(data[:-1000])
-    with pytest.raises(CheckpointException, match="is damaged"):
-        loaded(state, Reader(tmp_path / "a"))
+    reader = Reader(tmp_path / "a")
+    with pytest.raises(CheckpointException, match="is damaged") as raised:
+        loaded(state, reader)
+    assert isinstance(raised.value.failures[0][0], holdfast.DamagedError)
+    with pytest.raises(holdfast.DamagedError):
+        reader.read_metadata()
     file.unlink()
     with pytest.raises(CheckpointException, match=r"__0_0.distcp"):
-        loaded(state, Reader(tmp_path / "a"))
+        loaded(state, reader)
+    file.write_bytes(data)
+    flip(file, chunk.data_offset + 300_000)
+    loaded(state, reader)
 
 
 class Bomb:
