@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks import gpu
 
 
@@ -31,12 +32,14 @@ def test_the_benchmark_of_an_accelerator_runs_on_the_cpu(
     assert "| device to host, pageable |" in page
     figures = stored["figures"]
     assert "holdfast, async_with_pinned_mem" in figures
-    assert "dcp.async_save, pinned" in figures
+    # A torch for CUDA cannot pin memory without a GPU: the benchmark leaves this system out.
+    pins = torch.version.cuda is None or torch.cuda.is_available()
+    assert ("dcp.async_save, pinned" in figures) == pins
     (ours,) = figures["holdfast, async_with_pinned_mem"]
     assert 0 < ours["blocked_s"] <= ours["durable_s"]
     assert ours["copy_gb_per_s"] > 0
     for plot in ("gpu-blocked_s.svg", "gpu-lost_s.svg"):
-        assert "dcp.async_save, pinned" in (tmp_path / "out" / plot).read_text()
+        assert ("dcp.async_save, pinned" in (tmp_path / "out" / plot).read_text()) == pins
     assert not [*(tmp_path / "disk").iterdir()]
     assert "holdfast, async_with_pinned_mem: first_blocked_s" in capsys.readouterr().out
 
