@@ -106,6 +106,7 @@ def train_by_trainer(
     limit: int | None = None,
     dies: bool = False,
     kind: str = "trainer",
+    sharded: bool = False,
     result: str | None = None,
     **options: Any,
 ) -> None:
@@ -113,7 +114,7 @@ def train_by_trainer(
 
     `plain`: without Holdfast. `kill`: name of the file at whose `times`-th opening to die.
     `limit`: largest file that steps 3 and 4 may write; `dies`: the process is killed there.
-    `result`: file for the final weights.
+    `sharded`: by FSDP2. `result`: file for the final weights.
     """
     import torch
     import transformers
@@ -167,6 +168,9 @@ def train_by_trainer(
 
     args = settings_class(**settings)
     trainer = cls(model=model, args=args, callbacks=[Watch()], **arguments)
+    if sharded:
+        shard_on_cpu(trainer.accelerator)
+        trainer.is_fsdp_enabled = True
     trainer.train(resume_from_checkpoint=resume)
     if result is not None:
         keep_weights(trainer.accelerator.unwrap_model(trainer.model), result)
@@ -227,11 +231,12 @@ def train_by_accelerate(
     dies: bool = False,
     total_limit: int | None = None,
     named: bool = True,
+    sharded: bool = False,
     result: str | None = None,
 ) -> None:
     """A loop with Accelerate that saves after every 4 steps.
 
-    `named`: automatic names. `resume`: True for `load_state()`, or a path.
+    `named`: automatic names. `resume`: True for `load_state()`, or a path. `sharded`: by FSDP2.
     """
     import accelerate
     import torch
@@ -243,6 +248,8 @@ def train_by_accelerate(
         project_dir=out, automatic_checkpoint_naming=named, total_limit=total_limit
     )
     accelerator: Any = accelerate.Accelerator(cpu=True, project_config=project)
+    if sharded:
+        shard_on_cpu(accelerator)
     if not plain:
         accelerator = holdfast.hosts.accelerate.prepare(accelerator, folder=None if named else out)
     torch.manual_seed(0)
@@ -270,6 +277,23 @@ def train_by_accelerate(
         accelerator.save_state(*([] if named else [f"{out}/epoch_{done.saves}"]))
     if result is not None:
         keep_weights(accelerator.unwrap_model(model), result)
+
+
+def shard_on_cpu(accelerator: Any) -> None:
+    """Let Accelerate shard models by FSDP2, which it otherwise does on accelerators only."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="no_wrap",
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    # Accelerate copies these members into every new state.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
 
 
 class _Done:

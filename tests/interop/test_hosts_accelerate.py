@@ -1,5 +1,5 @@
-"""Accelerate with Holdfast: killed, damaged and resumed, on real files, as one process and with
-DDP. FSDP2 is not here: without an accelerator, Accelerate ignores `fsdp_plugin`, and uses DDP."""
+"""Accelerate with Holdfast: killed, damaged and resumed, on real files, as one process, with DDP,
+and with FSDP2, which `shard_on_cpu` of host_runs.py makes Accelerate use without an accelerator."""
 
 from __future__ import annotations
 
@@ -53,7 +53,11 @@ NAMES = ["checkpoint_0", "checkpoint_1", "checkpoint_2"]
 KINDS: dict[str, dict[str, Any]] = {
     "one": {},
     "ddp": {"ranks": 2},
+    "fsdp2": {"ranks": 2, "sharded": True},
 }
+
+OPTIMIZER = {"fsdp2": "optimizer_0/__0_0.distcp"}
+"""File of the optimizer, where it is not `optimizer.bin`."""
 
 POINTS: dict[str, list[dict[str, Any]]] = {
     "one": [
@@ -63,6 +67,10 @@ POINTS: dict[str, list[dict[str, Any]]] = {
         {"limit": 4_000, "dies": True},
     ],
     "ddp": [{"limit": 4_000, "dies": True, "rank_killed": 1}],
+    "fsdp2": [
+        {"limit": 4_000, "dies": True, "rank_killed": 1},
+        {"kill": "holdfast.seal", "times": 2},
+    ],
 }
 """Where the second save is killed."""
 
@@ -81,11 +89,11 @@ def test_killed_damaged_and_resumed(tmp_path: Path, kind: str) -> None:
         out = tmp_path / str(number)
         commands += [train(out=out, **point, **options)]
         commands += [train(out=out, resume=True, result=tmp_path / f"{number}.pt", **options)]
-    copy = tmp_path / "copy"
+    copy, optimizer = tmp_path / "copy", OPTIMIZER.get(kind, "optimizer.bin")
     commands += [
         copied(safe, copy),
-        damaged(copy / "checkpoints/checkpoint_2/optimizer.bin", "flipped"),
-        damaged(copy / "checkpoints/checkpoint_1/optimizer.bin", "torn"),
+        damaged(copy / "checkpoints/checkpoint_2" / optimizer, "flipped"),
+        damaged(copy / "checkpoints/checkpoint_1" / optimizer, "torn"),
         train(out=copy, resume=True, result=tmp_path / "damaged.pt", **options),
     ]
     statuses = run_commands(*commands)

@@ -224,10 +224,16 @@ def test_only_the_model(tmp_path: Path) -> None:
     assert {"model.safetensors", "trainer_state.json", "holdfast.seal"} <= names
 
 
-def test_two_processes_killed_damaged_and_resumed(tmp_path: Path) -> None:
-    """DDP. Rank 1 dies in the middle of its file, and a file is damaged: the run resumes to the
-    same bits. FSDP2 is not here: without an accelerator, Accelerate ignores it, and uses DDP."""
-    options = {"ranks": 2}
+@pytest.mark.parametrize(
+    ("sharded", "optimizer"), [(False, "optimizer.pt"), (True, "optimizer_0/__0_0.distcp")]
+)
+def test_two_processes_killed_damaged_and_resumed(
+    tmp_path: Path, sharded: bool, optimizer: str
+) -> None:
+    """DDP, and FSDP2, which `shard_on_cpu` of host_runs.py makes Accelerate use without an
+    accelerator. Rank 1 dies in the middle of its file, and a file is damaged: the run resumes to
+    the same bits."""
+    options = {"ranks": 2, "sharded": sharded}
     plain, safe = tmp_path / "plain", tmp_path / "safe"
     commands = [
         train(out=plain, plain=True, result=tmp_path / "plain.pt", **options),
@@ -236,7 +242,7 @@ def test_two_processes_killed_damaged_and_resumed(tmp_path: Path) -> None:
     commands += [
         train(out=tmp_path / "0", limit=4_000, dies=True, rank_killed=1, **options),
         train(out=tmp_path / "0", resume=True, result=tmp_path / "0.pt", **options),
-        ("damage", {"file": str(safe / "checkpoint-6/optimizer.pt"), "how": "flipped"}),
+        ("damage", {"file": str(safe / "checkpoint-6" / optimizer), "how": "flipped"}),
         train(out=safe, resume=True, result=tmp_path / "damaged.pt", **options),
     ]
     statuses = run_commands(*commands)

@@ -123,8 +123,8 @@ class _Host:
         path = self._good(input_dir)
         loaded = self._load(path, *args, **kwargs)
         settings = self._accelerator.project_configuration
-        here = Path(path).resolve().parent == self._named_folder().resolve()
-        if settings.automatic_checkpoint_naming and here:
+        is_named = settings.automatic_checkpoint_naming
+        if is_named and Path(path).resolve().parent == self._named_folder().resolve():
             # Otherwise the next save would be `checkpoint_0` again, which may exist already.
             settings.iteration = (number_of_folder(Path(path).name) or 0) + 1
             self._resumed = True
