@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs on first use, then checks style, types and layers, and runs the tests.
 #
-#   ./run_tests.sh             all tests except slow ones, 12 minutes on 2 cores
+#   ./run_tests.sh             all tests except slow ones, 10 minutes on 2 cores
 #   ./run_tests.sh --fast      checks, and the tests that start no process: about 80 seconds
 #   ./run_tests.sh --all       slow tests too, with new random examples; every command starts afresh
 #   ./run_tests.sh tests/unit  other arguments are passed on to pytest

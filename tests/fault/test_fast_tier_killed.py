@@ -108,7 +108,9 @@ def train(rank: int, size: int, root: Path, place: str, replicas: int) -> None:
         for step in range(1, 200):
             state.step(step)
             if manager.save(step):
-                (root / f"saved-{rank}").write_text(str(step))
+                # Renamed, since the process may be killed at any moment.
+                (root / f"saving-{rank}").write_text(str(step))
+                (root / f"saving-{rank}").replace(root / f"saved-{rank}")
 
 
 def resume(rank: int, size: int, root: Path, replicas: int) -> tuple[int, float]:
