@@ -53,3 +53,16 @@ def test_a_wrong_argument_is_refused(tmp_path: Path) -> None:
         pass
     with pytest.raises(holdfast.UsageError, match="pattern"):
         holdfast.hosts.newest_good(tmp_path, 4)
+
+
+def test_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Method: a URL would become a folder called `s3:`."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(holdfast.UsageError, match="is a URL"):
+        holdfast.hosts.newest_good("s3://bucket/run")
+    with (
+        pytest.raises(holdfast.UsageError, match="is a URL"),
+        holdfast.hosts.sealed("s3://bucket/run/step-1"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -26,6 +26,7 @@ from holdfast.hosts.choosing import (
     run_on_hosts,
 )
 from holdfast.hosts.sealing import delete, sealed_by_all
+from holdfast.storage.opening import local_path
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -152,7 +153,8 @@ class _Host:
                 "`load_state` needs a path",
                 hint="pass a checkpoint or a folder of checkpoints, or `prepare(..., folder=...)`",
             )
-        root = Path(os.path.expanduser(input_dir or self._folder or ""))  # noqa: PTH111
+        text = os.path.expanduser(input_dir or self._folder or "")  # noqa: PTH111
+        root = Path(local_path(text))
         ranks, decides = self._all(), self._publishes()
         if ranks.all_reduce_max([decides and _holds_sealed(root)])[0]:
             return self._newest(root, _ANY)

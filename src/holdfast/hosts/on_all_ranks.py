@@ -15,6 +15,7 @@ from holdfast.comm import all_ranks
 from holdfast.errors import UsageError
 from holdfast.hosts.choosing import newest_good_on_all_hosts
 from holdfast.hosts.sealing import sealed_by_all
+from holdfast.storage.opening import local_path
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def sealed(path: str | os.PathLike[str]) -> Iterator[Path]:
         UsageError: `path` is no path of a folder, or the block has written nothing.
         StorageError: a rank does not see the folder, or it cannot be synced or renamed.
     """
-    place = os.path.abspath(checked_path(path, "path"))  # noqa: PTH100 - links stay links
+    place = local_path(checked_path(path, "path"))
     ranks = all_ranks()
     try:
         with sealed_by_all(place, ranks=ranks, publishes=ranks.rank == 0) as folder:
@@ -54,9 +55,9 @@ def newest_good(
     Collective. An error of rank 0 is raised on all.
 
     Raises:
-        UsageError: an argument has the wrong type.
+        UsageError: an argument has the wrong type, or `root` is a URL.
     """
-    place = Path(os.path.abspath(checked_path(root, "root")))  # noqa: PTH100 - links stay links
+    place = Path(local_path(checked_path(root, "root")))
     if not isinstance(pattern, str | re.Pattern):
         raise UsageError(f"`pattern` must be text such as `{CHECKPOINTS}`, found: {pattern!r}")
     if isinstance(pattern, str):

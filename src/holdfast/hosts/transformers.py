@@ -27,6 +27,7 @@ from holdfast.hosts.choosing import (
     run_on_hosts,
 )
 from holdfast.hosts.sealing import delete, sealed_by_all
+from holdfast.storage.opening import local_path
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -75,7 +76,9 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         Raises:
             DamagedError: every checkpoint, or the one at the given path, is damaged.
             StorageError: the last checkpoint could not be made durable.
+            UsageError: `output_dir` is a URL, or no path.
         """
+        local_path(self.args.output_dir)
         self._resumed_from = None
         if resume_from_checkpoint:
             resume_from_checkpoint = self._good(resume_from_checkpoint)
