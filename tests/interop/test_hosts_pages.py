@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import holdfast
+from host_runs import damage
 from pages import GUIDE, blocks
 from runs import ROOT
 
@@ -40,8 +41,9 @@ def program_of(page: str, folder: Path) -> Path:
 def run(folder: Path, *command: str | Path, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Run a program with this interpreter, without the warnings of the packages under test."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    interpreter = [sys.executable, *launch] if ranks > 1 else [sys.executable]
     return subprocess.run(
-        [sys.executable, *(launch if ranks > 1 else []), *command],
+        [*interpreter, *command],
         cwd=folder,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "RAY_TRAIN_V2_ENABLED": "1"},
         text=True,
@@ -53,13 +55,6 @@ def run(folder: Path, *command: str | Path, ranks: int = 1) -> subprocess.Comple
 
 def folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir())
-
-
-def flip(file: Path) -> None:
-    """Flip a bit in the middle of a file."""
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
 
 
 @pytest.mark.timeout(1200)
@@ -89,7 +84,7 @@ def test_a_sealed_run_is_killed_damaged_and_resumed(
         f"{name}2",
         f"{name}4",
     ]
-    flip(next((root / f"{name}4").glob(file)))
+    damage(str(next((root / f"{name}4").glob(file))), "flipped")
     said = run(killed, program, ranks=ranks)
     assert said.returncode == 0, said.stdout
     assert re.search(rf"passed over `\S+/{name}4`", said.stdout)
@@ -122,7 +117,7 @@ def test_ray_restarts_killed_workers_and_they_resume(tmp_path: Path) -> None:
     # Random numbers of numpy and Python differ: the program seeds only those of torch.
     diff = ("-m", "holdfast.cli", "diff", "--model-only", whole / last, killed / last)
     assert run(tmp_path, *diff).returncode == 0
-    flip(next((killed / last).glob("__0_0.distcp")))
+    damage(str(killed / last / "__0_0.distcp"), "flipped")
     program.write_text(text)
     said = run(killed, program)
     assert said.returncode == 0, said.stdout

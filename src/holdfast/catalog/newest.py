@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 import re
@@ -41,6 +42,18 @@ def check(path: str | os.PathLike[str], *, quick: bool = False) -> list[Finding]
     return [*verify(VerifyTarget(store, name, quick)).findings]
 
 
+def compiled(pattern: str | re.Pattern[str]) -> re.Pattern[str]:
+    """Return the regular expression of a pattern for the names of folders, which may be a shell
+    pattern.
+
+    Raises:
+        UsageError: `pattern` is neither.
+    """
+    if not isinstance(pattern, str | re.Pattern):
+        raise UsageError(f"`pattern` must be text such as `{CHECKPOINTS}`, found: {pattern!r}")
+    return re.compile(fnmatch.translate(pattern)) if isinstance(pattern, str) else pattern
+
+
 def newest_good(
     root: str | os.PathLike[str],
     pattern: str | re.Pattern[str] = CHECKPOINTS,
@@ -66,10 +79,9 @@ def newest_good(
         UsageError: `root` is not the path of a folder on this machine.
         NotFoundError: `root` does not exist.
     """
-    if not isinstance(pattern, str | re.Pattern):
-        raise UsageError(f"`pattern` must be text such as `{CHECKPOINTS}`, found: {pattern!r}")
+    names = compiled(pattern)
     store = open_store(checked_path(root, "root"))
-    folders = matching(store, pattern)
+    folders = matching(store, names)
     checked = {folder for folder in folders if _has_checksums(store, folder)}
     for folder in folders:
         where = location(store, folder)

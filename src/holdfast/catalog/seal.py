@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 import stat
@@ -370,15 +369,10 @@ def _check_file(
     return []
 
 
-def matching(store: ReadStore, pattern: str | re.Pattern[str]) -> list[str]:
+def matching(store: ReadStore, pattern: re.Pattern[str]) -> list[str]:
     """Return the folders at the root of a store whose names match `pattern`, newest first. They are
     sorted by the last number in their name, then by name."""
     folders = [n.rstrip("/") for n in store.list() if n.endswith("/")]
-
-    def is_wanted(name: str) -> bool:
-        if isinstance(pattern, str):
-            return fnmatch.fnmatchcase(name, pattern)
-        return pattern.fullmatch(name) is not None
 
     # A save that was killed between two renames has left the good folder under a `.replaced` name.
     names = {folder: name for folder in folders if (name := visible_name(folder)) is not None}
@@ -386,7 +380,7 @@ def matching(store: ReadStore, pattern: str | re.Pattern[str]) -> list[str]:
     found = {
         folder: name
         for folder, name in names.items()
-        if is_wanted(name) and (folder == name or name not in taken)
+        if pattern.fullmatch(name) and (folder == name or name not in taken)
     }
 
     def age(folder: str) -> tuple[int, str]:

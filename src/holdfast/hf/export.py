@@ -126,10 +126,8 @@ def check_live(plan: GlobalPlan, others: Collection[str], model: HFModel) -> Non
         FormatError: no family matches the configuration, and the tensors do not have Hugging Face
             names.
     """
-    infos, config = _infos(plan, others), of_language_model(model.config)
-    if keeps_names(infos, config):
-        check_own_names(infos, config)
-    else:
+    infos = _infos(plan, others)
+    if _own_names(infos, model) is None:
         _check_native(plan, infos, model.mapping)
 
 
@@ -183,7 +181,7 @@ def export(
     attempt and is raised on all ranks.
     """
     try:
-        named = run_on_rank_0(ranks, lambda: _own_names(snapshot, model))
+        named = run_on_rank_0(ranks, lambda: _own_names(snapshot.infos, model))
         mapping = model.mapping if named is None else own_names_mapping(named.infos)
         tensors = (
             own_dtypes(named.infos, dtype)
@@ -218,9 +216,9 @@ class _OwnNames:
     note: str
 
 
-def _own_names(snapshot: ExportSnapshot, model: HFModel) -> _OwnNames | None:
+def _own_names(infos: Mapping[str, TensorInfo], model: HFModel) -> _OwnNames | None:
     """Return the tensors of a model that keeps its names; None for a model with native names."""
-    infos, config = snapshot.infos, of_language_model(model.config)
+    config = of_language_model(model.config)
     if not keeps_names(infos, config):
         return None
     return _OwnNames(infos, check_own_names(infos, config))

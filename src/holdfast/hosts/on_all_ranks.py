@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 from collections.abc import Iterator
@@ -10,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from holdfast.arguments import checked_path
-from holdfast.catalog.newest import CHECKPOINTS
+from holdfast.catalog.newest import CHECKPOINTS, compiled
 from holdfast.comm import all_ranks
-from holdfast.errors import UsageError
 from holdfast.hosts.choosing import newest_good_on_all_hosts
 from holdfast.hosts.sealing import sealed_by_all
 from holdfast.storage.opening import local_path
@@ -58,12 +56,9 @@ def newest_good(
         UsageError: an argument has the wrong type, or `root` is a URL.
     """
     place = Path(local_path(checked_path(root, "root")))
-    if not isinstance(pattern, str | re.Pattern):
-        raise UsageError(f"`pattern` must be text such as `{CHECKPOINTS}`, found: {pattern!r}")
-    if isinstance(pattern, str):
-        pattern = re.compile(fnmatch.translate(pattern))
+    names = compiled(pattern)
     ranks = all_ranks()
     try:
-        return newest_good_on_all_hosts(place, pattern, ranks=ranks, decides=ranks.rank == 0)
+        return newest_good_on_all_hosts(place, names, ranks=ranks, decides=ranks.rank == 0)
     finally:
         ranks.close()

@@ -36,11 +36,11 @@ from holdfast.manager.resume import mark_unless_store_failed, newest_resumable
 from holdfast.manager.retention import Retainer
 from holdfast.storage.opening import (
     is_url,
-    open_store,
     store_to_save,
     without_scheme,
     written_store,
 )
+from holdfast.storage.store import Store
 
 if TYPE_CHECKING:
     from torchtitan.components.checkpointer import CheckpointManager as _Manager
@@ -106,14 +106,15 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         super().__init__(config, **components)
         if not getattr(self, "enable", True):
             return
-        if _is_left(self.folder):
+        store = _store_at(self.folder)
+        if store is None:
             logger.warning(
                 "`%s` is a URL to which Holdfast cannot write: TorchTitan saves and loads there "
                 "itself",
                 self.folder,
             )
             return
-        self._catalog = Catalog(store_to_save(self.folder))
+        self._catalog = Catalog(store)
         self._retainer = Retainer(self._catalog, Retention(latest_k=self.keep_latest_k))
 
     # ------------------------------------------------------------------------------------- saving
@@ -140,7 +141,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             HoldfastError: a rank failed. Nothing is published, and the older checkpoints stay.
         """
         rest = (async_mode, enable_garbage_collection, to_hf)
-        if _is_left(checkpoint_id):
+        if _store_at(checkpoint_id) is None:
             return super().dcp_save(state_dict, checkpoint_id, *rest)
         if to_hf:
             ranks = self._ranks()
@@ -325,7 +326,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
             DamagedError: bytes are missing, or are not the bytes that were written.
             FormatError: the checkpoint cannot be read, or only by running code that it names.
         """
-        if from_hf or _is_left(checkpoint_id):
+        if from_hf or _store_at(checkpoint_id) is None:
             super().dcp_load(state_dict, checkpoint_id, from_hf, from_quantized)
         else:
             _read(state_dict, checkpoint_id, self.states)
@@ -334,7 +335,7 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         self, states: dict[str, Any], checkpoint_id: str, *, from_hf: bool, from_quantized: bool
     ) -> None:
         """Load as `dcp_load` does. Versions of TorchTitan after 0.3 call this method instead."""
-        if from_hf or _is_left(checkpoint_id):
+        if from_hf or _store_at(checkpoint_id) is None:
             super()._load_checkpoint(
                 states, checkpoint_id, from_hf=from_hf, from_quantized=from_quantized
             )
@@ -347,9 +348,11 @@ class _TitanManager(_Manager):  # type: ignore[misc]
         return self._ranks_here
 
 
-def _is_left(path: str) -> bool:
-    """Return whether a path is a URL that TorchTitan reads and writes without Holdfast."""
-    return is_url(without_scheme(path)) and written_store(path) is None
+def _store_at(path: str) -> Store | None:
+    """Return the store of a folder or a URL; None if TorchTitan saves and loads there without
+    Holdfast."""
+    is_folder = not is_url(without_scheme(path))
+    return store_to_save(path) if is_folder else written_store(path)
 
 
 class _Filesystem:
@@ -363,11 +366,12 @@ class _Filesystem:
 
     def isdir(self, path: str) -> bool:
         """Return whether there is a folder at `path`."""
-        if not is_url(path) or _is_left(path):
+        store = _store_at(path) if is_url(path) else None
+        if store is None:
             found: bool = self._module.isdir(path)
             return found
         try:
-            return bool(open_store(path).list())
+            return bool(store.list())
         except NotFoundError:
             return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -80,7 +81,7 @@ class Rows:
     element of the rows."""
 
     def nbytes_for(self, rank: int) -> int:
-        elements = sum(part.num_elements for _, _, part in self._parts(rank))
+        elements = sum(part.num_elements for _, _, part in self._parts(self.cuts[rank]))
         return elements * self.dtype.itemsize
 
     def pack(self, room: torch.Tensor, rank: int, packed: torch.Tensor) -> None:
@@ -88,27 +89,26 @@ class Rows:
         elements of the run."""
         elements, packed = room.view(self.dtype), packed.view(self.dtype)
         position = 0
-        for start, box, part in self._parts(rank):
+        for start, box, part in self._parts(self.cuts[rank]):
             stored = elements[start : start + box.num_elements].view(box.shape)
             stop = position + part.num_elements
             packed[position:stop].view(part.shape).copy_(stored[part.within(box).slices()])
             position = stop
 
-    def unpack(self, packed: torch.Tensor, rank: int, target: torch.Tensor, name: str) -> None:
-        """Copy the elements that `pack` has packed for `rank`, the calling rank, to their places in
-        `target`. `target`: memory for all columns of the rows that this rank wants. `name`: name of
-        the tensor, for messages."""
-        packed, cut, position = packed.view(self.dtype), self.cuts[rank], 0
-        for _, _, part in self._parts(rank):
+    def unpack(self, packed: torch.Tensor, *, cut: Region, target: torch.Tensor, name: str) -> None:
+        """Copy the elements of the box `cut`, which `pack` has packed, to their places in `target`,
+        the memory for all elements of this box. `name`: name of the tensor, for messages."""
+        packed, position = packed.view(self.dtype), 0
+        for _, _, part in self._parts(cut):
             stop = position + part.num_elements
             columns = packed[position:stop].view(part.shape)
             put(target[part.within(cut).slices()], columns, name)
             position = stop
 
-    def _parts(self, rank: int) -> Iterator[tuple[int, Region, Region]]:
-        """Divide the run into boxes, and yield those that have elements for `rank`: the index of
-        the box's first element in the run, the box, and the part of the box that `rank` wants."""
-        start, cut = 0, self.cuts[rank]
+    def _parts(self, cut: Region) -> Iterator[tuple[int, Region, Region]]:
+        """Divide the run into boxes, and yield those that have elements of `cut`: the index of the
+        box's first element in the run, the box, and the part of the box that is in `cut`."""
+        start = 0
         for box in boxes_of_run(self.shape, self.first, self.count):
             part = box & cut
             if part.num_elements:
@@ -128,9 +128,8 @@ def tensor_items(want: Wanted, dtype: torch.dtype, read: Sequence[ReadItem]) -> 
         if item.region.num_elements * dtype.itemsize <= BUNDLE_BYTES:
             yield _box_item(want.name, dtype, item, target)
         elif stored.contiguous and stored.box.shape == box.shape:
-            for start, stop in aligned(stored.start, stored.stop, BUNDLE_BYTES):
-                first = (start - stored.start) // dtype.itemsize
-                yield _run_item(want.name, dtype, item.chunk, (start, stop), target, first)
+            whole = Region.whole(item.region.shape)
+            yield from _contiguous_items(want.name, dtype, item.chunk, item.region, whole, target)
         else:
             for region in divide(item.region, BUNDLE_BYTES // dtype.itemsize):
                 rows = box_of(target, region.within(item.region))
@@ -149,29 +148,6 @@ def _box_item(name: str, dtype: torch.dtype, item: ReadItem, target: torch.Tenso
     return Item(sort_key, nbytes, _box_reader(name, dtype, region), take)
 
 
-def _run_item(
-    name: str,
-    dtype: torch.dtype,
-    chunk: Chunk,
-    run: tuple[int, int],
-    target: torch.Tensor,
-    first: int,
-) -> Item:
-    """Make the `Item` for the bytes `run` (start and stop) of a chunk's data. `first`: row-major
-    index in `target` of the first element of the run."""
-    start, stop = run
-
-    def take(room: torch.Tensor) -> None:
-        elements, position = room.view(dtype), 0
-        for box in boxes_of_run(target.shape, first, len(elements)):
-            end = position + box.num_elements
-            put(target[box.slices()], elements[position:end].view(box.shape), name)
-            position = end
-
-    sort_key = (place_of(chunk), (start,), (stop,), name)
-    return Item(sort_key, stop - start, _run_reader(name, dtype, chunk, run), take)
-
-
 def rows_items(
     want: Wanted,
     dtype: torch.dtype,
@@ -184,26 +160,46 @@ def rows_items(
     rows in the whole tensor. `item`: the columns of these rows that this rank wants. `rank`: number
     of this rank. `cuts`: see `Rows`."""
     (piece,) = want.pieces
-    name, chunk = want.name, item.chunk
     target = box_of(want.local, piece.local_of(item.region))
+    yield from _contiguous_items(want.name, dtype, item.chunk, rows, cuts[rank], target, cuts=cuts)
 
-    def part(first: int, count: int) -> tuple[Callable[[torch.Tensor], None], Rows]:
-        elements = Rows(dtype, rows.shape, first, count, cuts)
-        return lambda room: elements.unpack(room, rank, target, name), elements
 
-    nbytes = rows.num_elements * dtype.itemsize
-    if nbytes <= BUNDLE_BYTES:
-        sort_key = (place_of(chunk), rows.start, rows.stop, name)
-        reader = _box_reader(name, dtype, rows)
-        yield Item(sort_key, nbytes, reader, *part(0, rows.num_elements))
+def _contiguous_items(
+    name: str,
+    dtype: torch.dtype,
+    chunk: Chunk,
+    region: Region,
+    cut: Region,
+    target: torch.Tensor,
+    *,
+    cuts: Mapping[int, Region] | None = None,
+) -> Iterator[Item]:
+    """Divide a box that is contiguous in its chunk into items of at most `BUNDLE_BYTES`. `region`:
+    position of the box in the whole tensor. `cut`: part of the box that this rank wants. `target`:
+    memory for this part. `cuts`: see `Rows`; None if all ranks want the whole box."""
+
+    def item(
+        place: tuple[tuple[int, ...], tuple[int, ...]], first: int, count: int, read: Read
+    ) -> Item:
+        elements = Rows(dtype, region.shape, first, count, cuts or {})
+        return Item(
+            sort_key=(place_of(chunk), place[0], place[1], name),
+            nbytes=count * dtype.itemsize,
+            read=read,
+            take=partial(elements.unpack, cut=cut, target=target, name=name),
+            rows=None if cuts is None else elements,
+        )
+
+    if region.num_elements * dtype.itemsize <= BUNDLE_BYTES:
+        reader = _box_reader(name, dtype, region)
+        yield item((region.start, region.stop), 0, region.num_elements, reader)
         return
-    box = rows.within(chunk.region)
+    box = region.within(chunk.region)
     (stored,) = byte_ranges(box, chunk.region.shape, dtype.itemsize, WINDOW_BYTES)
     for start, stop in aligned(stored.start, stored.stop, BUNDLE_BYTES):
-        sort_key = (place_of(chunk), (start,), (stop,), name)
         reader = _run_reader(name, dtype, chunk, (start, stop))
         first, count = (start - stored.start) // dtype.itemsize, (stop - start) // dtype.itemsize
-        yield Item(sort_key, stop - start, reader, *part(first, count))
+        yield item(((start,), (stop,)), first, count, reader)
 
 
 def _box_reader(name: str, dtype: torch.dtype, region: Region) -> Read:

@@ -78,7 +78,7 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a load has read, and how the loaded state differs from the saved one."""
+    """Result of a load: what was read, and how the state differs from the checkpoint."""
 
     where: str
     nbytes: int

@@ -65,7 +65,7 @@ def _weighted(words: torch.Tensor) -> torch.Tensor:
 
 
 class SharedNames(NamedTuple):
-    """Those names of one tensor or value that the same group of ranks holds."""
+    """Names of one tensor or value. The same ranks hold it under each of these names."""
 
     group: int
     """Digest of the ranks' numbers, to send instead of the numbers."""

@@ -120,8 +120,8 @@ class ModelState:
         trained: Trained | None = None,
         is_base: bool = False,
     ) -> None:
-        """With `trained`, checkpoints contain only trained parameters, since the base model has the
-        others. With `is_base`, this is the base model, which may lack trained parameters."""
+        """`trained`: save only the trained parameters; the base model has the others. `is_base`:
+        this is the base model, which may lack trained parameters."""
         self.parts: Sequence[nn.Module] = list(parts)
         self._names: list[Names] = []
         self._named_for: list[object] = []
