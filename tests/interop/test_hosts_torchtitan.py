@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import signal
+import sys
 import time
 import warnings
 from importlib.util import find_spec
@@ -93,17 +94,27 @@ def test_a_run_killed_while_it_saves_resumes_from_the_save_before(
 
 
 def fill_the_disk(rank: int, size: int, folder: str) -> str:
-    """Rank 1 cannot write its file of step 3. The next save succeeds."""
+    """Rank 1 cannot write its file of step 3, and deletes the folder before rank 0 looks for it.
+    The next save succeeds."""
     warnings.simplefilter("ignore")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    is_late = False
+
+    def be_late(event: str, _: object) -> None:
+        if is_late and event == "os.scandir":
+            time.sleep(0.2)
 
     def limit(step: int) -> None:
+        nonlocal is_late
+        is_late = step == 3 and rank == 0
         if step == 3 and rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
 
+    sys.addaudithook(be_late)
     trainer = Trainer(folder)
     with pytest.raises(StorageError) as raised:
         trainer.train(4, limit)
+    is_late = False
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     torch.distributed.barrier()
     assert steps_in(Path(folder)) == ["step-1", "step-2"]

@@ -49,6 +49,11 @@ _STARTED_NS = time.time_ns()
 """Time at which this process imported the module, in nanoseconds since 1970."""
 
 
+class UnseenFolderError(StorageError):
+    """A rank does not see the folder of the save. If another rank has an error, that is the cause:
+    the rank that failed has deleted the folder."""
+
+
 class Writer(StorageWriter):
     """Storage of one DCP save, or of several, one after the other.
 
@@ -326,8 +331,8 @@ def _write_file(
         raise _deleted(catalog, attempt) from error
 
 
-def _deleted(catalog: Catalog, attempt: HiddenFolder) -> StorageError:
-    return StorageError(
+def _deleted(catalog: Catalog, attempt: HiddenFolder) -> UnseenFolderError:
+    return UnseenFolderError(
         f"`{catalog.where(attempt.name)}`: this rank does not see the folder of the save",
         hint="another rank has failed, and its error says why; or this host does not share "
         f"`{catalog.store.url}` with the coordinator, or has another path",

@@ -27,6 +27,7 @@ from holdfast.catalog.open_any import is_checkpoint
 from holdfast.catalog.steady import UNREADABLE
 from holdfast.comm import Ranks, all_ranks, run_on_rank_0
 from holdfast.dcp import Reader, Writer
+from holdfast.dcp.writer import UnseenFolderError
 from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.components import MODEL
 from holdfast.format.names import steps_among
@@ -407,7 +408,8 @@ def _read(state_dict: dict[str, Any], checkpoint_id: str, states: dict[str, Any]
 def _own_errors() -> Iterator[None]:
     """Context that converts DCP's `CheckpointException`, which wraps the errors of all ranks.
 
-    If all of them are errors of Holdfast, the first one is raised instead.
+    If all of them are errors of Holdfast, the cause is raised instead: that of the lowest rank, but
+    not an UnseenFolderError if there is another error.
     """
     try:
         yield
@@ -416,4 +418,4 @@ def _own_errors() -> Iterator[None]:
         errors = [error for error in failures.values() if isinstance(error, HoldfastError)]
         if len(errors) < len(failures):
             raise
-        raise errors[0] from wrapped
+        raise min(errors, key=lambda error: isinstance(error, UnseenFolderError)) from wrapped
