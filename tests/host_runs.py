@@ -107,6 +107,7 @@ def train_by_trainer(
     dies: bool = False,
     kind: str = "trainer",
     sharded: bool = False,
+    saves_model: bool = False,
     result: str | None = None,
     **options: Any,
 ) -> None:
@@ -114,7 +115,8 @@ def train_by_trainer(
 
     `plain`: without Holdfast. `kill`: name of the file at whose `times`-th opening to die.
     `limit`: largest file that steps 3 and 4 may write; `dies`: the process is killed there.
-    `sharded`: by FSDP2. `result`: file for the final weights.
+    `sharded`: by FSDP2. `saves_model`: call `save_model` in the end. `result`: file for the final
+    weights.
     """
     import torch
     import transformers
@@ -172,6 +174,8 @@ def train_by_trainer(
         shard_on_cpu(trainer.accelerator)
         trainer.is_fsdp_enabled = True
     trainer.train(resume_from_checkpoint=resume)
+    if saves_model:
+        trainer.save_model()
     if result is not None:
         keep_weights(trainer.accelerator.unwrap_model(trainer.model), result)
 
@@ -347,9 +351,10 @@ def keep_weights(model: Any, file: str) -> None:
 
 
 def _run(function: str, arguments: dict[str, Any]) -> int:
-    """Run one command in forked children, one by default. Returns the exit status: that of the
-    first rank that failed, after which the others are killed."""
+    """Run one command in forked children, one by default, with the variables `environment`. Returns
+    the exit status: that of the first rank that failed, after which the others are killed."""
     ranks = arguments.pop("ranks", 1)
+    environment = arguments.pop("environment", {})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -357,6 +362,8 @@ def _run(function: str, arguments: dict[str, Any]) -> int:
     for rank in range(ranks):
         child = os.fork()
         if not child:
+            os.environ |= environment
+            tempfile.tempdir = None
             if ranks > 1:
                 # As torchrun sets them.
                 os.environ |= {

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import holdfast
+from host_buckets import RunBucket
 from host_runs import run_commands
 
 # Not by `importorskip`: an import takes seconds in each process of the tests.
@@ -143,3 +144,60 @@ def test_a_full_disk_costs_no_checkpoint_of_total_limit(tmp_path: Path) -> None:
     run_commands(train(out=out, resume=True, total_limit=1, result=tmp_path / "end.pt"))
     check_resumed(tmp_path / "whole.pt", tmp_path / "end.pt", 4)
     assert names(folder) == NAMES[2:]
+
+
+# ------------------------------------------------------------------------------------ object stores
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_save_to_a_bucket(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sharded: bool
+) -> None:
+    """Method: `project_dir` is a URL. Rank 1 dies in its second save. The run is resumed, then the
+    newest checkpoint is damaged, and the run is resumed from the one before, to the same bits."""
+    bucket = RunBucket(monkeypatch, tmp_path)
+    options: dict[str, Any] = {"environment": bucket.environment, "ranks": 2, "sharded": sharded}
+    statuses = run_commands(
+        train(out=tmp_path / "plain", plain=True, result=tmp_path / "plain.pt", **options),
+        train(out=bucket.url, limit=4_000, dies=True, rank_killed=1, **options),
+        train(out=bucket.url, resume=True, result=tmp_path / "killed.pt", **options),
+    )
+    assert [status < 0 for status in statuses] == [False, True, False]
+    newest = "checkpoints/checkpoint_2"
+    bucket.damage(newest, OPTIMIZER["fsdp2"] if sharded else "optimizer.bin")
+    run_commands(
+        train(
+            out=bucket.url, resume=True, total_limit=2, result=tmp_path / "damaged.pt", **options
+        ),
+    )
+    check_resumed(tmp_path / "plain.pt", tmp_path / "killed.pt", 4)
+    check_resumed(tmp_path / "plain.pt", tmp_path / "damaged.pt", 8)
+    assert bucket.names("checkpoints") == NAMES[1:]
+    assert bucket.files(newest) == files(tmp_path / "plain" / newest) | {"holdfast.seal"}
+    bucket.check_good("checkpoints/checkpoint_1", newest)
+
+
+def test_paths_may_be_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`save_state(URL)`; `load_state` with a checkpoint, with a folder of checkpoints, and without
+    a path. A damaged checkpoint that was named is an error."""
+    bucket = RunBucket(monkeypatch, tmp_path)
+    options: dict[str, Any] = {
+        "environment": bucket.environment,
+        "named": False,
+        "out": bucket.url,
+    }
+    commands = [
+        train(**options, result=tmp_path / "whole.pt"),
+        train(**options, resume=f"{bucket.url}/epoch_1", saves=1, result=tmp_path / "named.pt"),
+        train(**options, resume=bucket.url, result=tmp_path / "root.pt"),
+    ]
+    assert run_commands(*commands) == [0] * len(commands)
+    bucket.damage("epoch_3", "model.safetensors")
+    run_commands(train(**options, resume=True, result=tmp_path / "folder.pt"))
+    for name, start in (("named", 4), ("root", 12), ("folder", 8)):
+        assert int((tmp_path / f"{name}.start").read_text()) == start
+    check_resumed(tmp_path / "whole.pt", tmp_path / "folder.pt", 8)
+    bucket.damage("epoch_2", "optimizer.bin")
+    with pytest.raises(AssertionError, match=r"DamagedError.*epoch_2/optimizer.bin"):
+        run_commands(train(**options, resume=f"{bucket.url}/epoch_2"))
+    bucket.check_good("epoch_1", "epoch_3")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import holdfast
+from host_buckets import RunBucket
 from host_runs import run_commands, run_failing
 
 # Not by `importorskip`: an import takes seconds in each process of the tests.
@@ -180,3 +181,86 @@ def test_shards_of_two_processes_killed_damaged_and_resumed(tmp_path: Path, loop
     for name in ALL:
         assert names(safe / name) == sorted([*names(plain / name), "holdfast.seal"])
         assert holdfast.check(safe / name) == []
+
+
+# ------------------------------------------------------------------------------------ object stores
+
+
+def test_files_in_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fabric, which uses no client of its own. Method: a run is killed while it writes `last.ckpt`,
+    and is resumed; then `last.ckpt` and the newest file are damaged."""
+    bucket = RunBucket(monkeypatch, tmp_path)
+    options: dict[str, Any] = {"environment": bucket.environment, "out": bucket.url}
+    last = f"{bucket.url}/last.ckpt"
+    statuses = run_commands(
+        train("fabric", **options | {"out": tmp_path / "whole"}, result=tmp_path / "whole.pt"),
+        train("fabric", **options, kill="file", times=4),
+        train("fabric", **options, resume=last, result=tmp_path / "killed.pt"),
+    )
+    assert statuses == [0, -signal.SIGKILL, 0]
+    assert bucket.names() == ALL
+    bucket.damage("", "last.ckpt")
+    bucket.damage("", "step=12.ckpt")
+    run_commands(train("fabric", **options, resume=last, result=tmp_path / "damaged.pt"))
+    check_resumed(tmp_path / "whole.pt", tmp_path / "killed.pt", 8)
+    check_resumed(tmp_path / "whole.pt", tmp_path / "damaged.pt", 8)
+    bucket.check_good(*ALL)
+    bucket.damage("", "step=4.ckpt")
+    with pytest.raises(AssertionError, match=r"DamagedError: `.*/step=4.ckpt` is damaged"):
+        run_commands(train("fabric", **options, resume=f"{bucket.url}/step=4.ckpt"))
+
+
+def test_shards_of_two_processes_in_a_bucket(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """FSDP2 by ModelParallel. Rank 1 is killed in its file, and checkpoints are damaged."""
+    bucket = RunBucket(monkeypatch, tmp_path)
+    options: dict[str, Any] = {"environment": bucket.environment, "sharded": True, "ranks": 2}
+    out, last = bucket.url, f"{bucket.url}/last.ckpt"
+    statuses = run_commands(
+        train("fabric", out=tmp_path / "plain", plain=True, result=tmp_path / "0.pt", **options),
+        train("fabric", out=out, kill="__1_0.distcp", times=3, rank_killed=1, **options),
+        train("fabric", out=out, resume=last, result=tmp_path / "1.pt", **options),
+    )
+    assert statuses == [0, -signal.SIGKILL, 0]
+    bucket.damage("last.ckpt", "__1_0.distcp")
+    bucket.damage("step=12.ckpt", "meta.pt")
+    run_commands(train("fabric", out=out, resume=last, result=tmp_path / "2.pt", **options))
+    check_resumed(tmp_path / "0.pt", tmp_path / "1.pt", 4)
+    check_resumed(tmp_path / "0.pt", tmp_path / "2.pt", 8)
+    assert bucket.names() == ALL
+    for name in ALL:
+        assert bucket.files(name) == {*names(tmp_path / "plain" / name), "holdfast.seal"}
+    bucket.check_good(*ALL)
+
+
+@pytest.mark.skipif(find_spec("s3fs") is None, reason="Lightning's Trainer needs s3fs for buckets")
+def test_lightnings_trainer_saves_to_a_bucket(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`ModelCheckpoint(dirpath=URL)`, and `last.ckpt` as `ckpt_path`; old files are deleted.
+    Lightning itself does not find `ckpt_path="last"` in a bucket."""
+    bucket = RunBucket(monkeypatch, tmp_path)
+    options: dict[str, Any] = {"environment": bucket.environment, "top_k": 2}
+    last = f"{bucket.url}/last.ckpt"
+    statuses = run_commands(
+        train("lightning", out=tmp_path / "whole", result=tmp_path / "whole.pt", **options),
+        train("lightning", out=bucket.url, kill="file", times=4, **options),
+        train("lightning", out=bucket.url, resume=last, result=tmp_path / "end.pt", **options),
+    )
+    assert statuses == [0, -signal.SIGKILL, 0]
+    check_resumed(tmp_path / "whole.pt", tmp_path / "end.pt", 8)
+    assert bucket.names() == names(tmp_path / "whole")
+    bucket.check_good(*bucket.names())
+
+
+def test_a_url_that_lost_a_slash_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Method: pathlib makes `s3:/` of `s3://`. It must not become a folder `s3:`."""
+    from holdfast.hosts.lightning import HoldfastIO
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(holdfast.UsageError, match="is a URL"):
+        HoldfastIO().save_checkpoint({}, Path("s3://bucket/last.ckpt"))
+    assert not list(tmp_path.iterdir())

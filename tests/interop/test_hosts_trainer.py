@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import holdfast
+from host_buckets import RunBucket
 from host_runs import run_commands
 
 # Not by `importorskip`: an import takes seconds in each process of the tests.
@@ -268,3 +269,88 @@ def test_a_full_disk_is_an_error_and_costs_no_checkpoint(
     assert [path.name for path in out.iterdir()] == ["checkpoint-2"]
     run_commands(train(out=out, resume=True, result=tmp_path / "end.pt"))
     assert same_weights(uninterrupted / "safe.pt", tmp_path / "end.pt")
+
+
+# ------------------------------------------------------------------------------------ object stores
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_save_to_a_bucket(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uninterrupted: Path, sharded: bool
+) -> None:
+    """Method: `output_dir` is a URL. Rank 1 dies in its second save. The run is resumed, then the
+    newest checkpoint is damaged, and the run is resumed from the one before, to the same bits."""
+    bucket = RunBucket(monkeypatch, tmp_path)
+    options: dict[str, Any] = {"environment": bucket.environment, "ranks": 2, "sharded": sharded}
+    plain, out = tmp_path / "plain", bucket.url
+    statuses = run_commands(
+        train(out=plain, plain=True, result=tmp_path / "plain.pt", **options),
+        train(out=out, limit=4_000, dies=True, rank_killed=1, **options),
+        train(out=out, resume=True, result=tmp_path / "killed.pt", **options),
+    )
+    assert statuses == [0, -signal.SIGXFSZ, 0]
+    bucket.damage("checkpoint-6", "__0_0.distcp" if sharded else "optimizer.pt")
+    run_commands(train(out=out, resume=True, result=tmp_path / "damaged.pt", **options))
+    results = [tmp_path / f"{name}.pt" for name in ("plain", "killed", "damaged")]
+    assert same_weights(*results)
+    assert [result.with_suffix(".start").read_text() for result in results] == ["0", "2", "4"]
+    assert bucket.names() == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    own = {str(p.relative_to(plain / "checkpoint-6")) for p in (plain / "checkpoint-6").rglob("*")}
+    own = {path for path in own if (plain / "checkpoint-6" / path).is_file()}
+    assert bucket.files("checkpoint-6") == own | {"holdfast.seal"}
+    bucket.check_good("checkpoint-2", "checkpoint-4", "checkpoint-6")
+
+
+def test_settings_work_in_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`save_total_limit`, the best model, a URL to resume from, and `save_model`."""
+    bucket = RunBucket(monkeypatch, tmp_path)
+    options: dict[str, Any] = {
+        "environment": bucket.environment,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+        "save_total_limit": 2,
+        "learning_rate": 0.1,
+    }
+    local = tmp_path / "local"
+    run_commands(
+        train(out=local, result=tmp_path / "local.pt", saves_model=True, **options),
+        train(out=bucket.url, kill="optimizer.pt", times=3, **options),
+        train(
+            out=bucket.url,
+            resume=f"{bucket.url}/checkpoint-4",
+            result=tmp_path / "bucket.pt",
+            saves_model=True,
+            **options,
+        ),
+    )
+    assert same_weights(tmp_path / "local.pt", tmp_path / "bucket.pt")
+    assert (tmp_path / "bucket.start").read_text() == "4"
+    assert bucket.names() == [*checkpoints(local), "model"]
+    bucket.check_good(*bucket.names())
+    fetched = holdfast.newest_good(bucket.url, fetch_to=tmp_path / "copies")
+    assert fetched is not None
+    state = json.loads((fetched / "trainer_state.json").read_text())
+    expected = json.loads((local / fetched.name / "trainer_state.json").read_text())
+    best = Path(expected["best_model_checkpoint"]).name
+    assert state["best_model_checkpoint"] == f"{bucket.url}/{best}"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:1/run", "to which Holdfast cannot write"),
+        ("s3:/bucket/run", "is a URL"),
+        ("s3://no-such-bucket/run", "no-such-bucket"),
+    ],
+)
+def test_a_url_that_cannot_be_written_is_refused_before_a_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, message: str
+) -> None:
+    bucket = RunBucket(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=message):
+        run_commands(train(out=url, result=tmp_path / "end.pt", environment=bucket.environment))
+    assert not (tmp_path / "end.start").exists()

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 import holdfast
+from holdfast.comm import Ranks
+from holdfast.hosts.folders import fetch_newest_on_all_hosts
+from holdfast.hosts.sealing import sealed_by_all
+from holdfast.storage.cloud import CloudBucket
+from holdfast.testing.ranks import run_ranks
 from processes import run_processes
+from s3_server import new_s3_url
 
 
 def save_and_choose(rank: int, size: int, root: str) -> tuple[str | None, str | None]:
@@ -55,14 +64,87 @@ def test_a_wrong_argument_is_refused(tmp_path: Path) -> None:
         holdfast.hosts.newest_good(tmp_path, 4)
 
 
-def test_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+HOSTS = ["host1", "host1", "host2"]
+"""Host of each rank."""
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return f"{new_s3_url(monkeypatch)}/run"
+
+
+def save_on_hosts(ranks: Ranks, url: str, names: Sequence[str]) -> Path:
+    """Save a file of each rank under its name in `names`. Return the folder of its host."""
+    with sealed_by_all(url, ranks=ranks, publishes=False, link="self") as folder:
+        (folder / "self" / names[ranks.rank]).write_bytes(names[ranks.rank].encode() * 99)
+    return folder
+
+
+def test_hosts_put_their_files_into_one_store(url: str, tmp_path: Path) -> None:
+    """Three ranks on two hosts. The second checkpoint is damaged: each host gets the first."""
+    folders = run_ranks(
+        3, lambda ranks: save_on_hosts(ranks, f"{url}/checkpoint-1", "abc"), hosts=HOSTS
+    )
+    assert folders[0] == folders[1] != folders[2]
+    run_ranks(3, lambda ranks: save_on_hosts(ranks, f"{url}/checkpoint-2", "abc"), hosts=HOSTS)
+    bucket = CloudBucket(f"{url}/checkpoint-2")
+    key = next(one.key for one in bucket.list_all("") if one.key.endswith("/c"))
+    bucket.put(key, b"x" * 99)
+
+    def fetch(ranks: Ranks) -> Path | None:
+        into = tmp_path / f"copies{max(0, ranks.rank - 1)}"
+        pattern = re.compile("checkpoint-.*")
+        return fetch_newest_on_all_hosts(url, pattern, into=into, ranks=ranks)
+
+    found = run_ranks(3, fetch, hosts=HOSTS)
+    assert found == [tmp_path / f"copies{host}/checkpoint-1" for host in (0, 0, 1)]
+    for path in found:
+        assert path is not None
+        assert sorted(file.name for file in path.iterdir()) == ["a", "b", "c", "holdfast.seal"]
+        assert holdfast.check(path) == []
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_hosts_may_write_the_same_file_but_not_different_ones(url: str) -> None:
+    """G2, G7. Nothing is published, and the checkpoint of before stays."""
+    path = f"{url}/checkpoint-1"
+    run_ranks(3, partial(save_on_hosts, url=path, names="aba"), hosts=HOSTS)
+    assert holdfast.check(f"{url}/checkpoint-1") == []
+
+    def work(ranks: Ranks) -> None:
+        with (
+            pytest.raises(holdfast.StorageError, match="two hosts have written different files"),
+            sealed_by_all(f"{url}/checkpoint-1", ranks=ranks, publishes=False) as folder,
+        ):
+            (folder / "config").write_text(str(ranks.rank))
+
+    run_ranks(3, work, hosts=HOSTS)
+    assert CloudBucket(url).list("").prefixes == ["checkpoint-1"]
+    assert holdfast.check(f"{url}/checkpoint-1") == []
+
+
+def test_every_rank_of_processes_uses_a_url(url: str, tmp_path: Path) -> None:
+    """One process without a group; the first start finds nothing."""
+    assert holdfast.hosts.newest_good(url, fetch_to=tmp_path / "copies") is None
+    with holdfast.hosts.sealed(f"{url}/checkpoint-1") as folder:
+        (folder / "state").write_bytes(b"1")
+    newest = holdfast.hosts.newest_good(url, fetch_to=tmp_path / "copies")
+    assert newest is not None
+    assert (newest / "state").read_bytes() == b"1"
+
+
+def test_a_url_that_cannot_be_used_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Method: a URL would become a folder called `s3:`."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(holdfast.UsageError, match="is a URL"):
+    with pytest.raises(holdfast.UsageError, match="fetch_to"):
         holdfast.hosts.newest_good("s3://bucket/run")
     with (
-        pytest.raises(holdfast.UsageError, match="is a URL"),
-        holdfast.hosts.sealed("s3://bucket/run/step-1"),
+        pytest.raises(holdfast.UsageError, match="cannot write"),
+        holdfast.hosts.sealed("https://bucket/run/step-1"),
     ):
         pass
     assert not list(tmp_path.iterdir())

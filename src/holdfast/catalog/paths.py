@@ -29,12 +29,6 @@ def open_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
     return Catalog(store_to_save(folder)), name
 
 
-def open_folder_for_saving(path: str | os.PathLike[str]) -> tuple[Catalog, str]:
-    """Like `open_for_saving`, but refuse URLs, for checkpoints that need a folder of this
-    machine."""
-    return open_for_saving(local_path(without_scheme(checked_path(path, "path"))))
-
-
 def open_for_reading(path: str | os.PathLike[str]) -> tuple[ReadStore, str]:
     """Return the store that holds the checkpoint at `path`, and the name of the checkpoint's folder
     in it. This is the last part of `path`, or a `.replaced` folder if a save was killed while it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ from holdfast.catalog.catalog import Catalog, location, verify_hint
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.contents import Advance, RecordReader, run
 from holdfast.catalog.findings import Finding, summary_of
-from holdfast.catalog.paths import open_folder_for_saving
+from holdfast.catalog.paths import open_for_saving
+from holdfast.catalog.staging import Staging
+from holdfast.catalog.upload import put_seal, upload
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import seal as seals
 from holdfast.format.checksum import block_checksums, checksum_of_parts
@@ -28,7 +30,7 @@ from holdfast.format.names import HiddenFolder, folder_among, number_of, visible
 from holdfast.format.seal import SEAL, Seal, SealedFile
 from holdfast.release import installed_version
 from holdfast.storage import links
-from holdfast.storage.store import ReadStore
+from holdfast.storage.store import FolderStore, ReadStore
 from holdfast.storage.unsynced import UnsyncedStore
 
 _THREADS_MAX = 8
@@ -43,15 +45,22 @@ hashed."""
 
 @dataclass(frozen=True, slots=True)
 class Unsealed:
-    """A folder that another program fills with the files of a checkpoint. Readers ignore it."""
+    """A checkpoint whose files another program writes, into a folder that readers ignore."""
 
     catalog: Catalog
     attempt: HiddenFolder
     is_durable: bool
-    """Whether the folder is durable when `publish` returns."""
+    """Whether the checkpoint is durable when `publish` returns."""
+
+    staging: Staging | None = None
+    """Folder of this machine for the files of a checkpoint in an object store. `seal` puts them
+    there. None if the checkpoint is saved to a folder."""
 
     @property
     def folder(self) -> Path:
+        """Folder to fill."""
+        if self.staging is not None:
+            return self.staging.path
         return Path(self.catalog.store.url) / str(self.attempt)
 
     def seal(self) -> None:
@@ -59,24 +68,35 @@ class Unsealed:
 
         Raises:
             UsageError: the folder holds no file, or something that is neither file nor folder.
-            StorageError: a file cannot be read or synced.
+            StorageError: a file cannot be read, synced or put into the store.
         """
+        if self.staging is not None:
+            seal = seal_of(hash_files(self.folder))
+            upload(self.catalog.store, str(self.attempt), self.folder, seal.files)
+            put_seal(self.catalog.store, str(self.attempt), seal)
+            return
         write_seal(self.folder)
         if self.is_durable:
             sync_files(self.folder)
 
     def publish(self) -> None:
-        """Rename the sealed folder to the name of its checkpoint.
+        """Give the sealed files the name of their checkpoint.
 
         Raises:
             ExistsError: another checkpoint has taken the name meanwhile.
         """
         self.catalog.publish(self.attempt)
         self.catalog.clean_up(self.attempt.name)
+        self._delete_staging()
 
     def abort(self) -> None:
-        """Delete the folder."""
+        """Delete the folder, and what was put into a store."""
         self.catalog.abort(self.attempt)
+        self._delete_staging()
+
+    def _delete_staging(self) -> None:
+        if self.staging is not None:
+            self.staging.delete()
 
 
 def begin(
@@ -86,9 +106,12 @@ def begin(
     chosen_id: str = "",
     checks_name: bool = True,
     durable: bool = True,
+    staging: Callable[[], Staging] = Staging.make,
 ) -> Unsealed:
-    """Create a hidden folder beside `path` for another program to fill, and clean up after killed
-    processes.
+    """Create a folder for another program to fill, and clean up after killed processes.
+
+    It is a hidden folder beside `path`. For a `path` in an object store, it is the folder of this
+    machine that `staging` makes.
 
     `overwrite`: whether a checkpoint at `path` may be replaced. `chosen_id`: eight hexadecimal
     digits for the folder's name; random by default. `checks_name`: whether to refuse to replace a
@@ -99,18 +122,29 @@ def begin(
     Raises:
         ExistsError: something exists at `path`, and `overwrite` is false or it is no checkpoint.
     """
-    catalog, name = open_folder_for_saving(path)
+    catalog, name = open_for_saving(path)
     store = catalog.store
     store.make_folder("")
     execute(store, plan_cleanup(store.list()))
     hint = "choose another path, or pass `overwrite=True` to replace it"
     if checks_name:
         catalog.check_free(name, replace=overwrite, hint=hint)
+    if not isinstance(store, FolderStore):
+        return _begin_in_store(catalog, name, overwrite, staging())
     durable = durable or folder_among(store.list(), name) is not None
     if not durable:
         catalog = Catalog(UnsyncedStore(store.url))
     attempt = catalog.begin(name, replace=overwrite, chosen_id=chosen_id)
     return Unsealed(catalog, attempt, durable)
+
+
+def _begin_in_store(catalog: Catalog, name: str, overwrite: bool, staging: Staging) -> Unsealed:
+    try:
+        attempt = catalog.begin(name, replace=overwrite)
+    except BaseException:
+        staging.delete()
+        raise
+    return Unsealed(catalog, attempt, is_durable=True, staging=staging)
 
 
 @contextmanager
@@ -122,6 +156,11 @@ def sealed(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator
     synced, and one rename gives the folder its name. If the block raises or the process dies,
     `path` does not change.
 
+    `path` may be a URL of an object store. Then the context gives a folder of this machine, below
+    the folder for temporary files (environment variable TMPDIR), which needs room for the
+    checkpoint. At the end of the block, the files are put into the store, and the folder is
+    deleted.
+
     Call this in one process only. In a job of several processes, call it on rank 0, and end the
     block after the other ranks have written their files.
 
@@ -130,8 +169,9 @@ def sealed(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator
 
     Raises:
         ExistsError: something exists at `path`, and may not be replaced.
-        UsageError: `path` is not the path of a folder, or the block has written nothing.
-        StorageError: a file cannot be synced or read, or the folder cannot be renamed.
+        UsageError: `path` is not the path of a folder or the URL of an object store, or the block
+            has written nothing.
+        StorageError: a file cannot be synced, read or put, or the folder cannot be renamed.
     """
     unsealed = begin(checked_path(path, "path"), overwrite=checked_flag(overwrite, "overwrite"))
     try:
@@ -145,22 +185,40 @@ def sealed(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator
 
 def write_seal(folder: Path) -> Seal:
     """Hash every file below `folder`, and add the seal. Syncs nothing."""
-    with suppress(FileNotFoundError):
-        (folder / SEAL).unlink()
-    files = _files_to_seal(folder)
-    if not files:
-        raise UsageError(
-            f"nothing was written to `{folder}`",
-            hint="write the files of the checkpoint into the folder that `sealed` gives",
-        )
-    seal = Seal(
-        files=_hash_files(folder, files),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={"holdfast": installed_version()},
-    )
+    seal = seal_of(hash_files(folder))
     with _storage_errors(folder / SEAL), (folder / SEAL).open("xb") as file:
         file.write(seals.encode(seal))
     return seal
+
+
+def seal_of(files: Mapping[str, SealedFile]) -> Seal:
+    """Return the seal of files that were written now.
+
+    Raises:
+        UsageError: there is no file.
+    """
+    if not files:
+        raise UsageError(
+            "nothing was written into the folder of the checkpoint",
+            hint="write the files of the checkpoint into the folder that `sealed` gives",
+        )
+    return Seal(
+        files=files,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={"holdfast": installed_version()},
+    )
+
+
+def hash_files(folder: Path) -> dict[str, SealedFile]:
+    """Return the size and the checksums of every file below a folder. An old seal is deleted.
+
+    Raises:
+        UsageError: the folder holds something that is neither file nor folder.
+        StorageError: a file cannot be read.
+    """
+    with suppress(FileNotFoundError):
+        (folder / SEAL).unlink()
+    return _hash_files(folder, _files_to_seal(folder))
 
 
 def sync_files(folder: Path) -> None:

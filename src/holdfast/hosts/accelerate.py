@@ -10,14 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import re
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from holdfast.catalog.catalog import location
+from holdfast.catalog.paths import full_path, open_parent
+from holdfast.catalog.seal import is_sealed, matching
 from holdfast.comm import Ranks, all_ranks, run_on_all
 from holdfast.errors import ExistsError, NotFoundError, UsageError
 from holdfast.format.names import number_of, number_of_folder
-from holdfast.format.seal import SEAL
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.choosing import (
     check_sealed,
@@ -25,8 +28,14 @@ from holdfast.hosts.choosing import (
     none_good,
     run_on_hosts,
 )
+from holdfast.hosts.folders import (
+    fetch_newest_on_all_hosts,
+    fetch_on_all_hosts,
+    host_folder,
+    identity,
+)
 from holdfast.hosts.sealing import delete, sealed_by_all
-from holdfast.storage.opening import local_path
+from holdfast.storage.opening import is_url, open_store
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -43,6 +52,9 @@ def prepare(accelerator: Any, *, folder: str | os.PathLike[str] | None = None) -
     once, with `holdfast.seal`. `load_state` checks the checkpoint before it loads anything. Without
     a path, it takes the newest good checkpoint: of those with Accelerate's automatic names, or of
     those in `folder`. If the path is a folder of checkpoints, it takes the newest good one there.
+
+    Each of these paths may be the URL of an object store, and so may the `project_dir` of the
+    Accelerator.
 
     Returns the same `Accelerator`.
 
@@ -70,7 +82,9 @@ class _Host:
         self._load = accelerator.load_state
         self._end = accelerator.end_training
         self._ranks: Ranks | None = None
-        self._resumed_from: Path | None = None
+        self._resumed_from: str | None = None
+        """Checkpoint that was loaded last, as `identity` gives it."""
+
         self._background = BackgroundSync()
         self._resumed = False
         """Whether a checkpoint with an automatic name was loaded, so that saves may replace
@@ -84,16 +98,16 @@ class _Host:
         accelerator, settings = self._accelerator, self._accelerator.project_configuration
         is_named = settings.automatic_checkpoint_naming
         if is_named:
-            output_dir = str(self._named_folder() / f"checkpoint_{accelerator.save_iteration}")
+            output_dir = f"{self._named_folder()}/checkpoint_{accelerator.save_iteration}"
         if output_dir is None:
             raise UsageError(
                 "`save_state` needs a path",
                 hint="pass one, or `ProjectConfiguration(automatic_checkpoint_naming=True)`",
             )
-        path = os.path.abspath(output_dir)  # noqa: PTH100 - links stay links
+        path = full_path(os.path.expanduser(output_dir))  # noqa: PTH111 - text, which may be a URL
         publishes = self._publishes()
         if is_named and not self._resumed:
-            run_on_hosts(self._all(), partial(_check_free, Path(path)), decides=publishes)
+            run_on_hosts(self._all(), partial(_check_free, path), decides=publishes)
         with sealed_by_all(
             path,
             ranks=self._all(),
@@ -109,7 +123,7 @@ class _Host:
             finally:
                 settings.automatic_checkpoint_naming = is_named
         if is_named and publishes:
-            self._rotate(Path(path), settings.total_limit)
+            self._rotate(path, settings.total_limit)
         return path
 
     def load_state(self, input_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -121,15 +135,17 @@ class _Host:
             DamagedError: the checkpoint at the path is damaged, or all checkpoints are.
             NotFoundError: there is no checkpoint.
         """
-        path = self._good(input_dir)
-        loaded = self._load(path, *args, **kwargs)
+        with ExitStack() as stack:
+            path, local = self._find(input_dir, stack)
+            loaded = self._load(local, *args, **kwargs)
         settings = self._accelerator.project_configuration
         is_named = settings.automatic_checkpoint_naming
-        if is_named and Path(path).resolve().parent == self._named_folder().resolve():
+        above, _, name = identity(path).rpartition("/")
+        if is_named and above == identity(self._named_folder()):
             # Otherwise the next save would be `checkpoint_0` again, which may exist already.
-            settings.iteration = (number_of_folder(Path(path).name) or 0) + 1
+            settings.iteration = (number_of_folder(name) or 0) + 1
             self._resumed = True
-            self._resumed_from = Path(path).resolve()
+            self._resumed_from = identity(path)
         return loaded
 
     def end_training(self) -> None:
@@ -143,32 +159,41 @@ class _Host:
         run_on_all(self._all(), self._background.wait)
         self._end()
 
-    def _good(self, input_dir: str | None) -> str:
-        """Return the path of the checkpoint that `load_state(input_dir)` loads. Collective."""
+    def _find(self, input_dir: str | None, stack: ExitStack) -> tuple[str, str]:
+        """Return the path or URL of the checkpoint that `load_state(input_dir)` loads, and its path
+        on this machine. A copy of a checkpoint at a URL is deleted when `stack` is closed.
+        Collective."""
         is_named = self._accelerator.project_configuration.automatic_checkpoint_naming
         if input_dir is None and is_named:
-            return self._newest(self._named_folder(), _NAMED)
+            return self._newest(self._named_folder(), _NAMED, stack)
         if input_dir is None and self._folder is None:
             raise UsageError(
                 "`load_state` needs a path",
                 hint="pass a checkpoint or a folder of checkpoints, or `prepare(..., folder=...)`",
             )
-        text = os.path.expanduser(input_dir or self._folder or "")  # noqa: PTH111
-        root = Path(local_path(text))
+        path = full_path(os.path.expanduser(input_dir or self._folder or ""))  # noqa: PTH111
         ranks, decides = self._all(), self._publishes()
-        if ranks.all_reduce_max([decides and _holds_sealed(root)])[0]:
-            return self._newest(root, _ANY)
-        run_on_hosts(ranks, lambda: _check_path(root), decides=decides)
-        return str(root)
+        if ranks.all_reduce_max([decides and _holds_sealed(path)])[0]:
+            return self._newest(path, _ANY, stack)
+        if is_url(path):
+            into = stack.enter_context(host_folder(ranks))
+            return path, str(fetch_on_all_hosts(path, into, ranks))
+        run_on_hosts(ranks, lambda: _check_path(Path(path)), decides=decides)
+        return path, path
 
-    def _newest(self, root: Path, pattern: re.Pattern[str]) -> str:
+    def _newest(self, root: str, pattern: re.Pattern[str], stack: ExitStack) -> tuple[str, str]:
         ranks, decides = self._all(), self._publishes()
-        newest = newest_good_on_all_hosts(root, pattern, ranks=ranks, decides=decides)
+        if is_url(root):
+            into = stack.enter_context(host_folder(ranks))
+            newest = fetch_newest_on_all_hosts(root, pattern, into=into, ranks=ranks)
+        else:
+            newest = newest_good_on_all_hosts(Path(root), pattern, ranks=ranks, decides=decides)
         if newest is None:
             run_on_hosts(ranks, lambda: _refuse_damaged(root), decides=decides)
             raise NotFoundError(f"`{root}` has no checkpoint", hint="start without `load_state`")
-        logger.info("loading `%s`", newest)
-        return str(newest)
+        path = f"{root}/{newest.name}" if is_url(root) else str(newest)
+        logger.info("loading `%s`", path)
+        return path, str(newest)
 
     def _publishes(self) -> bool:
         """Return whether this rank seals and deletes checkpoints. One rank does so, or one per
@@ -177,47 +202,54 @@ class _Host:
             return bool(self._accelerator.is_local_main_process)
         return bool(self._accelerator.is_main_process)
 
-    def _named_folder(self) -> Path:
-        return Path(self._accelerator.project_dir, "checkpoints")
+    def _named_folder(self) -> str:
+        return full_path(f"{os.fspath(self._accelerator.project_dir)}/checkpoints")
 
     def _all(self) -> Ranks:
         if self._ranks is None:
             self._ranks = all_ranks()
         return self._ranks
 
-    def _rotate(self, saved: Path, limit: int | None) -> None:
+    def _rotate(self, saved: str, limit: int | None) -> None:
         """Keep the newest `limit` sealed checkpoints up to `saved`, the one just saved. Delete the
         older ones. Checkpoints with later numbers stay. The one that was loaded stays until this
         run has saved twice. Called only after a save, so that a failed save deletes nothing."""
         if limit is None:
             return
-        last = number_of(saved.name) or 0
-        numbers = {
-            path: number_of(path.name) or 0
-            for path in saved.parent.iterdir()
-            if _NAMED.fullmatch(path.name) and (path / SEAL).exists()
-        }
-        older = sorted((path for path in numbers if numbers[path] <= last), key=numbers.__getitem__)
-        for path in older[: -max(1, limit)]:
-            if path.resolve() != self._resumed_from:
-                self._background.delete(str(path), partial(delete, path.absolute()))
+        store, name = open_parent(saved)
+        names = [n for n in matching(store, _NAMED) if _NAMED.fullmatch(n) and is_sealed(store, n)]
+        older = [other for other in names if (number_of(other) or 0) <= (number_of(name) or 0)]
+        for other in older[max(1, limit) :]:
+            path = location(store, other)
+            if identity(path) != self._resumed_from:
+                self._background.delete(path, partial(delete, path))
         # After the next save, this run has two checkpoints of its own, and needs no other.
         self._resumed_from = None
 
 
-def _check_free(path: Path) -> None:
-    if path.exists():
+def _check_free(path: str) -> None:
+    store, name = open_parent(path)
+    try:
+        exists = {name, f"{name}/"} & {*store.list()}
+    except NotFoundError:
+        return
+    if exists:
         raise ExistsError(
             f"`{path}` exists already",
             hint="set `accelerator.save_iteration` to the number after the last checkpoint's",
         )
 
 
-def _holds_sealed(folder: Path) -> bool:
+def _holds_sealed(path: str) -> bool:
     """Return whether a folder is not a checkpoint itself, but has sealed folders in it."""
-    if not folder.is_dir() or (folder / SEAL).exists():
+    with suppress(UsageError):  # A whole bucket is no checkpoint.
+        if is_sealed(*open_parent(path)):
+            return False
+    try:
+        store = open_store(path)
+        return any(is_sealed(store, entry[:-1]) for entry in store.list() if entry.endswith("/"))
+    except NotFoundError:
         return False
-    return any((path / SEAL).exists() for path in folder.iterdir() if path.is_dir())
 
 
 def _check_path(path: Path) -> None:
@@ -228,8 +260,9 @@ def _check_path(path: Path) -> None:
     check_sealed(path, hint=f"`load_state({str(path.parent)!r})` takes the newest good one there")
 
 
-def _refuse_damaged(folder: Path) -> None:
+def _refuse_damaged(root: str) -> None:
     """Raise a DamagedError if a folder, which has no good checkpoint, is not empty."""
     # Hidden files do not count: a first save that was killed leaves a hidden folder.
-    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise none_good(folder)
+    with suppress(NotFoundError):
+        if any(not name.startswith(".") for name in open_store(root).list()):
+            raise none_good(root)

@@ -86,13 +86,18 @@ def check_sealed(path: Path, hint: str) -> None:
     """Raise a DamagedError with this hint if the folder differs from its seal. Warn if it has no
     seal."""
     if not (path / SEAL).exists():
-        logger.warning("`%s` has no seal, so its bytes cannot be checked", path)
+        warn_unsealed(path)
     elif findings := check(path):
         raise DamagedError(f"`{path}` is damaged: {summary_of(findings)}", hint=hint)
 
 
-def none_good(folder: Path) -> DamagedError:
-    """Return the error for a folder whose checkpoints are all damaged."""
+def warn_unsealed(where: object) -> None:
+    """Warn that the checkpoint at a path or URL cannot be checked."""
+    logger.warning("`%s` has no seal, so its bytes cannot be checked", where)
+
+
+def none_good(folder: object) -> DamagedError:
+    """Return the error for a folder or URL whose checkpoints are all damaged."""
     return DamagedError(
         f"no checkpoint in `{folder}` is good",
         hint=f"`holdfast doctor {folder}` says what is wrong with each",

@@ -12,24 +12,32 @@ from __future__ import annotations
 
 import logging
 import sys
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from holdfast.catalog.open_any import open_any
 from holdfast.catalog.paths import open_for_reading
+from holdfast.catalog.staging import Staging
 from holdfast.comm import all_ranks, run_on_rank_0
-from holdfast.errors import DamagedError, HoldfastError
+from holdfast.errors import DamagedError
+from holdfast.hosts.at_urls import (
+    LAST,
+    delete_at,
+    good_copy,
+    good_copy_on_all_hosts,
+    handles,
+    holds_weights_alone,
+    saved_file,
+)
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.files import file_moved_aside, kept_aside, published, why_not_good
+from holdfast.hosts.folders import host_folder
 from holdfast.hosts.sealing import delete, sealed_by_all
-from holdfast.storage.opening import is_url
+from holdfast.storage.opening import is_url, local_path
 
 logger: logging.Logger = logging.getLogger("holdfast")
-
-_LAST = "last"
-"""Start of the names that `save_last` and `ckpt_path="last"` use."""
 
 __all__ = ["FabricModelParallel", "HoldfastIO", "ModelParallel"]  # noqa: F822 - made on use
 
@@ -76,7 +84,7 @@ def _io_class() -> type:
         def save_checkpoint(
             self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
         ) -> None:
-            if storage_options is not None or is_url(path):
+            if storage_options is not None or (is_url(path) and not handles(path)):
                 # The base class raises its TypeError, or saves to the URL.
                 super().save_checkpoint(checkpoint, path, storage_options)
                 return
@@ -84,19 +92,37 @@ def _io_class() -> type:
 
             # The base class would write in the system's temporary folder, where a killed save
             # leaves its file, and the move from there may be a copy.
-            with published(Path(path), self._background) as part:
+            with (
+                saved_file(str(path))
+                if is_url(path)
+                else published(Path(local_path(path)), self._background)
+            ) as part:
                 torch.save(checkpoint, part)
 
         def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            if handles(path):
+                return self._load_from_url(str(path), *args, **kwargs)
             good = path if is_url(path) else good_at(Path(path))
             loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
             return loaded
 
+        def _load_from_url(self, url: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            staging = Staging.make()
+            try:
+                found = good_copy(url, staging.path)
+                # If there is nothing, the framework's own error says more.
+                loaded: dict[str, Any] = super().load_checkpoint(
+                    url if found is None else found[1], *args, **kwargs
+                )
+            finally:
+                staging.delete()
+            return loaded
+
         def remove_checkpoint(self, path: Any) -> None:
-            if is_url(path):
+            if is_url(path) and not handles(path):
                 super().remove_checkpoint(path)
             else:
-                _delete_later(self._background, Path(path))
+                _delete_later(self._background, path)
 
         def teardown(self) -> None:
             self._background.wait()
@@ -112,7 +138,7 @@ class _SyncedLater:
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:
-            _delete_later(self._background(), Path(filepath))
+            _delete_later(self._background(), filepath)
 
     def teardown(self) -> None:
         self._background().wait()
@@ -168,21 +194,29 @@ def _strategy_class(kind: str) -> type:
                 path = kwargs.pop(name)
             else:
                 path, *args = args  # type: ignore[assignment]
-            path = Path(str(self.broadcast(path)))
+            path = str(self.broadcast(path))
             ranks = all_ranks()
             try:
-                good = run_on_rank_0(ranks, lambda: good_at(path))
+                with host_folder(ranks) if is_url(path) else nullcontext() as folder:
+                    if folder is not None:
+                        good = good_copy_on_all_hosts(path, folder, ranks)
+                    else:
+                        good = run_on_rank_0(ranks, lambda: good_at(Path(path)))
+                    loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
             finally:
                 ranks.close()
-            loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
             return loaded
 
     ModelParallel.__name__ = "ModelParallel" if kind == "pytorch" else "FabricModelParallel"
     return ModelParallel
 
 
-def _delete_later(background: BackgroundSync, path: Path) -> None:
-    path = path.absolute()
+def _delete_later(background: BackgroundSync, place: Any) -> None:
+    """Delete the file or folder at a path or URL, once the checkpoints before are durable."""
+    if is_url(place):
+        background.delete(str(place), partial(delete_at, str(place)))
+        return
+    path = Path(place).absolute()
 
     def work() -> None:
         if path.is_dir():
@@ -204,9 +238,9 @@ def good_at(path: Path) -> Path:
     """
     candidates = [path] if path.exists() else []
     candidates += kept_aside(path.parent, path.name)
-    if path.name.startswith(_LAST) and candidates:
+    if path.name.startswith(LAST) and candidates:
         beside = {*candidates, *path.parent.glob(f"[!.]*{path.suffix}")}
-        beside = {p for p in beside if p.exists() and (p == path or not _holds_weights_alone(p))}
+        beside = {p for p in beside if p.exists() and (p == path or not _is_weights_alone(p))}
         candidates = sorted(beside, key=lambda p: (p.stat().st_mtime_ns, p == path), reverse=True)
     if not candidates:
         return path  # The framework's own error says more.
@@ -216,7 +250,7 @@ def good_at(path: Path) -> Path:
             if candidate != path:
                 logger.warning("loading `%s`, the newest good one beside `%s`", candidate, path)
             return candidate
-        if candidate is candidates[-1] and not path.name.startswith(_LAST):
+        if candidate is candidates[-1] and not path.name.startswith(LAST):
             raise DamagedError(
                 f"`{path}` is damaged: {why}",
                 hint='`ckpt_path="last"` takes the newest good one, with `save_last=True`',
@@ -225,17 +259,5 @@ def good_at(path: Path) -> Path:
     raise DamagedError(f"no checkpoint in `{path.parent}` is good")
 
 
-def _holds_weights_alone(path: Path) -> bool:
-    """Return whether a `ModelCheckpoint` with `save_weights_only` has written this file, so that no
-    run can resume from it. False if the file is damaged."""
-    if path.is_dir():
-        return False
-    store, name = open_for_reading(path)
-    try:
-        manifest = open_any(store, name).manifest
-    except HoldfastError:
-        return False
-    paths = [entry.path for entry in manifest.tensors.values()]
-    paths += [entry.path for entry in manifest.values.values()]
-    keys = {path[0] for path in paths}
-    return "pytorch-lightning_version" in keys and "optimizer_states" not in keys
+def _is_weights_alone(path: Path) -> bool:
+    return holds_weights_alone(*open_for_reading(path))

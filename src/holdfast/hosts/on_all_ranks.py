@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from holdfast.arguments import checked_path
-from holdfast.catalog.newest import CHECKPOINTS, compiled
+from holdfast.catalog.newest import CHECKPOINTS, compiled, folder_to_fetch_to
+from holdfast.catalog.paths import full_path
 from holdfast.comm import all_ranks
 from holdfast.hosts.choosing import newest_good_on_all_hosts
+from holdfast.hosts.folders import fetch_newest_on_all_hosts
 from holdfast.hosts.sealing import sealed_by_all
-from holdfast.storage.opening import local_path
+from holdfast.storage.opening import is_url, open_store
 
 
 @contextmanager
@@ -25,15 +27,20 @@ def sealed(path: str | os.PathLike[str]) -> Iterator[Path]:
     context gives the same folder on every rank. Rank 0 seals and publishes it once all ranks have
     left the block. A sealed folder or checkpoint at `path` is replaced.
 
+    If `path` is the URL of an object store, all ranks of a host get the same folder of their host,
+    below the folder for temporary files (environment variable TMPDIR). Each host puts its files
+    into the store at the end of the block.
+
     Collective. An error of one rank is raised on all, and nothing is published.
 
     Raises:
         ExistsError: a folder with files of others is at `path`.
         RankError: another rank has raised an error in the block.
-        UsageError: `path` is no path of a folder, or the block has written nothing.
-        StorageError: a rank does not see the folder, or it cannot be synced or renamed.
+        UsageError: `path` is neither the path of a folder nor the URL of an object store, or the
+            block has written nothing.
+        StorageError: a rank does not see the folder, or a file cannot be synced or put.
     """
-    place = local_path(checked_path(path, "path"))
+    place = full_path(checked_path(path, "path"))
     ranks = all_ranks()
     try:
         with sealed_by_all(place, ranks=ranks, publishes=ranks.rank == 0) as folder:
@@ -43,22 +50,34 @@ def sealed(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def newest_good(
-    root: str | os.PathLike[str], pattern: str | re.Pattern[str] = CHECKPOINTS
+    root: str | os.PathLike[str],
+    pattern: str | re.Pattern[str] = CHECKPOINTS,
+    *,
+    fetch_to: str | os.PathLike[str] | None = None,
 ) -> Path | None:
     """Return the newest good checkpoint in `root`, the same on every rank; None if there is none.
 
     As `holdfast.newest_good`: rank 0 compares all files with their checksums, and tells the others
     the path. If `root` does not exist, the result is None, so that a first start needs no check.
 
-    Collective. An error of rank 0 is raised on all.
+    If `root` is a URL, the checkpoint is copied to the folder `fetch_to` on each host, and the path
+    of the copy is returned.
+
+    Collective. An error of one rank is raised on all.
 
     Raises:
-        UsageError: an argument has the wrong type, or `root` is a URL.
+        UsageError: an argument has the wrong type, or `root` is a URL without `fetch_to`.
+        ExistsError: something else has the name of the copy in `fetch_to`.
+        StorageError: the copy cannot be written.
     """
-    place = Path(local_path(checked_path(root, "root")))
+    place = full_path(checked_path(root, "root"))
     names = compiled(pattern)
+    into = folder_to_fetch_to(open_store(place), fetch_to) if is_url(place) else None
     ranks = all_ranks()
     try:
-        return newest_good_on_all_hosts(place, names, ranks=ranks, decides=ranks.rank == 0)
+        if into is not None:
+            return fetch_newest_on_all_hosts(place, names, into=into, ranks=ranks)
+        decides = ranks.rank == 0
+        return newest_good_on_all_hosts(Path(place), names, ranks=ranks, decides=decides)
     finally:
         ranks.close()

@@ -10,14 +10,16 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from holdfast.catalog.paths import open_folder_for_saving
+from holdfast.catalog.paths import open_for_saving
 from holdfast.catalog.replaceable import not_sealed, why_not_replaceable
 from holdfast.catalog.seal import Unsealed, begin, is_sealed, sync_files, sync_path
-from holdfast.comm import Ranks, gather_and_run, run_on_all
-from holdfast.errors import HoldfastError, RankError, StorageError
+from holdfast.comm import Ranks, run_on_all
+from holdfast.errors import HoldfastError, StorageError, UsageError
 from holdfast.format.names import HiddenFolder
 from holdfast.hosts.background import BackgroundSync
-from holdfast.storage.opening import folder_store
+from holdfast.hosts.raising import errors_on_all
+from holdfast.hosts.uploading import uploaded_by_all
+from holdfast.storage.opening import folder_store, is_url, without_scheme
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -41,6 +43,9 @@ def sealed_by_all(
     one rank of each host does, and each host may have another `path`. `background`: makes the
     checkpoint durable later, if there is a durable one beside it.
 
+    `path` may be a URL: see `uploaded_by_all`. Then rank 0 publishes, and the checkpoint is durable
+    at the end of the block.
+
     A checkpoint at `path` is replaced. Any other folder there is an error, and so is a sealed
     checkpoint to which files were added. With `moves_aside`, such a folder is renamed instead, with
     a warning, and such files are copied to the new checkpoint. `replaces_file`: context in which a
@@ -51,8 +56,13 @@ def sealed_by_all(
     Collective. An error of one rank is raised on all, and nothing is published.
     """
     first_path, chosen_id = ranks.broadcast((path, os.urandom(4).hex()))
-    path = first_path if shared else path
-    catalog, name = open_folder_for_saving(path)
+    path = without_scheme(first_path if shared else path)
+    if is_url(path):
+        check_shared(path, shared)
+        with uploaded_by_all(path, ranks=ranks, link=link) as of_host:
+            yield of_host
+        return
+    catalog, name = open_for_saving(path)
     folder = Path(catalog.store.url, str(HiddenFolder("attempt", name, chosen_id)))
     final = Path(catalog.store.url, name)
 
@@ -97,17 +107,22 @@ def sealed_by_all(
     unsealed = run_on_all(ranks, begin_here)
     try:
         run_on_all(ranks, check_visible)
-        error: BaseException | None = None
-        try:
+        with errors_on_all(ranks):
             yield folder
-        except BaseException as raised:  # noqa: BLE001 - raised once the other ranks know
-            error = raised
-        _raise_on_all(ranks, error)
         run_on_all(ranks, publish)
     except BaseException:
         if unsealed is not None:
             unsealed.abort()
         raise
+
+
+def check_shared(url: str, shared: bool) -> None:
+    """Raise a UsageError if each host is to save a whole checkpoint of its own to one URL."""
+    if not shared:
+        raise UsageError(
+            f"`{url}` is the same object store on every host, and `save_on_each_node` is set",
+            hint="leave `save_on_each_node` out",
+        )
 
 
 def _sync_later(background: BackgroundSync, unsealed: Unsealed, path: Path) -> None:
@@ -122,34 +137,13 @@ def _sync_later(background: BackgroundSync, unsealed: Unsealed, path: Path) -> N
     background.sync(str(path), sync)
 
 
-def _raise_on_all(ranks: Ranks, error: BaseException | None) -> None:
-    """Raise the framework's error on the rank where it happened, and a RankError on the others.
-
-    `error`: None if the framework's code did not fail on this rank. Collective.
-    """
-    described = None
-    if error is not None:
-        described = RankError(
-            f"the save failed with {type(error).__name__}: {error}",
-            hint="nothing was published; the checkpoints before are as they were",
-        )
-    try:
-        if ranks.all_reduce_max([described is not None])[0]:
-            gather_and_run(ranks, described, lambda _: None)
-    except HoldfastError:
-        if error is None:
-            raise
-    if error is not None:
-        raise error
-
-
 def _make_way(path: str) -> dict[str, Path]:
     """Rename the folder `path` if it may not be replaced, such as one that was left incomplete.
 
     A sealed folder to which files were added stays, since it may be the only one to resume from
     until the new one is published. Return name -> path of the added files; {} if there are none.
     """
-    catalog, name = open_folder_for_saving(path)
+    catalog, name = open_for_saving(path)
     store = catalog.store
     store.make_folder("")
     if f"{name}/" not in store.list():
@@ -172,10 +166,10 @@ def _make_way(path: str) -> dict[str, Path]:
     return {}
 
 
-def delete(path: Path) -> None:
+def delete(path: str | os.PathLike[str]) -> None:
     """Delete a checkpoint: give it a hidden name, then delete its files. Warn if this fails."""
     try:
-        catalog, name = open_folder_for_saving(path)
+        catalog, name = open_for_saving(path)
         catalog.store.remove(catalog.set_aside_for_deletion(name))
     except HoldfastError as error:
         logger.warning("`%s` stays: %s", path, error.what)

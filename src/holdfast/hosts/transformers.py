@@ -7,18 +7,23 @@ Written for transformers 5.24 and TRL 1.16.
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import os
 import re
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.catalog.newest import check
-from holdfast.comm import Ranks, all_ranks, run_on_all
-from holdfast.errors import HoldfastError
+from holdfast.catalog.catalog import location
+from holdfast.catalog.newest import why_not_good
+from holdfast.catalog.paths import full_path, open_for_saving, open_parent
+from holdfast.catalog.seal import is_sealed, sealed
+from holdfast.comm import Ranks, all_ranks, run_on_all, run_on_rank_0
+from holdfast.errors import NotFoundError
 from holdfast.format.names import number_of
-from holdfast.format.seal import SEAL
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.choosing import (
     check_sealed,
@@ -26,8 +31,26 @@ from holdfast.hosts.choosing import (
     none_good,
     run_on_hosts,
 )
-from holdfast.hosts.sealing import delete, sealed_by_all
-from holdfast.storage.opening import local_path
+from holdfast.hosts.folders import (
+    HostFolder,
+    fetch_newest_on_all_hosts,
+    fetch_on_all_hosts,
+    folder_beside,
+    host_folder,
+    identity,
+    is_first_of_host,
+    make_host_folder,
+)
+from holdfast.hosts.sealing import check_shared, delete, sealed_by_all
+from holdfast.hosts.uploading import uploaded_by_all
+from holdfast.storage.opening import (
+    is_url,
+    local_path,
+    open_store,
+    store_to_save,
+    without_scheme,
+)
+from holdfast.storage.store import ReadStore
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -51,6 +74,9 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     checkpoint stay the Trainer's, and `holdfast.seal` is added to them. Arguments keep their
     meaning; these do more:
 
+    * `output_dir` may be the URL of an object store. Checkpoints are saved there. Other files of
+      the Trainer stay on this machine, in a folder that a warning names.
+
     * `train(resume_from_checkpoint=True)` takes the newest checkpoint that is not damaged, and says
       which ones it passes over. A path is checked before it is loaded.
     * `save_total_limit` counts good checkpoints only, so damaged ones never push them out.
@@ -63,40 +89,101 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     _push_waits = False
     """Whether the save in progress is to be pushed to the Hub once it is published."""
 
-    _resumed_from: Path | None = None
-    """Checkpoint that this run resumed from."""
+    _resumed_from: str | None = None
+    """Checkpoint that this run resumed from, as `identity` gives it."""
+
+    _url: str | None = None
+    """URL that was given as `output_dir`. The Trainer's own `output_dir` is then a folder."""
+
+    _fetched: HostFolder | None = None
+    """Folder of this host with the copy of a checkpoint that was loaded from a URL."""
 
     _ranks_here: Ranks | None = None
 
     _background_here: BackgroundSync | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        settings = import_module("transformers").TrainingArguments
+
+        def kept_here(given: Any) -> Any:
+            if not isinstance(given, settings) or not given.output_dir:
+                return given
+            url = without_scheme(given.output_dir)
+            if not is_url(url):
+                local_path(url)  # Refuse a URL that lost its second slash.
+                return given
+            self._url = full_path(url)
+            check_shared(self._url, not given.save_on_each_node)
+            open_for_saving(f"{self._url}/{_named(0)}")
+            changed = copy.copy(given)
+            changed.output_dir = str(folder_beside(self._url))
+            if given.process_index == 0:
+                logger.warning(
+                    "checkpoints are saved to `%s`; other files of the Trainer stay in `%s`",
+                    self._url,
+                    changed.output_dir,
+                )
+            return changed
+
+        args = tuple(map(kept_here, args))
+        super().__init__(*args, **{name: kept_here(given) for name, given in kwargs.items()})
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the newest good checkpoint if `resume_from_checkpoint` is True.
 
         Raises:
             DamagedError: every checkpoint, or the one at the given path, is damaged.
+            NotFoundError: there is no checkpoint at a URL.
             StorageError: the last checkpoint could not be made durable.
-            UsageError: `output_dir` is a URL, or no path.
+            UsageError: `output_dir` is a URL to which Holdfast cannot write, or no path.
         """
-        local_path(self.args.output_dir)
         self._resumed_from = None
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._good(resume_from_checkpoint)
-            if resume_from_checkpoint is not True:
-                self._resumed_from = Path(resume_from_checkpoint).resolve()
-        trained = super().train(resume_from_checkpoint, *args, **kwargs)
-        self._wait()
+        if self._url is not None:
+            store = store_to_save(self._url)
+            # Check the bucket now, not at the first save.
+            run_on_rank_0(self._ranks(), lambda: store.make_folder(""))
+        try:
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._good(resume_from_checkpoint)
+            trained = super().train(resume_from_checkpoint, *args, **kwargs)
+            self._wait()
+        finally:
+            self._delete_fetched()
         return trained
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as the Trainer does. A URL gets a sealed checkpoint.
+
+        Without a path, and if `output_dir` of the arguments is a URL, the model is saved to `model`
+        below that URL.
+        """
+        if output_dir is None and self._url is not None and not _internal_call:
+            output_dir = f"{self._url}/model"
+            if self.args.should_save:
+                logger.warning("the model is saved to `%s`", output_dir)
+        if output_dir is None or not is_url(output_dir):
+            super().save_model(output_dir, _internal_call)
+        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            with uploaded_by_all(full_path(output_dir), ranks=self._ranks()) as folder:
+                super().save_model(str(folder), _internal_call)
+        elif self.args.should_save:
+            # Only this rank writes, and scripts may call this method on this rank alone.
+            with sealed(output_dir, overwrite=True) as folder:
+                super().save_model(str(folder), _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_folder = super()._get_output_dir(trial=trial)
-        name = f"checkpoint-{self.state.global_step}"
+        name = _named(self.state.global_step)
         path = os.path.join(run_folder, name)  # noqa: PTH118 - text, as the Trainer keeps it
         publishes = bool(self.args.should_save)
         # On SIGTERM every rank writes the file `_SENTINEL`, so wait for all before deleting it.
         self._ranks().all_reduce_max([0])
         if publishes:
             _remove_sentinel(Path(path))
+        # By now, a checkpoint that was fetched has been loaded.
+        self._delete_fetched()
+        if self._url is not None:
+            path = f"{self._url}{path.removeprefix(self.args.output_dir)}"
         # The Trainer writes to `checkpoint-N` in its output folder, which is the hidden folder for
         # now. There this name is a link to the hidden folder itself.
         with sealed_by_all(
@@ -115,7 +202,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             finally:
                 self._staged = None
         if publishes:
-            self._rotate(Path(path))
+            self._rotate(path)
         if self._push_waits:
             self._push_waits = False
             super()._push_from_checkpoint(path)
@@ -139,8 +226,18 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        self._good(self.state.best_model_checkpoint)
-        super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if not is_url(best):
+            self._good(best)
+            super()._load_best_model()
+            return
+        with host_folder(self._ranks()) as folder:
+            try:
+                fetched = fetch_on_all_hosts(best, folder, self._ranks())
+                self.state.best_model_checkpoint = str(fetched)
+                super()._load_best_model()
+            finally:
+                self.state.best_model_checkpoint = best
 
     def _ranks(self) -> Ranks:
         if self._ranks_here is None:
@@ -157,19 +254,70 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         run_on_all(self._ranks(), self._background().wait)
 
     def _good(self, wanted: Any) -> Any:
-        """Return the checkpoint to load: `wanted`; for True, the newest good one. Collective."""
+        """Return the checkpoint to load: `wanted`; for True, the newest good one. A checkpoint at a
+        URL is copied to each host. Collective."""
         ranks, decides = self._ranks(), bool(self.args.should_save)
+        root = self._url or self.args.output_dir
         if wanted is not True:
+            wanted = os.fspath(wanted)
+            self._resumed_from = identity(wanted)
+            if is_url(wanted):
+                fetched = fetch_on_all_hosts(full_path(wanted), self._fetch_into(), ranks)
+                return self._prepared(fetched)
             run_on_hosts(ranks, lambda: _check_path(Path(wanted)), decides=decides)
             return wanted
-        folder = Path(self.args.output_dir)
-        newest = newest_good_on_all_hosts(
-            folder, _CHECKPOINT, ranks=ranks, decides=decides, last_file=_STATE
-        )
+        if self._url is not None:
+            newest = fetch_newest_on_all_hosts(
+                root, _CHECKPOINT, into=self._fetch_into(), ranks=ranks, last_file=_STATE
+            )
+        else:
+            newest = newest_good_on_all_hosts(
+                Path(root), _CHECKPOINT, ranks=ranks, decides=decides, last_file=_STATE
+            )
         if newest is None:
-            run_on_hosts(ranks, lambda: _refuse_damaged(folder), decides=decides)
-        # Without any checkpoint, the Trainer's own error is the clearest.
-        return True if newest is None else str(newest)
+            run_on_hosts(ranks, lambda: self._refuse_damaged(root), decides=decides)
+            # Without any checkpoint in a folder, the Trainer's own error is the clearest.
+            return True
+        self._resumed_from = identity(f"{root}/{newest.name}")
+        return str(newest) if self._url is None else self._prepared(newest)
+
+    def _prepared(self, fetched: Path) -> str:
+        """Remove the best checkpoint from the state in a copy of a checkpoint. The Trainer would
+        look for it on this machine. `_init_training_state` adds it again. Collective."""
+        file = fetched / _STATE
+
+        def remove_best() -> None:
+            if is_first and file.exists():
+                state = json.loads(file.read_bytes())
+                file.write_text(json.dumps({**state, "best_model_checkpoint": None}))
+
+        is_first = is_first_of_host(self._ranks())
+        run_on_all(self._ranks(), remove_best)
+        return str(fetched)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        started = super()._init_training_state(*args, **kwargs)
+        best_step = self.state.best_global_step
+        if self._url is not None and best_step and _named(best_step) in _checkpoints(self._url):
+            self.state.best_model_checkpoint = f"{self._url}/{_named(best_step)}"
+        return started
+
+    def _refuse_damaged(self, root: str) -> None:
+        """Raise a DamagedError if a folder without a good checkpoint has other checkpoints."""
+        if _checkpoints(root):
+            raise none_good(root)
+        if self._url is not None:
+            raise NotFoundError(
+                f"`{root}` has no checkpoint", hint="start without `resume_from_checkpoint`"
+            )
+
+    def _fetch_into(self) -> Path:
+        self._fetched = make_host_folder(self._ranks())
+        return self._fetched.path
+
+    def _delete_fetched(self) -> None:
+        if self._fetched is not None:
+            self._fetched.delete()
 
     def _correct_best(self, staged: str, path: str) -> None:
         """Store the final path of the best checkpoint in the Trainer's state and in its file.
@@ -179,36 +327,44 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         best_step, named = self.state.best_global_step, self.state.best_model_checkpoint
         if not best_step:
             return
-        best = Path(path).parent / f"checkpoint-{best_step}"
-        is_there = best == Path(path) or best.is_dir()
+        root = os.path.dirname(path) or "."  # noqa: PTH120 - text, as the Trainer keeps it
+        best = f"{root}/{_named(best_step)}"
+        is_there = best == path or _named(best_step) in _checkpoints(root)
         # The Trainer looks for the best checkpoint in the hidden folder, its output folder for now.
-        if is_there and named != str(best):
-            self.state.best_model_checkpoint = str(best)
+        if is_there and named != best:
+            self.state.best_model_checkpoint = best
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(staged, _STATE))  # noqa: PTH118
 
-    def _rotate(self, saved: Path) -> None:
+    def _rotate(self, saved: str) -> None:
         """Delete checkpoints older than the one just saved until `save_total_limit` remain: the one
         just saved, the best, and the newest good ones. Later steps stay. The checkpoint that the
         run resumed from stays until the run has saved twice."""
         limit = self.args.save_total_limit
         if not limit or limit <= 0:
             return
-        checkpoints = _checkpoints(saved.parent)
-        checkpoints = checkpoints[checkpoints.index(saved) :]
-        good = [path for path in checkpoints if _is_whole(path)]
+        store, name = open_parent(saved)
+        last = number_of(name) or 0
+        checkpoints = [n for n in _checkpoints_in(store) if (number_of(n) or 0) <= last]
+        good = [other for other in checkpoints if _is_whole(store, other)]
+        paths = {other: identity(location(store, other)) for other in checkpoints}
         best = self.state.best_model_checkpoint
-        kept = {saved}
-        kept |= {path for path in checkpoints if best and path.resolve() == Path(best).resolve()}
+        kept = {name}
+        kept |= {other for other in checkpoints if best and paths[other] == identity(best)}
         # If too few are good, others are kept too, such as checkpoints without a seal.
-        for path in (*good, *checkpoints):
+        for other in (*good, *checkpoints):
             if len(kept) < limit:
-                kept.add(path)
-        for path in checkpoints:
-            if path not in kept and path.resolve() != self._resumed_from:
-                self._background().delete(str(path), partial(delete, path.absolute()))
+                kept.add(other)
+        for other in checkpoints:
+            if other not in kept and paths[other] != self._resumed_from:
+                path = location(store, other)
+                self._background().delete(path, partial(delete, path))
         # After the next save, this run has two checkpoints of its own, and needs no other.
         self._resumed_from = None
+
+
+def _named(step: int) -> str:
+    return f"checkpoint-{step}"
 
 
 def _check_path(path: Path) -> None:
@@ -218,26 +374,23 @@ def _check_path(path: Path) -> None:
     check_sealed(path, hint="`resume_from_checkpoint=True` takes the newest good one")
 
 
-def _refuse_damaged(folder: Path) -> None:
-    """Raise a DamagedError if a folder without a good checkpoint has other checkpoints."""
-    if folder.is_dir() and _checkpoints(folder):
-        raise none_good(folder)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of the Trainer in a folder, the newest first."""
-    paths = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: number_of(path.name) or 0, reverse=True)
-
-
-def _is_whole(path: Path) -> bool:
-    """Return whether a checkpoint has a seal, and all files that the seal lists, in these sizes."""
-    if not (path / SEAL).exists():
-        return False
+def _checkpoints(root: str) -> list[str]:
+    """Return the names of the Trainer's checkpoints in a folder or at a URL, the newest first."""
     try:
-        return not check(path, quick=True)
-    except HoldfastError:
-        return False
+        return _checkpoints_in(open_store(root))
+    except NotFoundError:
+        return []
+
+
+def _checkpoints_in(store: ReadStore) -> list[str]:
+    names = [entry.rstrip("/") for entry in store.list() if entry.endswith("/")]
+    names = [name for name in names if _CHECKPOINT.fullmatch(name)]
+    return sorted(names, key=lambda name: number_of(name) or 0, reverse=True)
+
+
+def _is_whole(store: ReadStore, name: str) -> bool:
+    """Return whether a checkpoint has a seal, and all files that the seal lists, in these sizes."""
+    return is_sealed(store, name) and why_not_good(store, name, quick=True) is None
 
 
 def _remove_sentinel(path: Path) -> None:

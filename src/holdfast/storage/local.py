@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import stat
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -96,11 +97,16 @@ class LocalStore:
             files = ((entry.name, _status(entry)) for entry in entries)
             return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in files)
 
-    def changed_at(self, folder: str) -> float:
-        """Return when `folder` or a file directly in it last changed, in seconds since 1970."""
-        with self._errors_of("list", folder), os.scandir(self._path(folder)) as entries:
-            times = [_status(entry).st_mtime for entry in entries]
-            return max(times, default=os.stat(self._path(folder)).st_mtime)
+    def changed_at(self, key: str) -> float:
+        """Return when a file, or a folder or a file directly in it, last changed, in seconds since
+        1970."""
+        path = self._path(key)
+        with self._errors_of("list", key):
+            status = os.stat(path)
+            if not stat.S_ISDIR(status.st_mode):
+                return status.st_mtime
+            with os.scandir(path) as entries:
+                return max((_status(e).st_mtime for e in entries), default=status.st_mtime)
 
     def leads_out(self, folder: str, file: str) -> bool:
         return links.leads_out(self._path(folder), file)

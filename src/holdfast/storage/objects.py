@@ -191,10 +191,10 @@ class ObjectStore:
             for found in self._bucket.list(self._folder(folder, fresh=False)).objects
         ]
 
-    def changed_at(self, folder: str) -> float:
-        found = self._bucket.list(self._folder(folder, fresh=False)).objects
+    def changed_at(self, key: str) -> float:
+        found = self._bucket.list(self._folder(key, fresh=False)).objects
         if not found:
-            raise NotFoundError(f"nothing at `{self._where(folder)}`")
+            found = [self._read(key, self._bucket.head)]
         return max(one.modified.timestamp() for one in found)
 
     def listed(self, below: str | None = None) -> tuple[ObjectStore, Callable[[], None]]:
@@ -243,6 +243,12 @@ class ObjectStore:
     def create(self, key: str, nbytes: int) -> Iterator[FileWriter]:
         found = self._key(key)
         with ObjectWriter(self._bucket, found, nbytes, self._where(key)) as writer:
+            yield writer
+
+    @contextmanager
+    def replace(self, key: str, nbytes: int) -> Iterator[FileWriter]:
+        where = self._where(key)
+        with ObjectWriter(self._bucket, self._key(key), nbytes, where, replaces=True) as writer:
             yield writer
 
     def copy(self, source: str, target: str) -> None:

@@ -250,8 +250,9 @@ class Stamping(Protocol):
         """Return a value that changes when any file directly in `folder` changes."""
         ...
 
-    def changed_at(self, folder: str) -> float:
-        """Return when `folder` or a file directly in it last changed, in seconds since 1970."""
+    def changed_at(self, key: str) -> float:
+        """Return when a file, or a folder or a file directly in it, last changed, in seconds since
+        1970."""
         ...
 
 
@@ -267,6 +268,16 @@ class Copying(Protocol):
             NotFoundError: there is nothing with the key `source`.
             StorageError: the store cannot copy this file.
         """
+        ...
+
+
+@runtime_checkable
+class Replacing(Store, Protocol):
+    """A store that can replace a file as a whole."""
+
+    def replace(self, key: str, nbytes: int) -> AbstractContextManager[FileWriter]:
+        """Like `create`, but the file may exist. Readers find the earlier file until the context
+        ends without error, then the new one."""
         ...
 
 

@@ -49,8 +49,12 @@ class ObjectWriter:
     """Writes an object. A small object is put by one request. A large object is put as a stream, so
     its bytes must be written in order."""
 
-    def __init__(self, bucket: Bucket, key: str, nbytes: int, where: str) -> None:
+    def __init__(
+        self, bucket: Bucket, key: str, nbytes: int, where: str, *, replaces: bool = False
+    ) -> None:
+        """`replaces`: whether the object may exist, and is then replaced."""
         self._bucket, self._key, self._nbytes, self._where = bucket, key, nbytes, where
+        self._replaces = replaces
         self._small = bytearray(nbytes) if nbytes <= PART_BYTES else None
         self._stream: _Stream | None = None
         self._offset = 0
@@ -74,8 +78,9 @@ class ObjectWriter:
     def __enter__(self) -> ObjectWriter:
         if self._small is None:
             with suppress(NotFoundError):
-                self._bucket.head(self._key)
-                raise self._taken()
+                if not self._replaces:
+                    self._bucket.head(self._key)
+                    raise self._taken()
             self._stream = _Stream(self._bucket, self._key)
         return self
 
@@ -100,6 +105,9 @@ class ObjectWriter:
     def _put_small(self) -> None:
         assert self._small is not None
         data = bytes(self._small)
+        if self._replaces:
+            self._bucket.put(self._key, data)
+            return
         for number in range(1, _TRIES + 1):
             try:
                 self._bucket.put_new(self._key, data)
