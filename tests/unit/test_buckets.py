@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import holdfast
+from hf_folders import LLAMA, assert_same, hf_tensors, save_folder, tensors_in
 from holdfast.cli.main import main
 from holdfast.comm import Solo
 from holdfast.convert.target import open_target
@@ -91,14 +92,53 @@ def test_a_run_saves_resumes_and_retains_in_a_bucket(
 def test_a_checkpoint_is_converted_to_a_bucket_and_back(
     run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: a local checkpoint to a URL, then that to a `.pt` file; refused formats."""
+    """Method: a local checkpoint to a URL, then that to a `.pt` file; and a file in the bucket,
+    which only `--overwrite` replaces."""
     holdfast.save(tmp_path / "a", {"w": torch.arange(6.0)})
     said(capsys, "convert", str(tmp_path / "a"), f"{run}/b")
     said(capsys, "convert", f"{run}/b", str(tmp_path / "c.pt"))
     assert torch.equal(torch.load(tmp_path / "c.pt")["w"], torch.arange(6.0))
-    for target, to in ((f"{run}/d.pt", "torch"), (f"{run}/d", "hf")):
-        assert main(["convert", str(tmp_path / "a"), target, "--to", to]) == 2
-        assert "object store" in capsys.readouterr().err
+    said(capsys, "convert", f"{run}/b", f"{run}/d.pt")
+    holdfast.save(tmp_path / "e", {"w": torch.ones(6)})
+    said(capsys, "convert", str(tmp_path / "e"), f"{run}/d.pt", status=5)
+    bucket = CloudBucket(run)
+    first = (tmp_path / "c.pt").read_bytes()
+    assert bytes(bucket.get("d.pt", 1 << 20)[0]) == first
+    said(capsys, "convert", str(tmp_path / "e"), f"{run}/d.pt", "--overwrite")
+    (tmp_path / "d.pt").write_bytes(bucket.get("d.pt", 1 << 20)[0])
+    assert torch.equal(torch.load(tmp_path / "d.pt")["w"], torch.ones(6))
+    said(capsys, "verify", f"{run}/d.pt")
+
+
+def test_a_model_is_exported_to_a_bucket(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G2. Method: a Hugging Face folder to a checkpoint in a bucket, then to a folder in the
+    bucket, twice. Other programs find the files of the folder where a note says."""
+    tensors = hf_tensors(LLAMA)
+    save_folder(tmp_path / "hf", LLAMA, tensors)
+    said(capsys, "convert", str(tmp_path / "hf"), f"{run}/step-5")
+    said(capsys, "convert", f"{run}/step-5", f"{run}/model", "--to", "hf")
+    said(capsys, "convert", f"{run}/step-5", f"{run}/model", "--to", "hf", status=5)
+    out = said(capsys, "convert", f"{run}/step-5", f"{run}/model", "--to", "hf", "--overwrite")
+    place = out.split("find the files in ")[1].split()[0]
+    assert place.startswith(f"{run}/model/")
+    bucket = CloudBucket(place)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for found in bucket.list("").objects:
+        (copy / found.key).write_bytes(bucket.get(found.key, 1 << 30)[0])
+    assert_same(tensors_in(copy), tensors)
+    assert (copy / "config.json").exists()
+    assert len({key.split("/")[1] for key in _keys(run, "model") if key.count("/") == 2}) == 1
+    said(capsys, "convert", f"{run}/model", str(tmp_path / "back"), "--to", "hf")
+    assert_same(tensors_in(tmp_path / "back"), tensors)
+    pushed = ("--to", "hf", "--push-to-hub", "a/b")
+    said(capsys, "convert", f"{run}/step-5", f"{run}/other", *pushed, status=2)
+
+
+def _keys(run: str, below: str) -> list[str]:
+    return [found.key for found in CloudBucket(run).list_all(below)]
 
 
 def test_a_downloaded_checkpoint_names_its_inner_folder(run: str, tmp_path: Path) -> None:
@@ -129,20 +169,20 @@ def test_the_door_says_what_a_bucket_cannot_do(run: str) -> None:
         holdfast.save(Path(f"{run}/a"), {"w": torch.ones(1)})
 
 
-def test_a_folder_of_files_is_not_sealed_in_a_bucket(
+def test_a_url_that_path_shortened_is_not_sealed(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G16. Method: by one process and by all ranks, to a URL, also as `Path` shortens it; neither
-    the bucket nor the current folder has anything new. The URL of a folder is taken."""
+    """G16. Method: by one process and by all ranks; neither the bucket nor the current folder has
+    anything new. The URL of a folder is taken."""
     monkeypatch.chdir(tmp_path)
-    for path in (f"{run}/a", Path(f"{run}/a")):
-        with pytest.raises(UsageError, match="is a URL"), holdfast.sealed(path):
-            pass
-        with (
-            pytest.raises(UsageError, match="is a URL"),
-            sealed_by_all(str(path), ranks=Solo(), publishes=True, moves_aside=True),
-        ):
-            pass
+    path = Path(f"{run}/a")
+    with pytest.raises(UsageError, match="is a URL"), holdfast.sealed(path):
+        pass
+    with (
+        pytest.raises(UsageError, match="is a URL"),
+        sealed_by_all(str(path), ranks=Solo(), publishes=True, moves_aside=True),
+    ):
+        pass
     assert [*CloudBucket(run).list_all("")] == []
     assert [*tmp_path.iterdir()] == []
     with holdfast.sealed(f"file://{tmp_path}/a") as folder:

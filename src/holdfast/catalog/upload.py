@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from holdfast.errors import StorageError
 from holdfast.format.checksum import block_checksums
 from holdfast.format.seal import BLOCK_BYTES, SEAL, Seal, SealedFile, encode
-from holdfast.storage.store import Creating
+from holdfast.storage.store import Creating, FileWriter
 
 _FILES_MAX = 4
 """Most files that are put at the same time. The store sends a large file by several requests."""
@@ -43,21 +43,28 @@ def upload(store: Creating, attempt: str, folder: Path, files: Mapping[str, Seal
 def _put(store: Creating, key: str, path: Path, sealed: SealedFile) -> None:
     found: list[int] = []
     with store.create(key, sealed.nbytes) as writer:
-        offset = 0
-        try:
-            with path.open("rb") as opened:
-                # Each piece has memory of its own, since the store may read it later.
-                while piece := opened.read(_PIECE_BYTES):
-                    found += block_checksums(memoryview(piece), BLOCK_BYTES)
-                    writer.write(offset, [piece])
-                    offset += len(piece)
-        except OSError as error:
-            raise StorageError(f"cannot read `{path}`: {error.strerror or error}") from error
-        if (offset, tuple(found)) != (sealed.nbytes, sealed.checksums):
+        for piece in write_file(writer, path):
+            found += block_checksums(piece, BLOCK_BYTES)
+        if tuple(found) != sealed.checksums:
             raise StorageError(
                 f"`{path}` has changed while it was saved",
                 hint="let all threads finish their files before the save ends",
             )
+
+
+def write_file(writer: FileWriter, path: Path) -> Iterator[memoryview]:
+    """Write the bytes of the file at `path` of this machine, in order. Yield each piece that was
+    written: its size is a multiple of the block size, except for the last one."""
+    try:
+        with path.open("rb") as opened:
+            offset = 0
+            # Each piece has memory of its own, since the store may read it later.
+            while piece := opened.read(_PIECE_BYTES):
+                writer.write(offset, [piece])
+                offset += len(piece)
+                yield memoryview(piece)
+    except OSError as error:
+        raise StorageError(f"cannot read `{path}`: {error.strerror or error}") from error
 
 
 def put_seal(store: Creating, attempt: str, seal: Seal) -> None:

@@ -24,6 +24,7 @@ from holdfast.convert.plan import ConvertOptions, Float, plan
 from holdfast.convert.target_format import TargetFormat, target_format
 from holdfast.errors import UsageError
 from holdfast.spelling import rate, spelled_bytes
+from holdfast.storage.opening import local_path
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -99,6 +100,8 @@ class ConvertArguments(JsonOptions):
         to = target_format(self.source, self.target, self.to)
         if self.push_to_hub is not None and to != "hf":
             raise UsageError("`--push-to-hub` uploads a Hugging Face folder, and needs `--to hf`")
+        if self.push_to_hub is not None:
+            local_path(self.target)
         if self.names is not None and to == "hf":
             raise UsageError(
                 "`--names` is for targets with native names: an export has those of Hugging Face",
@@ -139,13 +142,24 @@ def run(arguments: Sequence[str]) -> int:
         sizes = {"nbytes": result.nbytes, "kept_bytes": result.kept_bytes}
         facts = {"seconds": round(result.seconds, 3), "tensors": result.num_tensors}
         pushed = {} if commit is None else {"commit": commit}
-        say_json({"target": result.where, **sizes, **facts, **pushed, "notes": planned.notes})
+        say_json(
+            {
+                "target": result.where,
+                "files_at": result.files_at,
+                **sizes,
+                **facts,
+                **pushed,
+                "notes": planned.notes,
+            }
+        )
         return 0
     for note in planned.notes:
         say(f"note: {note}")
     if result.kept_bytes:
         kept = spelled_bytes(result.kept_bytes)
         say(f"note: an interrupted conversion had written {kept} of it already")
+    if result.files_at != result.where and planned.options.to == "hf":
+        say(f"note: other programs find the files in {result.files_at}")
     written = rate(result.nbytes, result.seconds)
     say(f"{result.where}: {result.num_tensors} tensors, {written}")
     if commit is not None:

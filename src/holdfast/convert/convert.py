@@ -37,6 +37,9 @@ class ConvertResult:
     where: str
     """Path of the target."""
 
+    files_at: str
+    """Path or URL below which other programs find the files of the target."""
+
     nbytes: int
     """Bytes of the target; for an export, bytes of its weights."""
 
@@ -87,7 +90,9 @@ def convert_to(
         ) from error
     seconds = time.perf_counter() - started
     kept_bytes = 0 if target.files is None else target.files.kept_bytes
-    return ConvertResult(target.where, nbytes, kept_bytes, seconds, len(planned.outputs))
+    return ConvertResult(
+        target.where, target.files_at, nbytes, kept_bytes, seconds, len(planned.outputs)
+    )
 
 
 def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance) -> int:

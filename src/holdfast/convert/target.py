@@ -15,6 +15,8 @@ from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.open_any import is_checkpoint
 from holdfast.catalog.paths import full_path, split_path
 from holdfast.catalog.replaceable import is_file, special_file, why_not_replaceable
+from holdfast.catalog.staging import Staging
+from holdfast.catalog.upload import write_file
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, NotFoundError, StorageError, UsageError
 from holdfast.format import torchfile
@@ -30,8 +32,17 @@ from holdfast.saving.publish import publish
 from holdfast.saving.write import write
 from holdfast.spelling import spelled_bytes
 from holdfast.storage.continuing import Continuing
-from holdfast.storage.opening import is_url, store_to_save
-from holdfast.storage.store import Buffer, Creating, FileWriter, FolderStore, ReadStore, Store
+from holdfast.storage.opening import folder_store, is_url, store_to_save
+from holdfast.storage.store import (
+    Addressing,
+    Buffer,
+    Creating,
+    FileWriter,
+    FolderStore,
+    ReadStore,
+    Replacing,
+    Store,
+)
 
 Values = Mapping[str, tuple[Path, bytes]]
 """Path and bytes of each value, by name, in the form that the target needs."""
@@ -61,6 +72,13 @@ class ConvertTarget:
     @property
     def where(self) -> str:
         return self.catalog.where(self.name)
+
+    @property
+    def files_at(self) -> str:
+        """Path or URL below which other programs find the files of the target."""
+        if not self.file and isinstance(self.store, Addressing):
+            return self.store.address(self.name)
+        return self.where
 
     @property
     def creating(self) -> Creating:
@@ -98,6 +116,11 @@ def target_in(store: Store, name: str, *, overwrite: bool, file: bool = False) -
     """
     catalog = Catalog(store)
     store.make_folder("")
+    if file and not isinstance(store, FolderStore | Replacing):
+        raise UsageError(
+            f"`{store.url}` cannot replace single files",
+            hint=f"convert to a file of this machine, or to a folder: `{store.url}/{name}-dcp`",
+        )
     files = Continuing(store) if isinstance(store, FolderStore) else None
     attempts = {str(attempt) for attempt in _attempts(store, name)} if files else set()
     actions = plan_cleanup(store.list(), only=name)
@@ -255,7 +278,8 @@ def write_torch_file(
     }
     layout = torchfile.lay_out(tensors, values)
     store, file = target.store, target.name
-    assert isinstance(store, FolderStore), "`check_format` refuses others"
+    if not isinstance(store, FolderStore):
+        return _write_in_store(target, outputs, values, advance)
     with _attempt(target, {file: layout.nbytes}) as attempt:
         with (
             read_ahead([outputs[name] for name in layout.tensors], advance) as take,
@@ -276,6 +300,25 @@ def write_torch_file(
             store.rename(f"{attempt}/{file}", file)
         store.remove(str(attempt))
     return layout.nbytes
+
+
+def _write_in_store(
+    target: ConvertTarget, outputs: Outputs, values: Values, advance: Advance
+) -> int:
+    """Write a `.pt` file to an object store, by way of a file of this machine: the beginning of the
+    file has checksums of its end, and an object store takes the bytes of a file in their order."""
+    assert isinstance(target.store, Replacing), "`open_target` refuses others"
+    staging = Staging.make()
+    try:
+        local = target_in(folder_store(staging.path), target.name, overwrite=False, file=True)
+        nbytes = write_torch_file(local, outputs, values, advance)
+        creates = target.store.replace if target.overwrite else target.store.create
+        with creates(target.name, nbytes) as writer:
+            for _ in write_file(writer, staging.path / target.name):
+                pass
+    finally:
+        staging.delete()
+    return nbytes
 
 
 def write_checkpoint(

@@ -6,7 +6,6 @@ from pathlib import PurePath
 from typing import Literal
 
 from holdfast.errors import UsageError
-from holdfast.storage.opening import is_url, without_scheme
 
 TargetFormat = Literal["dcp", "hf", "torch"]
 
@@ -52,12 +51,4 @@ def target_format(source: str, target: str, to: TargetFormat | None) -> TargetFo
             f"`{target}`: `holdfast convert` cannot write {suffix} files",
             hint=hint,
         )
-    chosen = to or ("torch" if suffix in TORCH else "dcp")
-    if is_url(without_scheme(target)) and chosen != "dcp":
-        raise UsageError(
-            f"`{target}` is in an object store, where other programs would find half of it while "
-            "it is written",
-            hint=f"holdfast convert {source} FOLDER --to {chosen}, then upload the folder; "
-            "`--to dcp` writes a checkpoint there",
-        )
-    return chosen
+    return to or ("torch" if suffix in TORCH else "dcp")

@@ -14,6 +14,7 @@ from holdfast.catalog.newest import why_not_fetched
 from holdfast.catalog.open_any import open_any
 from holdfast.catalog.paths import open_parent
 from holdfast.catalog.staging import Staging
+from holdfast.catalog.upload import write_file
 from holdfast.comm import Ranks, run_on_all, run_on_rank_0
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError
 from holdfast.format.names import number_of
@@ -27,8 +28,6 @@ logger: logging.Logger = logging.getLogger("holdfast")
 
 LAST = "last"
 """Start of the names that Lightning's `save_last` and `ckpt_path="last"` use."""
-
-_PIECE_BYTES = 8 << 20
 
 
 def handles(path: object) -> bool:
@@ -52,11 +51,9 @@ def saved_file(url: str) -> Iterator[IO[bytes]]:
     try:
         with path.open("xb") as file:
             yield file
-        with path.open("rb") as file, store.replace(name, path.stat().st_size) as writer:
-            offset = 0
-            while piece := file.read(_PIECE_BYTES):
-                writer.write(offset, [piece])
-                offset += len(piece)
+        with store.replace(name, path.stat().st_size) as writer:
+            for _ in write_file(writer, path):
+                pass
     finally:
         staging.delete()
 

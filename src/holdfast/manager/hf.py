@@ -95,12 +95,13 @@ class HFFormat:
         self.planner: Planner = Planner(run.ranks)
         if not run.config.last_save_in_hf and not run.config.hf_export_interval:
             return
-        if is_url(run.catalog.store.url):
+        url = run.catalog.store.url
+        if is_url(url):
             raise UsageError(
-                f"`{run.catalog.store.url}` is in an object store, where other programs would find "
-                "half of a Hugging Face folder while it is written",
-                hint="`last_save_in_hf = false` and `hf_export_interval = 0`; `holdfast convert` "
-                "writes the folder afterwards, to a disk",
+                f"`{url}` is in an object store, where ranks cannot write one file together, as "
+                "they do for a Hugging Face folder",
+                hint="`last_save_in_hf = false` and `hf_export_interval = 0`; afterwards, "
+                f"`holdfast convert {url}/step-N {url}/TARGET --to hf` writes the folder",
             )
         if model is None:
             raise UsageError(

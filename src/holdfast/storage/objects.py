@@ -234,6 +234,9 @@ class ObjectStore:
                 return "/".join([above, pointer.id, *parts[length:]])
         return folder
 
+    def address(self, folder: str) -> str:
+        return self._where(self._folder(folder))
+
     def _where(self, key: str) -> str:
         return f"{self.url}/{key}".rstrip("/")
 

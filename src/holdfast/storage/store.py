@@ -282,6 +282,15 @@ class Replacing(Store, Protocol):
 
 
 @runtime_checkable
+class Addressing(Protocol):
+    """A store in which other programs find the files of a folder at another address."""
+
+    def address(self, folder: str) -> str:
+        """Return the URL below which other programs find the files that are in `folder` now."""
+        ...
+
+
+@runtime_checkable
 class Distant(Protocol):
     """A store that is reached over a network, so that each request waits for an answer."""
 
