@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ import pytest
 import holdfast
 from holdfast.storage.cloud import CloudBucket
 from s3_server import s3_server
+
+HOSTS = [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(os.geteuid() != 0, reason="needs root")),
+]
+"""Whether each rank is on a host of its own, for `parametrize`."""
 
 
 class RunBucket:
@@ -50,4 +57,4 @@ class RunBucket:
         """All these checkpoints are good, and no copy of one is left on this machine."""
         for name in names:
             assert holdfast.check(f"{self.url}/{name}") == []
-        assert not list(self.temporary.glob(".holdfast-*"))
+        assert not list(self.temporary.rglob(".holdfast-*"))

@@ -8,6 +8,7 @@ statuses, and the text of all errors.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import logging
 import os
@@ -352,9 +353,12 @@ def keep_weights(model: Any, file: str) -> None:
 
 def _run(function: str, arguments: dict[str, Any]) -> int:
     """Run one command in forked children, one by default, with the variables `environment`. Returns
-    the exit status: that of the first rank that failed, after which the others are killed."""
+    the exit status: that of the first rank that failed, after which the others are killed.
+
+    `hosts`: each rank has a host name and a temporary folder of its own. Needs root."""
     ranks = arguments.pop("ranks", 1)
     environment = arguments.pop("environment", {})
+    hosts = arguments.pop("hosts", False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -364,6 +368,8 @@ def _run(function: str, arguments: dict[str, Any]) -> int:
         if not child:
             os.environ |= environment
             tempfile.tempdir = None
+            if hosts:
+                be_a_host(rank)
             if ranks > 1:
                 # As torchrun sets them.
                 os.environ |= {
@@ -388,6 +394,17 @@ def _run(function: str, arguments: dict[str, Any]) -> int:
             for child in children:
                 os.kill(child, signal.SIGKILL)
     return first
+
+
+def be_a_host(rank: int) -> None:
+    """Give this process a host name and a temporary folder of its own."""
+    clone_newuts = 0x04000000
+    assert ctypes.CDLL(None, use_errno=True).unshare(clone_newuts) == 0, os.strerror(
+        ctypes.get_errno()
+    )
+    socket.sethostname(f"host{rank}")
+    os.environ["TMPDIR"] += f"/host{rank}"
+    Path(os.environ["TMPDIR"]).mkdir(exist_ok=True)
 
 
 def _work(work: Callable[..., None], arguments: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import holdfast
-from host_buckets import RunBucket
+from host_buckets import HOSTS, RunBucket
 from host_runs import run_commands
 
 # Not by `importorskip`: an import takes seconds in each process of the tests.
@@ -149,16 +149,23 @@ def test_a_full_disk_costs_no_checkpoint_of_total_limit(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ object stores
 
 
+@pytest.mark.parametrize("hosts", HOSTS)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_save_to_a_bucket(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sharded: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sharded: bool, hosts: bool
 ) -> None:
     """Method: `project_dir` is a URL. Rank 1 dies in its second save. The run is resumed, then the
     newest checkpoint is damaged, and the run is resumed from the one before, to the same bits."""
     bucket = RunBucket(monkeypatch, tmp_path)
     options: dict[str, Any] = {"environment": bucket.environment, "ranks": 2, "sharded": sharded}
+    options["hosts"] = hosts
     statuses = run_commands(
-        train(out=tmp_path / "plain", plain=True, result=tmp_path / "plain.pt", **options),
+        train(
+            out=tmp_path / "plain",
+            plain=True,
+            result=tmp_path / "plain.pt",
+            **{**options, "hosts": False},
+        ),
         train(out=bucket.url, limit=4_000, dies=True, rank_killed=1, **options),
         train(out=bucket.url, resume=True, result=tmp_path / "killed.pt", **options),
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import holdfast
-from host_buckets import RunBucket
+from host_buckets import HOSTS, RunBucket
 from host_runs import run_commands, run_failing
 
 # Not by `importorskip`: an import takes seconds in each process of the tests.
@@ -210,15 +210,17 @@ def test_files_in_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         run_commands(train("fabric", **options, resume=f"{bucket.url}/step=4.ckpt"))
 
 
+@pytest.mark.parametrize("hosts", HOSTS)
 def test_shards_of_two_processes_in_a_bucket(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hosts: bool
 ) -> None:
     """FSDP2 by ModelParallel. Rank 1 is killed in its file, and checkpoints are damaged."""
     bucket = RunBucket(monkeypatch, tmp_path)
     options: dict[str, Any] = {"environment": bucket.environment, "sharded": True, "ranks": 2}
+    plain, options["hosts"] = {**options, "plain": True}, hosts
     out, last = bucket.url, f"{bucket.url}/last.ckpt"
     statuses = run_commands(
-        train("fabric", out=tmp_path / "plain", plain=True, result=tmp_path / "0.pt", **options),
+        train("fabric", out=tmp_path / "plain", result=tmp_path / "0.pt", **plain),
         train("fabric", out=out, kill="__1_0.distcp", times=3, rank_killed=1, **options),
         train("fabric", out=out, resume=last, result=tmp_path / "1.pt", **options),
     )

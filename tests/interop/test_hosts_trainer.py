@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import holdfast
-from host_buckets import RunBucket
+from host_buckets import HOSTS, RunBucket
 from host_runs import run_commands
 
 # Not by `importorskip`: an import takes seconds in each process of the tests.
@@ -274,17 +274,19 @@ def test_a_full_disk_is_an_error_and_costs_no_checkpoint(
 # ------------------------------------------------------------------------------------ object stores
 
 
+@pytest.mark.parametrize("hosts", HOSTS)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_save_to_a_bucket(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uninterrupted: Path, sharded: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sharded: bool, hosts: bool
 ) -> None:
     """Method: `output_dir` is a URL. Rank 1 dies in its second save. The run is resumed, then the
     newest checkpoint is damaged, and the run is resumed from the one before, to the same bits."""
     bucket = RunBucket(monkeypatch, tmp_path)
     options: dict[str, Any] = {"environment": bucket.environment, "ranks": 2, "sharded": sharded}
+    options["hosts"] = hosts
     plain, out = tmp_path / "plain", bucket.url
     statuses = run_commands(
-        train(out=plain, plain=True, result=tmp_path / "plain.pt", **options),
+        train(out=plain, plain=True, result=tmp_path / "plain.pt", **{**options, "hosts": False}),
         train(out=out, limit=4_000, dies=True, rank_killed=1, **options),
         train(out=out, resume=True, result=tmp_path / "killed.pt", **options),
     )

@@ -1,4 +1,4 @@
-"""Copies checkpoints from a store to a folder of this machine, for programs that read files."""
+"""Copies checkpoints from a store to a local folder, for programs that read files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from holdfast.catalog.catalog import location, verify_hint
 from holdfast.catalog.seal import is_sealed, read_seal
+from holdfast.catalog.temporary import ROOM
 from holdfast.errors import DamagedError, FormatError, NotFoundError, StorageError
 from holdfast.format.checksum import block_checksums
 from holdfast.format.seal import BLOCK_BYTES, SEAL, SealedFile, encode
@@ -28,11 +29,11 @@ _PIECE_BYTES = 4 * BLOCK_BYTES
 network answers several requests for them at the same time."""
 
 
-def fetch(store: ReadStore, name: str, folder: Path) -> None:
+def fetch(store: ReadStore, name: str, folder: Path, *, hint: str = ROOM) -> None:
     """Copy the checkpoint `name` of a store to the new folder `folder`.
 
     Every byte of a sealed checkpoint is compared with its seal while it is copied. Other folders
-    are copied without a check.
+    are copied without a check. `hint`: next step if the disk is full.
 
     Raises:
         DamagedError: a file differs from the seal, or is missing.
@@ -44,19 +45,19 @@ def fetch(store: ReadStore, name: str, folder: Path) -> None:
     seal = read_seal(store, name) if is_sealed(store, name) else None
     sealed: Mapping[str, SealedFile | None]
     sealed = seal.files if seal is not None else dict.fromkeys(_files_below(store, name))
-    with _storage_errors(folder):
+    with _storage_errors(folder, hint):
         folder.mkdir(parents=True)
-    files = [_File(store, name, file, of_seal, folder) for file, of_seal in sealed.items()]
+    files = [_File(store, name, file, of_seal, folder, hint) for file, of_seal in sealed.items()]
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="holdfast-fetch") as pool:
-        created = zip(files, pool.map(_File.create, files), strict=True)
-        copies = [pool.submit(file.copy, start) for file, starts in created for start in starts]
         try:
+            created = zip(files, pool.map(_File.create, files), strict=True)
+            copies = [pool.submit(file.copy, start) for file, starts in created for start in starts]
             nbytes = sum(copy.result() for copy in copies)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     if seal is not None:
-        with _storage_errors(folder):
+        with _storage_errors(folder, hint):
             (folder / SEAL).write_bytes(encode(seal))
     where, seconds = location(store, name), time.perf_counter() - started
     logger.info("fetched `%s`: %s", where, rate(nbytes, seconds))
@@ -66,7 +67,7 @@ def fetch_file(store: ReadStore, key: str, path: Path) -> None:
     """Copy one file of a store to the new file `path`, without a check."""
     started = time.perf_counter()
     above, _, name = key.rpartition("/")
-    file = _File(store, above, name, None, path.parent, path.name)
+    file = _File(store, above, name, None, path.parent, ROOM, path.name)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="holdfast-fetch") as pool:
         nbytes = sum(pool.map(file.copy, file.create()))
     seconds = time.perf_counter() - started
@@ -88,6 +89,7 @@ class _File:
     """Size and checksums by the seal; None without a seal."""
 
     folder: Path
+    hint: str
     renamed: str | None = None
     """Name of the copy, if it is another one."""
 
@@ -107,7 +109,7 @@ class _File:
             raise self._damaged("is missing") from error
         if self.sealed is not None and nbytes != self.sealed.nbytes:
             raise self._damaged(f"has {nbytes} bytes, {self.sealed.nbytes} were written")
-        with _storage_errors(self.target):
+        with _storage_errors(self.target, self.hint):
             self.target.parent.mkdir(parents=True, exist_ok=True)
             with self.target.open("xb") as file:
                 if nbytes:
@@ -119,8 +121,11 @@ class _File:
         """Copy and check one piece. Return its number of bytes."""
         stop = min(start + _PIECE_BYTES, self.target.stat().st_size)
         piece = memoryview(bytearray(stop - start))
-        with self.store.open(self.key) as reader:
-            nbytes = reader.read_into(start, piece)
+        try:
+            with self.store.open(self.key) as reader:
+                nbytes = reader.read_into(start, piece)
+        except NotFoundError as error:
+            raise self._damaged("is missing") from error
         if nbytes < len(piece):
             raise self._damaged("ended while it was read")
         if self.sealed is not None:
@@ -130,7 +135,7 @@ class _File:
                     raise self._damaged(
                         f"block {block} has checksum {found:016x}, the seal says {expected:016x}"
                     )
-        with _storage_errors(self.target), self.target.open("r+b", buffering=0) as file:
+        with _storage_errors(self.target, self.hint), self.target.open("r+b", buffering=0) as file:
             offset = start
             while offset < stop:
                 offset += os.pwrite(file.fileno(), piece[offset - start :], offset)
@@ -150,7 +155,7 @@ def _files_below(store: ReadStore, name: str) -> Iterator[str]:
         for entry in store.list(f"{name}/{parent}".rstrip("/")):
             if entry.rstrip("/") in ("", ".", ".."):
                 raise FormatError(
-                    f"`{location(store, name)}` holds `{parent}{entry}`, which is no name of a file"
+                    f"`{location(store, name)}` holds `{parent}{entry}`, which is not a valid name"
                 )
             if entry.endswith("/"):
                 waiting.append(f"{parent}{entry}")
@@ -159,12 +164,9 @@ def _files_below(store: ReadStore, name: str) -> Iterator[str]:
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def _storage_errors(path: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(
-            f"cannot copy to `{path}`: {error.strerror or error}",
-            hint="the copy needs room for a checkpoint: choose another folder for it, or set "
-            "the environment variable TMPDIR",
-        ) from error
+        what = f"cannot copy to `{path}`: {error.strerror or error}"
+        raise StorageError(what, hint=hint) from error

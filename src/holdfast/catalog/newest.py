@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import logging
 import os
 import re
+import shutil
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,21 +20,26 @@ from holdfast.catalog.fetch import fetch
 from holdfast.catalog.findings import Finding, VerifyReport, summary_of
 from holdfast.catalog.open_any import format_of
 from holdfast.catalog.paths import open_for_reading
-from holdfast.catalog.seal import is_sealed, matching, read_seal
-from holdfast.catalog.staging import Staging
+from holdfast.catalog.seal import is_sealed, matching
+from holdfast.catalog.temporary import ROOM, TemporaryFolder
 from holdfast.catalog.verify import VerifyTarget, failed, verify
 from holdfast.errors import (
     DamagedError,
-    ExistsError,
     FormatError,
     HoldfastError,
     NotFoundError,
+    StorageError,
     UsageError,
 )
+from holdfast.format.names import MANIFEST
+from holdfast.format.seal import SEAL
 from holdfast.storage.opening import is_url, local_path, open_store
-from holdfast.storage.store import ReadStore
+from holdfast.storage.store import ReadStore, Stamping
 
 logger: logging.Logger = logging.getLogger("holdfast")
+
+FETCH_TO = "pass another `fetch_to=`, a folder with room for the checkpoint"
+"""Hint for errors of the copy that `newest_good` makes."""
 
 CHECKPOINTS = "checkpoint-*"
 """Pattern for the names of folders that transformers' Trainer saves."""
@@ -83,9 +92,10 @@ def newest_good(
     too, unless `root` has no other folders. Then the newest folder with a complete structure is
     returned. The structure is checked only if Holdfast knows the format.
 
-    `root` may be a URL. Then the checkpoint is copied to the folder `fetch_to` of this machine, and
-    the path of the copy is returned. Sealed checkpoints are checked while they are copied. A copy
-    that is there already is used again if it is good.
+    `root` may be a URL. Then the checkpoint is copied to the local folder `fetch_to`, and the path
+    of the copy is returned, such as `FETCH_TO/1f2e3d4c/checkpoint-6`. Sealed checkpoints are
+    checked while they are copied. An existing copy of the same version is used again if it is good.
+    Copies stay until you delete them.
 
     `pattern`: shell pattern for the names of the folders, or a compiled regular expression.
     `quick`: compare sizes and indices only; copies are always compared in full. `last_file`: name
@@ -94,15 +104,15 @@ def newest_good(
     Raises:
         UsageError: `root` is not the path of a folder or a URL, or is a URL without `fetch_to`.
         NotFoundError: `root` does not exist.
-        ExistsError: something else has the name of the copy in `fetch_to`.
         StorageError: the copy cannot be written, for example because the disk is full.
     """
     names = compiled(pattern)
     store = open_store(checked_path(root, "root"))
     if is_url(store.url):
         into = folder_to_fetch_to(store, fetch_to)
-        found = newest_name(store, names, partial(why_not_fetched, into), last_file=last_file)
-        return None if found is None else into / found
+        why_not = partial(fetch_if_good, into, hint=FETCH_TO)
+        found = newest_name(store, names, why_not, last_file=last_file)
+        return None if found is None else copy_of(into, store, found)
     found = newest_name(store, names, partial(why_not_good, quick=quick), last_file=last_file)
     return None if found is None else Path(location(store, found))
 
@@ -150,6 +160,9 @@ def why_not_good(store: ReadStore, name: str, *, quick: bool = False) -> str | N
     """Return why a checkpoint must not be loaded; None if it is good.
 
     `quick`: compare sizes and indices only.
+
+    Raises:
+        StorageError: a store in a network did not answer.
     """
     target = VerifyTarget(store, name, quick)
     try:
@@ -158,6 +171,8 @@ def why_not_good(store: ReadStore, name: str, *, quick: bool = False) -> str | N
         # Holdfast does not know the format. Accept a folder with files, but not an empty one.
         return None if store.list(name) else error.what
     except HoldfastError as error:
+        if is_url(store.url) and isinstance(error, StorageError):
+            raise  # The store did not answer. The checkpoint may be good.
         report = failed(target, error)
     return None if report.good else summary_of(report.findings)
 
@@ -170,43 +185,49 @@ def folder_to_fetch_to(store: ReadStore, fetch_to: str | os.PathLike[str] | None
     """
     if fetch_to is None:
         raise UsageError(
-            f"`{store.url}` is a URL, and `newest_good` returns a folder of this machine",
-            hint="pass `fetch_to=`, a folder of this machine to copy the checkpoint to",
+            f"`newest_good` returns a local folder, and `{store.url}` is a URL",
+            hint="pass `fetch_to=`, a local folder to copy the checkpoint to",
         )
     return Path(local_path(checked_path(fetch_to, "fetch_to")))
 
 
-def why_not_fetched(into: Path, store: ReadStore, name: str) -> str | None:
-    """Copy a checkpoint to the folder `into`, unless a good copy is there. Return None, or why the
-    checkpoint is not good: then nothing is copied."""
-    sealed = is_sealed(store, name)
-    if not sealed and (why := why_not_good(store, name)):
+def fetch_if_good(into: Path, store: ReadStore, name: str, *, hint: str = ROOM) -> str | None:
+    """Copy a checkpoint to the folder `into`, unless a good copy is there. Return None if there is
+    a good copy now, else the reason why there is none. `hint`: next step if the disk is full."""
+    if not is_sealed(store, name) and (why := why_not_good(store, name)):
         return why
-    target = into / name
+    target = copy_of(into, store, name)
+    if target.exists():
+        why = why_not_good(*open_for_reading(target))
+        if why is None:
+            return None
+        logger.warning("`%s` is a damaged copy, and is made again: %s", target, why)
+        shutil.rmtree(target)
+    temporary = TemporaryFolder.make(into)
     try:
-        if target.exists():
-            if sealed and _is_copy(store, name, target):
-                return None
-            raise ExistsError(
-                f"`{target}` exists, and is not a good copy of `{location(store, name)}`",
-                hint="delete it, or give another folder to copy to",
-            )
-        staging = Staging.make(into)
-        try:
-            fetch(store, name, staging.path / name)
-            (staging.path / name).rename(target)
-        finally:
-            staging.delete()
+        fetch(store, name, temporary.path / name, hint=hint)
+        target.parent.mkdir(exist_ok=True)
+        with suppress(FileExistsError):
+            (temporary.path / name).rename(target)
     except (DamagedError, FormatError) as error:
         return error.what
+    except OSError as error:
+        # Another process may have made the same copy meanwhile.
+        if error.errno != errno.ENOTEMPTY:
+            raise StorageError(f"cannot copy to `{target}`: {error.strerror}", hint=hint) from error
+    finally:
+        temporary.delete()
     return None
 
 
-def _is_copy(store: ReadStore, name: str, target: Path) -> bool:
-    """Return whether the folder `target` is good, and has the seal of a checkpoint in a store."""
-    copies, copy = open_for_reading(target)
-    try:
-        same = read_seal(copies, copy).files == read_seal(store, name).files
-    except HoldfastError:
-        return False
-    return same and why_not_good(copies, copy) is None
+def copy_of(into: Path, store: ReadStore, name: str) -> Path:
+    """Return the path of the copy of a checkpoint in the folder `into`. Each version of the
+    checkpoint has another path, so that a copy of an older one is never taken for it."""
+    files = store.list(name)
+    index = next((file for file in (SEAL, MANIFEST) if file in files), None)
+    if index is not None:
+        data = store.read(f"{name}/{index}", 0, store.size(f"{name}/{index}"))
+    else:
+        stamp = store.stamp(name) if isinstance(store, Stamping) else files
+        data = repr(stamp).encode()
+    return into / f"{zlib.crc32(data):08x}" / name

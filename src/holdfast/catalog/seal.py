@@ -20,7 +20,7 @@ from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.contents import Advance, RecordReader, run
 from holdfast.catalog.findings import Finding, summary_of
 from holdfast.catalog.paths import open_for_saving
-from holdfast.catalog.staging import Staging
+from holdfast.catalog.temporary import TemporaryFolder
 from holdfast.catalog.upload import put_seal, upload
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import seal as seals
@@ -30,7 +30,8 @@ from holdfast.format.names import HiddenFolder, folder_among, number_of, visible
 from holdfast.format.seal import SEAL, Seal, SealedFile
 from holdfast.release import installed_version
 from holdfast.storage import links
-from holdfast.storage.store import FolderStore, ReadStore
+from holdfast.storage.opening import is_url
+from holdfast.storage.store import ReadStore
 from holdfast.storage.unsynced import UnsyncedStore
 
 _THREADS_MAX = 8
@@ -52,15 +53,15 @@ class Unsealed:
     is_durable: bool
     """Whether the checkpoint is durable when `publish` returns."""
 
-    staging: Staging | None = None
-    """Folder of this machine for the files of a checkpoint in an object store. `seal` puts them
-    there. None if the checkpoint is saved to a folder."""
+    temporary: TemporaryFolder | None = None
+    """Local folder for the files of a checkpoint in an object store, which `seal` uploads. None if
+    the checkpoint is saved to a folder."""
 
     @property
     def folder(self) -> Path:
         """Folder to fill."""
-        if self.staging is not None:
-            return self.staging.path
+        if self.temporary is not None:
+            return self.temporary.path
         return Path(self.catalog.store.url) / str(self.attempt)
 
     def seal(self) -> None:
@@ -68,10 +69,10 @@ class Unsealed:
 
         Raises:
             UsageError: the folder holds no file, or something that is neither file nor folder.
-            StorageError: a file cannot be read, synced or put into the store.
+            StorageError: a file cannot be read, synced or uploaded.
         """
-        if self.staging is not None:
-            seal = seal_of(hash_files(self.folder))
+        if self.temporary is not None:
+            seal = seal_of(hash_files(self.folder), self.folder)
             upload(self.catalog.store, str(self.attempt), self.folder, seal.files)
             put_seal(self.catalog.store, str(self.attempt), seal)
             return
@@ -87,16 +88,16 @@ class Unsealed:
         """
         self.catalog.publish(self.attempt)
         self.catalog.clean_up(self.attempt.name)
-        self._delete_staging()
+        self._delete_temporary()
 
     def abort(self) -> None:
-        """Delete the folder, and what was put into a store."""
+        """Delete the folder and all uploaded files."""
         self.catalog.abort(self.attempt)
-        self._delete_staging()
+        self._delete_temporary()
 
-    def _delete_staging(self) -> None:
-        if self.staging is not None:
-            self.staging.delete()
+    def _delete_temporary(self) -> None:
+        if self.temporary is not None:
+            self.temporary.delete()
 
 
 def begin(
@@ -106,12 +107,12 @@ def begin(
     chosen_id: str = "",
     checks_name: bool = True,
     durable: bool = True,
-    staging: Callable[[], Staging] = Staging.make,
+    temporary: Callable[[], TemporaryFolder] = TemporaryFolder.make,
 ) -> Unsealed:
     """Create a folder for another program to fill, and clean up after killed processes.
 
-    It is a hidden folder beside `path`. For a `path` in an object store, it is the folder of this
-    machine that `staging` makes.
+    It is a hidden folder beside `path`. If `path` is in an object store, it is the local folder
+    that `temporary` makes.
 
     `overwrite`: whether a checkpoint at `path` may be replaced. `chosen_id`: eight hexadecimal
     digits for the folder's name; random by default. `checks_name`: whether to refuse to replace a
@@ -129,8 +130,8 @@ def begin(
     hint = "choose another path, or pass `overwrite=True` to replace it"
     if checks_name:
         catalog.check_free(name, replace=overwrite, hint=hint)
-    if not isinstance(store, FolderStore):
-        return _begin_in_store(catalog, name, overwrite, staging())
+    if is_url(store.url):
+        return _begin_in_store(catalog, name, overwrite, temporary())
     durable = durable or folder_among(store.list(), name) is not None
     if not durable:
         catalog = Catalog(UnsyncedStore(store.url))
@@ -138,13 +139,15 @@ def begin(
     return Unsealed(catalog, attempt, durable)
 
 
-def _begin_in_store(catalog: Catalog, name: str, overwrite: bool, staging: Staging) -> Unsealed:
+def _begin_in_store(
+    catalog: Catalog, name: str, overwrite: bool, temporary: TemporaryFolder
+) -> Unsealed:
     try:
         attempt = catalog.begin(name, replace=overwrite)
     except BaseException:
-        staging.delete()
+        temporary.delete()
         raise
-    return Unsealed(catalog, attempt, is_durable=True, staging=staging)
+    return Unsealed(catalog, attempt, is_durable=True, temporary=temporary)
 
 
 @contextmanager
@@ -156,10 +159,9 @@ def sealed(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator
     synced, and one rename gives the folder its name. If the block raises or the process dies,
     `path` does not change.
 
-    `path` may be a URL of an object store. Then the context gives a folder of this machine, below
-    the folder for temporary files (environment variable TMPDIR), which needs room for the
-    checkpoint. At the end of the block, the files are put into the store, and the folder is
-    deleted.
+    `path` may be the URL of an object store. Then the context gives a local folder below TMPDIR,
+    which needs room for the checkpoint. At the end of the block, the files are uploaded, and the
+    folder is deleted.
 
     Call this in one process only. In a job of several processes, call it on rank 0, and end the
     block after the other ranks have written their files.
@@ -171,7 +173,7 @@ def sealed(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator
         ExistsError: something exists at `path`, and may not be replaced.
         UsageError: `path` is not the path of a folder or the URL of an object store, or the block
             has written nothing.
-        StorageError: a file cannot be synced, read or put, or the folder cannot be renamed.
+        StorageError: a file cannot be synced, read or uploaded, or the folder cannot be renamed.
     """
     unsealed = begin(checked_path(path, "path"), overwrite=checked_flag(overwrite, "overwrite"))
     try:
@@ -185,21 +187,21 @@ def sealed(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator
 
 def write_seal(folder: Path) -> Seal:
     """Hash every file below `folder`, and add the seal. Syncs nothing."""
-    seal = seal_of(hash_files(folder))
+    seal = seal_of(hash_files(folder), folder)
     with _storage_errors(folder / SEAL), (folder / SEAL).open("xb") as file:
         file.write(seals.encode(seal))
     return seal
 
 
-def seal_of(files: Mapping[str, SealedFile]) -> Seal:
-    """Return the seal of files that were written now.
+def seal_of(files: Mapping[str, SealedFile], where: object) -> Seal:
+    """Return the seal of files that were just written. `where`: path or URL for messages.
 
     Raises:
         UsageError: there is no file.
     """
     if not files:
         raise UsageError(
-            "nothing was written into the folder of the checkpoint",
+            f"nothing was written to `{where}`",
             hint="write the files of the checkpoint into the folder that `sealed` gives",
         )
     return Seal(
@@ -210,7 +212,7 @@ def seal_of(files: Mapping[str, SealedFile]) -> Seal:
 
 
 def hash_files(folder: Path) -> dict[str, SealedFile]:
-    """Return the size and the checksums of every file below a folder. An old seal is deleted.
+    """Delete an old seal, then return the size and the checksums of every file below a folder.
 
     Raises:
         UsageError: the folder holds something that is neither file nor folder.
@@ -325,10 +327,16 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 
 def is_sealed(store: ReadStore, name: str) -> bool:
-    """Return whether a folder has a seal."""
+    """Return whether a folder has a seal. False for a folder of this machine that cannot be listed.
+
+    Raises:
+        StorageError: a store in a network did not answer, so nobody knows.
+    """
     try:
         return SEAL in store.list(name)
-    except HoldfastError:
+    except HoldfastError as error:
+        if is_url(store.url) and not isinstance(error, NotFoundError):
+            raise
         return False
 
 

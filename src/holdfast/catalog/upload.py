@@ -1,32 +1,37 @@
-"""Puts the files of a sealed folder of this machine into an object store."""
+"""Uploads the files of a sealed local folder to an object store."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from holdfast.errors import StorageError
+from holdfast.errors import NotFoundError, StorageError
 from holdfast.format.checksum import block_checksums
 from holdfast.format.seal import BLOCK_BYTES, SEAL, Seal, SealedFile, encode
-from holdfast.storage.store import Creating, FileWriter
+from holdfast.storage.store import Creating, FileWriter, Store
 
 _FILES_MAX = 4
-"""Most files that are put at the same time. The store sends a large file by several requests."""
+"""Maximum number of files to upload at once. The store takes a large file in several requests."""
 
 _PIECE_BYTES = 2 * BLOCK_BYTES
 """Bytes that are read from a file at once, a multiple of the block size."""
 
 
-def upload(store: Creating, attempt: str, folder: Path, files: Mapping[str, SealedFile]) -> None:
-    """Put files of a folder into the hidden folder `attempt` of a store.
+def upload(store: Store, attempt: str, folder: Path, files: Mapping[str, SealedFile]) -> None:
+    """Upload files of a local folder to the hidden folder `attempt` of a store.
 
     `files`: sizes and checksums by the files' relative paths. Each file is compared with them while
-    it is read, so that a file that another thread still changes is an error.
+    it is uploaded, to find a file that another thread still changes.
 
     Raises:
-        StorageError: a file has changed, cannot be read, or cannot be put.
+        StorageError: a file has changed, cannot be read, or cannot be uploaded.
     """
+    inner = sorted({str(above) for file in files for above in [*PurePath(file).parents][:-1]})
+    for name in inner:
+        # Another host may have made the folder.
+        if not _is_folder(store, f"{attempt}/{name}"):
+            store.make_folder(f"{attempt}/{name}")
     with ThreadPoolExecutor(_FILES_MAX, thread_name_prefix="holdfast-seal") as pool:
         puts = [
             pool.submit(_put, store, f"{attempt}/{file}", folder / file, sealed)
@@ -38,6 +43,16 @@ def upload(store: Creating, attempt: str, folder: Path, files: Mapping[str, Seal
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    for name in reversed(inner):
+        store.sync(f"{attempt}/{name}")
+
+
+def _is_folder(store: Store, key: str) -> bool:
+    try:
+        store.list(key)
+    except NotFoundError:
+        return False
+    return True
 
 
 def _put(store: Creating, key: str, path: Path, sealed: SealedFile) -> None:

@@ -24,7 +24,7 @@ from holdfast.convert.plan import ConvertOptions, Float, plan
 from holdfast.convert.target_format import TargetFormat, target_format
 from holdfast.errors import UsageError
 from holdfast.spelling import rate, spelled_bytes
-from holdfast.storage.opening import local_path
+from holdfast.storage.opening import is_url, without_scheme
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -100,8 +100,11 @@ class ConvertArguments(JsonOptions):
         to = target_format(self.source, self.target, self.to)
         if self.push_to_hub is not None and to != "hf":
             raise UsageError("`--push-to-hub` uploads a Hugging Face folder, and needs `--to hf`")
-        if self.push_to_hub is not None:
-            local_path(self.target)
+        if self.push_to_hub is not None and is_url(without_scheme(self.target)):
+            raise UsageError(
+                f"`--push-to-hub` uploads a local folder, and `{self.target}` is a URL",
+                hint="pass a local folder as TARGET",
+            )
         if self.names is not None and to == "hf":
             raise UsageError(
                 "`--names` is for targets with native names: an export has those of Hugging Face",

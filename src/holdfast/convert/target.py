@@ -15,7 +15,7 @@ from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.open_any import is_checkpoint
 from holdfast.catalog.paths import full_path, split_path
 from holdfast.catalog.replaceable import is_file, special_file, why_not_replaceable
-from holdfast.catalog.staging import Staging
+from holdfast.catalog.temporary import TemporaryFolder
 from holdfast.catalog.upload import write_file
 from holdfast.convert.stream import Advance, Output, Outputs, read_ahead
 from holdfast.errors import ExistsError, NotFoundError, StorageError, UsageError
@@ -305,19 +305,19 @@ def write_torch_file(
 def _write_in_store(
     target: ConvertTarget, outputs: Outputs, values: Values, advance: Advance
 ) -> int:
-    """Write a `.pt` file to an object store, by way of a file of this machine: the beginning of the
-    file has checksums of its end, and an object store takes the bytes of a file in their order."""
+    """Write a `.pt` file to an object store. A local file is written first: a `.pt` file has
+    checksums before the bytes that they cover, and an object takes bytes only in order."""
     assert isinstance(target.store, Replacing), "`open_target` refuses others"
-    staging = Staging.make()
+    temporary = TemporaryFolder.make()
     try:
-        local = target_in(folder_store(staging.path), target.name, overwrite=False, file=True)
+        local = target_in(folder_store(temporary.path), target.name, overwrite=False, file=True)
         nbytes = write_torch_file(local, outputs, values, advance)
         creates = target.store.replace if target.overwrite else target.store.create
         with creates(target.name, nbytes) as writer:
-            for _ in write_file(writer, staging.path / target.name):
+            for _ in write_file(writer, temporary.path / target.name):
                 pass
     finally:
-        staging.delete()
+        temporary.delete()
     return nbytes
 
 

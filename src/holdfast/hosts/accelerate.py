@@ -19,7 +19,7 @@ from holdfast.catalog.catalog import location
 from holdfast.catalog.paths import full_path, open_parent
 from holdfast.catalog.seal import is_sealed, matching
 from holdfast.comm import Ranks, all_ranks, run_on_all
-from holdfast.errors import ExistsError, NotFoundError, UsageError
+from holdfast.errors import ExistsError, HoldfastError, NotFoundError, UsageError
 from holdfast.format.names import number_of, number_of_folder
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.choosing import (
@@ -173,7 +173,8 @@ class _Host:
             )
         path = full_path(os.path.expanduser(input_dir or self._folder or ""))  # noqa: PTH111
         ranks, decides = self._all(), self._publishes()
-        if ranks.all_reduce_max([decides and _holds_sealed(path)])[0]:
+        found = run_on_all(ranks, lambda: decides and _holds_sealed(path))
+        if ranks.all_reduce_max([found])[0]:
             return self._newest(path, _ANY, stack)
         if is_url(path):
             into = stack.enter_context(host_folder(ranks))
@@ -216,6 +217,13 @@ class _Host:
         run has saved twice. Called only after a save, so that a failed save deletes nothing."""
         if limit is None:
             return
+        try:
+            self._delete_old(saved, limit)
+        except HoldfastError as error:
+            # The checkpoint is saved, and the next save tries again.
+            logger.warning("old checkpoints beside `%s` stay: %s", saved, error.what)
+
+    def _delete_old(self, saved: str, limit: int) -> None:
         store, name = open_parent(saved)
         names = [n for n in matching(store, _NAMED) if _NAMED.fullmatch(n) and is_sealed(store, n)]
         older = [other for other in names if (number_of(other) or 0) <= (number_of(name) or 0)]
@@ -242,6 +250,8 @@ def _check_free(path: str) -> None:
 
 def _holds_sealed(path: str) -> bool:
     """Return whether a folder is not a checkpoint itself, but has sealed folders in it."""
+    if not is_url(path) and not os.path.isdir(path):  # noqa: PTH112 - text, which may be a URL
+        return False
     with suppress(UsageError):  # A whole bucket is no checkpoint.
         if is_sealed(*open_parent(path)):
             return False

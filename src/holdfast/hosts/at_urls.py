@@ -1,25 +1,34 @@
-"""Single files of checkpoints at URLs, and folders whose names say little, such as `last`."""
+"""Checkpoints of Lightning at URLs: single files, and folders of shards. A checkpoint whose name
+begins with `last` stands for the newest good one beside it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO
 
 from holdfast.catalog.catalog import location
 from holdfast.catalog.fetch import fetch_file
-from holdfast.catalog.newest import why_not_fetched
-from holdfast.catalog.open_any import open_any
+from holdfast.catalog.newest import copy_of, fetch_if_good
+from holdfast.catalog.open_any import is_checkpoint, open_any
 from holdfast.catalog.paths import open_parent
-from holdfast.catalog.staging import Staging
+from holdfast.catalog.seal import is_sealed
+from holdfast.catalog.temporary import TemporaryFolder
 from holdfast.catalog.upload import write_file
 from holdfast.comm import Ranks, run_on_all, run_on_rank_0
-from holdfast.errors import DamagedError, HoldfastError, NotFoundError
+from holdfast.errors import (
+    DamagedError,
+    ExistsError,
+    HoldfastError,
+    NotFoundError,
+    UsageError,
+)
 from holdfast.format.names import number_of
 from holdfast.hosts.files import why_not_good
-from holdfast.hosts.folders import is_first_of_host
+from holdfast.hosts.folders import copy_again, is_first_of_host
 from holdfast.hosts.sealing import delete
 from holdfast.storage.opening import is_url, written_store
 from holdfast.storage.store import ReadStore, Replacing, Stamping
@@ -31,23 +40,34 @@ LAST = "last"
 
 
 def handles(path: object) -> bool:
-    """Return whether `path` is a URL at which Holdfast can replace a file."""
-    text = str(path)
-    return is_url(text) and isinstance(written_store(text.rpartition("/")[0]), Replacing)
+    """Return whether `path` is a URL at which Holdfast can save and replace files."""
+    text = os.fspath(path) if isinstance(path, os.PathLike) else str(path)
+    if not is_url(text):
+        return False
+    try:
+        return isinstance(written_store(text.rpartition("/")[0]), Replacing)
+    except UsageError as error:
+        logger.warning("Lightning saves to `%s` without Holdfast: %s", text, error.what)
+        return False
 
 
 @contextmanager
 def saved_file(url: str) -> Iterator[IO[bytes]]:
-    """Context that yields a file of this machine, open for writing. At the end, the file is put
-    into the object store. It replaces a file at the URL, which stays whole until then.
+    """Context that yields a local file, open for writing. At the end, the file is uploaded. It
+    replaces a file at the URL, which stays whole until then.
 
     Raises:
-        StorageError: the file cannot be written or put.
+        StorageError: the file cannot be written or uploaded.
     """
     store, name = open_parent(url)
     assert isinstance(store, Replacing), "see `handles`"
-    staging = Staging.make()
-    path = staging.path / "file"
+    if f"{name}/" in store.list():
+        raise ExistsError(
+            f"`{url}` is a folder, and a file was to take its place",
+            hint="delete the folder, or save to another path",
+        )
+    temporary = TemporaryFolder.make()
+    path = temporary.path / "file"
     try:
         with path.open("xb") as file:
             yield file
@@ -55,11 +75,11 @@ def saved_file(url: str) -> Iterator[IO[bytes]]:
             for _ in write_file(writer, path):
                 pass
     finally:
-        staging.delete()
+        temporary.delete()
 
 
 def good_copy(url: str, into: Path) -> tuple[str, Path] | None:
-    """Copy the checkpoint at a URL to a folder of this machine. Return the URL of the checkpoint
+    """Copy the checkpoint at a URL to the local folder `into`. Return the URL of the checkpoint
     that was copied, and the path of the copy; None if there is nothing at the URL.
 
     If the last part of the URL begins with `last`, copy the newest good checkpoint beside it.
@@ -71,32 +91,18 @@ def good_copy(url: str, into: Path) -> tuple[str, Path] | None:
     entries = {entry.rstrip("/"): entry for entry in store.list()}
     if name not in entries:
         return None
-    names = [name]
-    if name.startswith(LAST):
-        suffix, is_folder = Path(name).suffix, entries[name].endswith("/")
-        beside = [
-            other
-            for other, entry in entries.items()
-            if other.endswith(suffix) and not other.startswith(".") and _is_like(entry, is_folder)
-        ]
-        # Stores round times to seconds. Of files of one second, prefer the one with the highest
-        # number: a killed save may have written it, and not `last`.
-        names = sorted(
-            (o for o in beside if o == name or not holds_weights_alone(store, o)),
-            key=lambda other: (_changed_at(store, other), number_of(other) or 0),
-            reverse=True,
-        )
+    names = _newest_first(store, name, entries) if name.startswith(LAST) else [name]
     for other in names:
         where = location(store, other)
-        why = _why_not_copied(into, store, other, is_folder=entries[other].endswith("/"))
+        why = _copy_if_good(into, store, entries[other])
         if why is None:
             if other != name:
                 logger.warning("loading `%s`, the newest good one beside `%s`", where, url)
-            return where, into / other
+            return where, _copied_to(into, store, entries[other])
         if not name.startswith(LAST):
             raise DamagedError(
                 f"`{url}` is damaged: {why}",
-                hint='`ckpt_path="last"` takes the newest good one, with `save_last=True`',
+                hint=f"with `save_last`, `{store.url}/last.ckpt` stands for the newest good one",
             )
         logger.warning("passed over `%s`: %s", where, why)
     raise DamagedError(f"no checkpoint in `{store.url}` is good")
@@ -112,25 +118,26 @@ def good_copy_on_all_hosts(url: str, into: Path, ranks: Ranks) -> Path:
         NotFoundError: there is nothing at the URL.
     """
 
-    def choose() -> str:
+    store, _ = open_parent(url)
+
+    def choose() -> tuple[str, Path]:
         found = good_copy(url, into)
         if found is None:
             raise NotFoundError(f"`{url}` does not exist")
-        return found[0].rpartition("/")[2]
-
-    is_first = is_first_of_host(ranks)
-    name = run_on_rank_0(ranks, choose)
-    store, _ = open_parent(url)
+        name = found[0].rpartition("/")[2]
+        is_folder = f"{name}/" in store.list()
+        return name + "/" * is_folder, found[1].relative_to(into)
 
     def copy() -> None:
-        if is_first and ranks.rank:
-            is_folder = f"{name}/" in store.list()
-            why = _why_not_copied(into, store, name, is_folder=is_folder)
-            if why is not None:
-                raise DamagedError(f"`{location(store, name)}` is good on one host only: {why}")
+        if entry.endswith("/"):
+            copy_again(store, entry[:-1], into, relative)
+        elif why := _copy_if_good(into, store, entry):
+            raise DamagedError(f"`{location(store, entry)}` is damaged on this host: {why}")
 
-    run_on_all(ranks, copy)
-    return into / name
+    is_first = is_first_of_host(ranks)
+    entry, relative = run_on_rank_0(ranks, choose)
+    run_on_all(ranks, lambda: copy() if is_first and ranks.rank else None)
+    return into / relative
 
 
 def delete_at(url: str) -> None:
@@ -161,24 +168,42 @@ def holds_weights_alone(store: ReadStore, name: str) -> bool:
     return "pytorch-lightning_version" in keys and "optimizer_states" not in keys
 
 
-def _is_like(entry: str, is_folder: bool) -> bool:
-    return entry.endswith("/") == is_folder
+def _newest_first(store: ReadStore, name: str, entries: Mapping[str, str]) -> list[str]:
+    """Return `name` and the checkpoints beside it of the same kind, the newest first. `entries`:
+    entry of each name in the listing, with `/` at the end of a folder."""
+    is_folder, suffix = entries[name].endswith("/"), PurePath(name).suffix
+    beside = [
+        other
+        for other, entry in entries.items()
+        if other.endswith(suffix) and not other.startswith(".") and entry.endswith("/") == is_folder
+    ]
+    names = [o for o in beside if o == name or not holds_weights_alone(store, o)]
+    if isinstance(store, Stamping):
+        # Stores round times to seconds. Of files of one second, prefer the one with the highest
+        # number: a killed save may have written it, and not `last`.
+        times = {other: store.changed_at(other) for other in names}
+        return sorted(names, key=lambda o: (times[o], number_of(o) or 0), reverse=True)
+    return sorted(names, key=lambda o: (o == name, number_of(o) or 0), reverse=True)
 
 
-def _why_not_copied(into: Path, store: ReadStore, name: str, *, is_folder: bool) -> str | None:
-    """Copy a checkpoint. Return None, or why it is not good: then nothing is left of the copy."""
-    if is_folder:
-        return why_not_fetched(into, store, name)
-    copy = into / name
+def _copy_if_good(into: Path, store: ReadStore, entry: str) -> str | None:
+    """Copy a checkpoint. Return None if the copy is good, else the reason why it is not: then
+    nothing is left of the copy. `entry`: name, with `/` at the end for a folder."""
+    if entry.endswith("/"):
+        name = entry[:-1]
+        if not is_sealed(store, name) and not is_checkpoint(store, name):
+            return "it is no checkpoint"
+        return fetch_if_good(into, store, name)
+    copy = into / entry
     try:
-        fetch_file(store, name, copy)
-    except NotFoundError as error:
-        return error.what
-    why = why_not_good(copy)
+        fetch_file(store, entry, copy)
+        why = why_not_good(copy)
+    except (NotFoundError, DamagedError) as error:
+        why = error.what
     if why is not None:
-        copy.unlink()
+        copy.unlink(missing_ok=True)
     return why
 
 
-def _changed_at(store: ReadStore, name: str) -> float:
-    return store.changed_at(name) if isinstance(store, Stamping) else 0
+def _copied_to(into: Path, store: ReadStore, entry: str) -> Path:
+    return copy_of(into, store, entry[:-1]) if entry.endswith("/") else into / entry

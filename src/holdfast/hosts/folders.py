@@ -1,4 +1,4 @@
-"""A folder of this machine that all ranks of a host use, for checkpoints in object stores."""
+"""Local folders that all ranks of a host share, for checkpoints in object stores."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pathlib import Path
 
 from holdfast.catalog.catalog import location
 from holdfast.catalog.fetch import fetch
-from holdfast.catalog.newest import newest_name, why_not_fetched
+from holdfast.catalog.newest import copy_of, fetch_if_good, newest_name
 from holdfast.catalog.paths import full_path, open_for_reading
 from holdfast.catalog.seal import is_sealed
-from holdfast.catalog.staging import Staging
+from holdfast.catalog.temporary import TemporaryFolder
 from holdfast.comm import Ranks, gather_and_run, hosts_of, run_on_all, run_on_rank_0
 from holdfast.errors import DamagedError, NotFoundError, StorageError
 from holdfast.hosts.choosing import warn_unsealed
 from holdfast.hosts.raising import errors_on_all
 from holdfast.storage.opening import is_url, open_store
+from holdfast.storage.store import ReadStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,13 @@ class HostFolder:
     is_first: bool
     """Whether this rank is the first one of its host. It moves files for all ranks of the host."""
 
-    staging: Staging | None
+    temporary: TemporaryFolder | None
     """The folder, on the rank that deletes it; None on other ranks."""
 
     def delete(self) -> None:
         """Delete the folder, on the rank that made it. May be called twice."""
-        if self.staging is not None:
-            self.staging.delete()
+        if self.temporary is not None:
+            self.temporary.delete()
 
 
 def make_host_folder(ranks: Ranks) -> HostFolder:
@@ -51,18 +52,18 @@ def make_host_folder(ranks: Ranks) -> HostFolder:
         StorageError: a folder cannot be made, or a rank does not see the folder of its host.
     """
     first = _first_of_host(ranks)
-    staging = run_on_all(ranks, lambda: Staging.make() if ranks.rank == first else None)
-    made = None if staging is None else staging.path
+    temporary = run_on_all(ranks, lambda: TemporaryFolder.make() if ranks.rank == first else None)
+    made = None if temporary is None else temporary.path
     try:
         paths: list[Path | None] = gather_and_run(ranks, made, list)
         path = paths[first]
         assert path is not None, "the first rank has made the folder"
         run_on_all(ranks, partial(_check_visible, path))
     except BaseException:
-        if staging is not None:
-            staging.delete()
+        if temporary is not None:
+            temporary.delete()
         raise
-    return HostFolder(path, ranks.rank == first, staging)
+    return HostFolder(path, ranks.rank == first, temporary)
 
 
 @contextmanager
@@ -94,27 +95,29 @@ def _check_visible(path: Path) -> None:
     if not path.is_dir():
         raise StorageError(
             f"this rank does not see `{path}`, which another rank of its host has made",
-            hint="let the environment variable TMPDIR name a folder that all processes of a host "
-            "share",
+            hint="set TMPDIR to a folder that all processes of a host share",
         )
 
 
-def fetch_on_all_hosts(url: str, into: Path, ranks: Ranks) -> Path:
+def fetch_on_all_hosts(url: str, into: Path, ranks: Ranks, *, marker: str | None = None) -> Path:
     """Copy the checkpoint at a URL to the folder `into` on each host. Return the path of the copy.
 
-    A sealed checkpoint is checked while it is copied. Others are copied with a warning.
+    A sealed checkpoint is checked while it is copied. Others are copied with a warning. `marker`:
+    name of a file that every checkpoint has.
 
     Collective. An error of one rank is raised on all.
 
     Raises:
         DamagedError: the checkpoint differs from its seal.
-        NotFoundError: there is nothing at the URL.
+        NotFoundError: there is no checkpoint at the URL.
     """
     store, name = open_for_reading(url)
 
     def copy() -> None:
-        if not store.list(name):
-            raise NotFoundError(f"`{url}` does not exist")
+        names = store.list(name)
+        if not names or (marker is not None and marker not in names):
+            missing = "" if not names else f": it has no `{marker}`"
+            raise NotFoundError(f"`{url}` is no checkpoint{missing}")
         if ranks.rank == 0 and not is_sealed(store, name):
             warn_unsealed(url)
         fetch(store, name, into / name)
@@ -140,19 +143,36 @@ def fetch_newest_on_all_hosts(
     Collective. Rank 0 chooses the checkpoint. An error of one rank is raised on all.
     """
     store = open_store(root)
-    why_not = partial(why_not_fetched, into)
+    why_not = partial(fetch_if_good, into)
     is_first = is_first_of_host(ranks)
-    name = run_on_rank_0(ranks, lambda: newest_name(store, pattern, why_not, last_file=last_file))
-    if name is None:
+
+    def choose() -> tuple[str, Path] | None:
+        name = newest_name(store, pattern, why_not, last_file=last_file)
+        return None if name is None else (name, copy_of(Path(), store, name))
+
+    chosen = run_on_rank_0(ranks, choose)
+    if chosen is None:
         return None
+    name, relative = chosen
+    copies = is_first and ranks.rank > 0
+    run_on_all(ranks, lambda: copy_again(store, name, into, relative) if copies else None)
+    return into / relative
 
-    def copy() -> None:
-        why = why_not(store, name) if is_first and ranks.rank else None
-        if why is not None:
-            raise DamagedError(f"`{location(store, name)}` is good on one host only: {why}")
 
-    run_on_all(ranks, copy)
-    return into / name
+def copy_again(store: ReadStore, name: str, into: Path, relative: Path) -> None:
+    """Copy a checkpoint that rank 0 has copied to the path `relative` in a folder of its host.
+
+    Raises:
+        DamagedError: the checkpoint is damaged by now, or was replaced.
+    """
+    why = fetch_if_good(into, store, name)
+    if why is None and not (into / relative).exists():
+        why = "it was replaced"
+    if why is not None:
+        raise DamagedError(
+            f"`{location(store, name)}` was good when rank 0 copied it, and now: {why}",
+            hint="start the job again",
+        )
 
 
 def identity(path: str) -> str:
@@ -177,7 +197,7 @@ def folder_beside(url: str) -> Path:
     if owner != os.getuid() or folder.is_symlink():
         raise StorageError(
             f"`{folder}` belongs to another user",
-            hint="let the environment variable TMPDIR name a folder of your own",
+            hint="set TMPDIR to a folder of your own",
         )
     # The name is the last part of the URL, since frameworks name models after it.
     return folder / hashlib.sha256(url.encode()).hexdigest()[:8] / url.rpartition("/")[2]

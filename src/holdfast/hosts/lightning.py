@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.catalog.paths import open_for_reading
-from holdfast.catalog.staging import Staging
+from holdfast.catalog.temporary import TemporaryFolder
 from holdfast.comm import all_ranks, run_on_rank_0
-from holdfast.errors import DamagedError
+from holdfast.errors import DamagedError, UsageError
 from holdfast.hosts.at_urls import (
     LAST,
     delete_at,
@@ -72,9 +72,10 @@ def _io_class() -> type:
         thread, and checks it before it is loaded.
 
         The format of the file stays Lightning's. The check uses the CRC-32 that `torch.save` stores
-        for each tensor. `ckpt_path="last"` loads the newest good file of the folder. If that
-        file is not `last`, because `last` is damaged or another good file is newer, a warning says
-        so. Under any other path, a damaged file is an error.
+        for each tensor. `ckpt_path="last"`, and any path whose last part begins with `last`, loads
+        the newest good file of the folder. If that file is not `last`, because `last` is damaged or
+        another good file is newer, a warning says so. Under any other path, a damaged file is an
+        error. Paths may be URLs of object stores.
         """
 
         def __init__(self) -> None:
@@ -107,15 +108,15 @@ def _io_class() -> type:
             return loaded
 
         def _load_from_url(self, url: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            staging = Staging.make()
+            temporary = TemporaryFolder.make()
             try:
-                found = good_copy(url, staging.path)
+                found = good_copy(url, temporary.path)
                 # If there is nothing, the framework's own error says more.
                 loaded: dict[str, Any] = super().load_checkpoint(
                     url if found is None else found[1], *args, **kwargs
                 )
             finally:
-                staging.delete()
+                temporary.delete()
             return loaded
 
         def remove_checkpoint(self, path: Any) -> None:
@@ -163,6 +164,9 @@ def _strategy_class(kind: str) -> type:
         checkpoint of the folder. If this is not `last`, a warning says so.
         """
 
+        _own: Path | None = None
+        """Folder from which or to which this rank loads or saves just now."""
+
         def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             # The trainer passes (checkpoint, path), Fabric (path, state).
             name, place = ("filepath", 1) if kind == "pytorch" else ("path", 0)
@@ -173,6 +177,11 @@ def _strategy_class(kind: str) -> type:
                 args = (*args[:place], *args[place + 1 :])
             path = str(self.broadcast(path))
             if not self._save_distributed_checkpoint:
+                if is_url(path):
+                    raise UsageError(
+                        f"`{path}`: without shards, Lightning's strategy needs a local path",
+                        hint="leave out `save_distributed_checkpoint=False`, or pass a folder",
+                    )
                 super().save_checkpoint(*args, **kwargs, **{name: path})
                 return
             ranks = all_ranks()
@@ -184,9 +193,16 @@ def _strategy_class(kind: str) -> type:
                     background=self._background(),
                     replaces_file=file_moved_aside,
                 ) as folder:
+                    self._own = folder
                     super().save_checkpoint(*args, **kwargs, **{name: folder})
             finally:
+                self._own = None
                 ranks.close()
+
+        def broadcast(self, obj: Any, src: int = 0) -> Any:
+            # Lightning broadcasts the path of a checkpoint. With a URL, each host has a folder of
+            # its own.
+            return obj if obj is not None and obj is self._own else super().broadcast(obj, src)
 
         def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
             name = "checkpoint_path" if kind == "pytorch" else "path"
@@ -199,11 +215,12 @@ def _strategy_class(kind: str) -> type:
             try:
                 with host_folder(ranks) if is_url(path) else nullcontext() as folder:
                     if folder is not None:
-                        good = good_copy_on_all_hosts(path, folder, ranks)
+                        self._own = good = good_copy_on_all_hosts(path, folder, ranks)
                     else:
                         good = run_on_rank_0(ranks, lambda: good_at(Path(path)))
                     loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
             finally:
+                self._own = None
                 ranks.close()
             return loaded
 

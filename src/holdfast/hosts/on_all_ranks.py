@@ -27,9 +27,8 @@ def sealed(path: str | os.PathLike[str]) -> Iterator[Path]:
     context gives the same folder on every rank. Rank 0 seals and publishes it once all ranks have
     left the block. A sealed folder or checkpoint at `path` is replaced.
 
-    If `path` is the URL of an object store, all ranks of a host get the same folder of their host,
-    below the folder for temporary files (environment variable TMPDIR). Each host puts its files
-    into the store at the end of the block.
+    If `path` is the URL of an object store, all ranks of a host get the same local folder, below
+    TMPDIR. Each host uploads its files at the end of the block.
 
     Collective. An error of one rank is raised on all, and nothing is published.
 
@@ -38,7 +37,7 @@ def sealed(path: str | os.PathLike[str]) -> Iterator[Path]:
         RankError: another rank has raised an error in the block.
         UsageError: `path` is neither the path of a folder nor the URL of an object store, or the
             block has written nothing.
-        StorageError: a rank does not see the folder, or a file cannot be synced or put.
+        StorageError: a rank does not see the folder, or a file cannot be synced or uploaded.
     """
     place = full_path(checked_path(path, "path"))
     ranks = all_ranks()
@@ -61,13 +60,12 @@ def newest_good(
     the path. If `root` does not exist, the result is None, so that a first start needs no check.
 
     If `root` is a URL, the checkpoint is copied to the folder `fetch_to` on each host, and the path
-    of the copy is returned.
+    of the copy on this host is returned.
 
     Collective. An error of one rank is raised on all.
 
     Raises:
         UsageError: an argument has the wrong type, or `root` is a URL without `fetch_to`.
-        ExistsError: something else has the name of the copy in `fetch_to`.
         StorageError: the copy cannot be written.
     """
     place = full_path(checked_path(root, "root"))

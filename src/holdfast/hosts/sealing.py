@@ -120,8 +120,8 @@ def check_shared(url: str, shared: bool) -> None:
     """Raise a UsageError if each host is to save a whole checkpoint of its own to one URL."""
     if not shared:
         raise UsageError(
-            f"`{url}` is the same object store on every host, and `save_on_each_node` is set",
-            hint="leave `save_on_each_node` out",
+            f"with `save_on_each_node`, each host would save a checkpoint of its own to `{url}`",
+            hint="leave `save_on_each_node` out: then all hosts save one checkpoint together",
         )
 
 

@@ -408,8 +408,8 @@ def _read(state_dict: dict[str, Any], checkpoint_id: str, states: dict[str, Any]
 def _own_errors() -> Iterator[None]:
     """Context that converts DCP's `CheckpointException`, which wraps the errors of all ranks.
 
-    If all of them are errors of Holdfast, the cause is raised instead: that of the lowest rank, but
-    not an UnseenFolderError if there is another error.
+    If all of them are errors of Holdfast, raise the error of the lowest rank instead. Prefer any
+    other error to an UnseenFolderError, which may only follow from it.
     """
     try:
         yield

@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import re
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from holdfast.catalog.catalog import location
@@ -22,7 +23,7 @@ from holdfast.catalog.newest import why_not_good
 from holdfast.catalog.paths import full_path, open_for_saving, open_parent
 from holdfast.catalog.seal import is_sealed, sealed
 from holdfast.comm import Ranks, all_ranks, run_on_all, run_on_rank_0
-from holdfast.errors import NotFoundError
+from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.format.names import number_of
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.choosing import (
@@ -44,8 +45,8 @@ from holdfast.hosts.folders import (
 from holdfast.hosts.sealing import check_shared, delete, sealed_by_all
 from holdfast.hosts.uploading import uploaded_by_all
 from holdfast.storage.opening import (
+    check_not_shortened,
     is_url,
-    local_path,
     open_store,
     store_to_save,
     without_scheme,
@@ -98,11 +99,21 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     _fetched: HostFolder | None = None
     """Folder of this host with the copy of a checkpoint that was loaded from a URL."""
 
+    _best_before: tuple[str, ...] = ()
+    """URLs at which the best checkpoint may be, according to the checkpoint that was loaded from
+    a URL."""
+
     _ranks_here: Ranks | None = None
 
     _background_here: BackgroundSync | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take the arguments of the Trainer.
+
+        Raises:
+            UsageError: Holdfast cannot write to the URL in `output_dir`, or the arguments do not
+                fit a URL there.
+        """
         settings = import_module("transformers").TrainingArguments
 
         def kept_here(given: Any) -> Any:
@@ -110,10 +121,17 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
                 return given
             url = without_scheme(given.output_dir)
             if not is_url(url):
-                local_path(url)  # Refuse a URL that lost its second slash.
+                check_not_shortened(url)
                 return given
             self._url = full_path(url)
             check_shared(self._url, not given.save_on_each_node)
+            if given.push_to_hub and given.hub_strategy != "end":
+                strategy = given.hub_strategy.value
+                raise UsageError(
+                    f"`hub_strategy={strategy!r}` pushes local checkpoints, and they are saved to "
+                    f"`{self._url}`",
+                    hint='pass `hub_strategy="end"`, and call `trainer.push_to_hub()` in the end',
+                )
             open_for_saving(f"{self._url}/{_named(0)}")
             changed = copy.copy(given)
             changed.output_dir = str(folder_beside(self._url))
@@ -134,10 +152,15 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         Raises:
             DamagedError: every checkpoint, or the one at the given path, is damaged.
             NotFoundError: there is no checkpoint at a URL.
-            StorageError: the last checkpoint could not be made durable.
-            UsageError: `output_dir` is a URL to which Holdfast cannot write, or no path.
+            StorageError: the last checkpoint could not be made durable, or the object store does
+                not answer.
         """
-        self._resumed_from = None
+        self._resumed_from, self._best_before = None, ()
+        if self._url is None and is_url(self.args.output_dir):
+            raise UsageError(
+                f"`output_dir` became the URL `{self.args.output_dir}` after the trainer was made",
+                hint="pass the URL in the `TrainingArguments` that the trainer is made with",
+            )
         if self._url is not None:
             store = store_to_save(self._url)
             # Check the bucket now, not at the first save.
@@ -157,19 +180,38 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         Without a path, and if `output_dir` of the arguments is a URL, the model is saved to `model`
         below that URL.
         """
-        if output_dir is None and self._url is not None and not _internal_call:
+        if output_dir is not None:
+            output_dir = without_scheme(output_dir)
+            check_not_shortened(output_dir)
+        whole_run = ("", self._url, self.args.output_dir)
+        is_whole_run = (output_dir or "").rstrip("/") in whole_run
+        if self._url is not None and is_whole_run and not _internal_call:
+            # The folder of the run holds checkpoints, so it cannot be one.
             output_dir = f"{self._url}/model"
             if self.args.should_save:
                 logger.warning("the model is saved to `%s`", output_dir)
         if output_dir is None or not is_url(output_dir):
             super().save_model(output_dir, _internal_call)
-        elif self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return
+        if self.is_fsdp_enabled and not _is_gathered(self.accelerator):
+            logger.warning(
+                "`%s` is not saved: `save_model` saves nothing with this `state_dict_type`",
+                output_dir,
+            )
+        elif self._saves_on_all_ranks():
             with uploaded_by_all(full_path(output_dir), ranks=self._ranks()) as folder:
-                super().save_model(str(folder), _internal_call)
+                super().save_model(str(folder), _internal_call=True)
         elif self.args.should_save:
             # Only this rank writes, and scripts may call this method on this rank alone.
             with sealed(output_dir, overwrite=True) as folder:
-                super().save_model(str(folder), _internal_call)
+                super().save_model(str(folder), _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _saves_on_all_ranks(self) -> bool:
+        """Return whether all ranks must call `save_model` together."""
+        by_transformers = getattr(self, "is_distributed_loading_by_transformers", False)
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or by_transformers)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_folder = super()._get_output_dir(trial=trial)
@@ -180,8 +222,10 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         self._ranks().all_reduce_max([0])
         if publishes:
             _remove_sentinel(Path(path))
-        # By now, a checkpoint that was fetched has been loaded.
-        self._delete_fetched()
+        if not self.args.auto_find_batch_size:
+            # By now, a checkpoint that was fetched has been loaded. With this setting, it may be
+            # loaded again, for a smaller batch.
+            self._delete_fetched()
         if self._url is not None:
             path = f"{self._url}{path.removeprefix(self.args.output_dir)}"
         # The Trainer writes to `checkpoint-N` in its output folder, which is the hidden folder for
@@ -262,8 +306,9 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             wanted = os.fspath(wanted)
             self._resumed_from = identity(wanted)
             if is_url(wanted):
-                fetched = fetch_on_all_hosts(full_path(wanted), self._fetch_into(), ranks)
-                return self._prepared(fetched)
+                url, into = full_path(wanted), self._fetch_into()
+                fetched = fetch_on_all_hosts(url, into, ranks, marker=_STATE)
+                return self._prepared(fetched, url.rpartition("/")[0])
             run_on_hosts(ranks, lambda: _check_path(Path(wanted)), decides=decides)
             return wanted
         if self._url is not None:
@@ -279,31 +324,40 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             # Without any checkpoint in a folder, the Trainer's own error is the clearest.
             return True
         self._resumed_from = identity(f"{root}/{newest.name}")
-        return str(newest) if self._url is None else self._prepared(newest)
+        return str(newest) if self._url is None else self._prepared(newest, root)
 
-    def _prepared(self, fetched: Path) -> str:
+    def _prepared(self, fetched: Path, root: str) -> str:
         """Remove the best checkpoint from the state in a copy of a checkpoint. The Trainer would
-        look for it on this machine. `_init_training_state` adds it again. Collective."""
+        look for it on this machine. `_init_training_state` adds it again. `root`: URL of the folder
+        of the checkpoint. Collective."""
         file = fetched / _STATE
 
-        def remove_best() -> None:
-            if is_first and file.exists():
-                state = json.loads(file.read_bytes())
-                file.write_text(json.dumps({**state, "best_model_checkpoint": None}))
+        def remove_best() -> str | None:
+            state = json.loads(file.read_bytes())
+            file.write_text(json.dumps({**state, "best_model_checkpoint": None}))
+            best: str | None = state.get("best_model_checkpoint")
+            return best
 
-        is_first = is_first_of_host(self._ranks())
-        run_on_all(self._ranks(), remove_best)
+        ranks = self._ranks()
+        is_first = is_first_of_host(ranks)
+        best = ranks.broadcast(run_on_all(ranks, lambda: remove_best() if is_first else None))
+        if best is not None:
+            beside = f"{root}/{PurePath(best).name}"
+            self._best_before = (best, beside) if is_url(best) else (beside,)
         return str(fetched)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         started = super()._init_training_state(*args, **kwargs)
-        best_step = self.state.best_global_step
-        if self._url is not None and best_step and _named(best_step) in _checkpoints(self._url):
-            self.state.best_model_checkpoint = f"{self._url}/{_named(best_step)}"
+        if self._best_before:
+            best = run_on_rank_0(self._ranks(), lambda: _first_that_exists(self._best_before))
+            self.state.best_model_checkpoint = best
+            if best is None and self.args.should_save:
+                logger.warning("the best checkpoint `%s` is gone", self._best_before[0])
         return started
 
     def _refuse_damaged(self, root: str) -> None:
-        """Raise a DamagedError if a folder without a good checkpoint has other checkpoints."""
+        """Raise a DamagedError if `root`, which has no good checkpoint, has damaged ones. Raise a
+        NotFoundError if `root` is a URL without any checkpoint."""
         if _checkpoints(root):
             raise none_good(root)
         if self._url is not None:
@@ -327,7 +381,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         best_step, named = self.state.best_global_step, self.state.best_model_checkpoint
         if not best_step:
             return
-        root = os.path.dirname(path) or "."  # noqa: PTH120 - text, as the Trainer keeps it
+        root = _above(path)
         best = f"{root}/{_named(best_step)}"
         is_there = best == path or _named(best_step) in _checkpoints(root)
         # The Trainer looks for the best checkpoint in the hidden folder, its output folder for now.
@@ -343,6 +397,13 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         limit = self.args.save_total_limit
         if not limit or limit <= 0:
             return
+        try:
+            self._delete_old(saved, limit)
+        except HoldfastError as error:
+            # The checkpoint is saved, and the next save tries again.
+            logger.warning("old checkpoints beside `%s` stay: %s", saved, error.what)
+
+    def _delete_old(self, saved: str, limit: int) -> None:
         store, name = open_parent(saved)
         last = number_of(name) or 0
         checkpoints = [n for n in _checkpoints_in(store) if (number_of(n) or 0) <= last]
@@ -363,6 +424,11 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         self._resumed_from = None
 
 
+def _is_gathered(accelerator: Any) -> bool:
+    """Return whether the Trainer's `save_model` gathers and saves a model that FSDP has sharded."""
+    return "FULL_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
+
+
 def _named(step: int) -> str:
     return f"checkpoint-{step}"
 
@@ -380,6 +446,15 @@ def _checkpoints(root: str) -> list[str]:
         return _checkpoints_in(open_store(root))
     except NotFoundError:
         return []
+
+
+def _first_that_exists(urls: Sequence[str]) -> str | None:
+    """Return the first of these URLs at which there is a checkpoint."""
+    return next((url for url in urls if PurePath(url).name in _checkpoints(_above(url))), None)
+
+
+def _above(path: str) -> str:
+    return os.path.dirname(path) or "."  # noqa: PTH120 - text, which may be a URL
 
 
 def _checkpoints_in(store: ReadStore) -> list[str]:

@@ -1,4 +1,4 @@
-"""Put checkpoints that other frameworks write on all ranks into an object store."""
+"""Upload checkpoints that other frameworks write on all ranks to an object store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from holdfast.catalog.paths import open_for_saving
 from holdfast.catalog.seal import Unsealed, begin, hash_files, seal_of
-from holdfast.catalog.staging import Staging
+from holdfast.catalog.temporary import TemporaryFolder
 from holdfast.catalog.upload import put_seal, upload
 from holdfast.comm import Ranks, gather_and_run, run_on_all, run_on_rank_0
 from holdfast.errors import StorageError
@@ -26,10 +26,10 @@ logger: logging.Logger = logging.getLogger("holdfast")
 def uploaded_by_all(url: str, *, ranks: Ranks, link: str | None = None) -> Iterator[Path]:
     """Publish the files that all ranks write in the `with` block at a URL, all or none.
 
-    The context gives a folder of this machine, which all ranks of the host share. At the end of the
-    block, the first rank of each host puts the files of its host into the store. Then rank 0 adds
-    the seal and publishes. Several hosts may write a file of the same name only if it has the same
-    bytes on each. `link`: see `sealed_by_all`.
+    The context gives a local folder, which all ranks of the host share. At the end of the block,
+    the first rank of each host uploads the files of its host. Then rank 0 adds the seal and
+    publishes. Several hosts may write a file of the same name only if it has the same bytes on
+    each. `link`: see `sealed_by_all`.
 
     Collective. An error of one rank is raised on all, and nothing is published.
     """
@@ -37,13 +37,11 @@ def uploaded_by_all(url: str, *, ranks: Ranks, link: str | None = None) -> Itera
     unsealed: Unsealed | None = None
     try:
         unsealed = run_on_all(ranks, lambda: _begin(url, folder) if ranks.rank == 0 else None)
-        if folder.is_first and link is not None:
-            (folder.path / link).symlink_to(".")
-        ranks.all_reduce_max([0])
+        itself = None if link is None or not folder.is_first else folder.path / link
+        run_on_all(ranks, lambda: itself.symlink_to(".") if itself is not None else None)
         with errors_on_all(ranks):
             yield folder.path
-        if folder.is_first and link is not None:
-            (folder.path / link).unlink()
+        run_on_all(ranks, lambda: itself.unlink() if itself is not None else None)
         _publish(url, unsealed, folder, ranks)
     except BaseException:
         if unsealed is not None:
@@ -54,16 +52,16 @@ def uploaded_by_all(url: str, *, ranks: Ranks, link: str | None = None) -> Itera
 
 
 def _begin(url: str, folder: HostFolder) -> Unsealed:
-    def staging() -> Staging:
-        assert folder.staging is not None, "rank 0 is the first one of its host"
-        return folder.staging
+    def temporary() -> TemporaryFolder:
+        assert folder.temporary is not None, "rank 0 is the first one of its host"
+        return folder.temporary
 
-    return begin(url, overwrite=True, staging=staging)
+    return begin(url, overwrite=True, temporary=temporary)
 
 
 def _publish(url: str, unsealed: Unsealed | None, folder: HostFolder, ranks: Ranks) -> None:
-    """Put the files of all hosts into the store, then the seal, and publish. `unsealed`: the
-    checkpoint on rank 0, which publishes it; None on other ranks. Collective."""
+    """Upload the files of all hosts, then the seal, and publish. `unsealed`: the checkpoint, on
+    rank 0; None on other ranks. Collective."""
     started = time.perf_counter()
     files: dict[str, SealedFile] = {}
 
@@ -81,7 +79,7 @@ def _publish(url: str, unsealed: Unsealed | None, folder: HostFolder, ranks: Ran
 
     def publish() -> None:
         assert unsealed is not None, "this runs on rank 0"
-        put_seal(unsealed.catalog.store, attempt, seal_of(files))
+        put_seal(unsealed.catalog.store, attempt, seal_of(files, url))
         unsealed.publish()
 
     run_on_all(ranks, put)
@@ -94,10 +92,10 @@ def _publish(url: str, unsealed: Unsealed | None, folder: HostFolder, ranks: Ran
 def _divide(
     found: Sequence[Mapping[str, SealedFile]], into: dict[str, SealedFile]
 ) -> list[list[str]]:
-    """Return the names of the files that each rank puts, and add all files to `into`.
+    """Return the names of the files that each rank uploads, and add all files to `into`.
 
-    `found`: the files of each rank's host, on the first rank of the host. A file that several hosts
-    have is put by the first of them.
+    `found`: one mapping per rank, which has the files of its host on the first rank of a host, and
+    is empty on other ranks. The first of several hosts that have a file uploads it.
 
     Raises:
         StorageError: two hosts have written different files of the same name.
@@ -108,8 +106,7 @@ def _divide(
         for name, file in of_rank.items():
             if into.setdefault(name, file) != file:
                 raise StorageError(
-                    f"two hosts have written different files `{name}`, and a checkpoint in an "
-                    "object store has room for one",
+                    f"two hosts have written different files with the name `{name}`",
                     hint="let each rank write files with names of its own",
                 )
     return names

@@ -98,10 +98,10 @@ class HFFormat:
         url = run.catalog.store.url
         if is_url(url):
             raise UsageError(
-                f"`{url}` is in an object store, where ranks cannot write one file together, as "
-                "they do for a Hugging Face folder",
-                hint="`last_save_in_hf = false` and `hf_export_interval = 0`; afterwards, "
-                f"`holdfast convert {url}/step-N {url}/TARGET --to hf` writes the folder",
+                "the ranks write each file of a Hugging Face folder together, which the object "
+                f"store `{url}` does not allow",
+                hint="set `last_save_in_hf = false` and `hf_export_interval = 0`, then run "
+                f"`holdfast convert {url}/step-N {url}/TARGET --to hf`",
             )
         if model is None:
             raise UsageError(

@@ -25,6 +25,17 @@ def is_url(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fsdecode(path)
 
 
+def check_not_shortened(path: str | os.PathLike[str]) -> None:
+    """Raise a UsageError if `path` is a URL that went through `pathlib`, and no local path."""
+    text = os.fsdecode(path)
+    shortened = _SHORTENED.search(text)
+    if shortened and not is_url(text) and not os.path.isdir(text[: shortened.end()]):  # noqa: PTH112
+        raise UsageError(
+            f"`{text}` is a URL that has lost a slash",
+            hint="pass the URL as text: `pathlib` turns `s3://` into `s3:/`",
+        )
+
+
 def local_path(path: str | os.PathLike[str]) -> str:
     """Return the absolute form of a local path, without resolving links.
 
@@ -32,12 +43,12 @@ def local_path(path: str | os.PathLike[str]) -> str:
         UsageError: `path` is a URL, is not a valid path, or is relative to a deleted folder.
     """
     text = os.fsdecode(path)
-    shortened = _SHORTENED.search(text)
-    if is_url(text) or (shortened and not os.path.isdir(text[: shortened.end()])):  # noqa: PTH112
+    if is_url(text):
         raise UsageError(
-            f"`{text}` is a URL, and this needs a folder of this machine",
-            hint="use a folder, then upload it with a tool of that store",
+            f"`{text}` is a URL, where only a local folder works",
+            hint="pass the path of a folder of this machine",
         )
+    check_not_shortened(text)
     if not text or "\0" in text:
         raise UsageError(f"{text!r} is not the path of a folder", hint="`.` is the current folder")
     if text.startswith("~"):

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
 import holdfast
 from bucket_cuts import MODES, Cut, Mode
@@ -20,7 +21,7 @@ from holdfast.catalog.cleanup import put_in_order
 from holdfast.catalog.fetch import fetch
 from holdfast.catalog.newest import why_not_good
 from holdfast.catalog.seal import Unsealed
-from holdfast.catalog.staging import Staging
+from holdfast.catalog.temporary import TemporaryFolder
 from holdfast.storage import streams
 from holdfast.storage.cloud import CloudBucket
 from holdfast.storage.objects import ObjectStore
@@ -68,8 +69,9 @@ def test_a_checkpoint_goes_to_the_store_and_back(url: str, tmp_path: Path) -> No
     change(f"{url}/checkpoint-3", "model.bin")
     copies = tmp_path / "copies"
     newest = holdfast.newest_good(url, fetch_to=copies)
-    assert newest == copies / "checkpoint-2"
-    assert [path.name for path in copies.iterdir()] == ["checkpoint-2"]
+    assert newest is not None
+    assert [path.name for path in copies.glob("*/*")] == ["checkpoint-2"]
+    assert newest == next(copies.glob("*/*"))
     assert (newest / "model.bin").read_bytes() == BIG + b"\2"
     assert (newest / "inner/state").read_bytes() == b"\2"
     assert (newest / "empty").read_bytes() == b""
@@ -79,16 +81,35 @@ def test_a_checkpoint_goes_to_the_store_and_back(url: str, tmp_path: Path) -> No
 def test_a_copy_is_used_again_if_it_is_good(
     url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Something else with its name is an error, and stays."""
+    """A damaged copy is made again, and a new version of the checkpoint gets a copy of its own. The
+    same for a checkpoint of Holdfast, and for one that nothing can check."""
     caplog.set_level(logging.INFO)
+
+    def fetched() -> Path:
+        found = holdfast.newest_good(url, fetch_to=tmp_path / "a")
+        assert found is not None
+        return found
+
     save(url, 1)
-    assert holdfast.newest_good(url, fetch_to=tmp_path / "a") == tmp_path / "a/checkpoint-1"
-    assert holdfast.newest_good(url, fetch_to=tmp_path / "a") == tmp_path / "a/checkpoint-1"
+    first = fetched()
+    assert fetched() == first
     assert caplog.text.count("fetched") == 1
-    (tmp_path / "a/checkpoint-1/inner/state").write_bytes(b"x")
-    with pytest.raises(holdfast.ExistsError, match="not a good copy"):
-        holdfast.newest_good(url, fetch_to=tmp_path / "a")
-    assert (tmp_path / "a/checkpoint-1/inner/state").read_bytes() == b"x"
+    (first / "inner/state").write_bytes(b"x")
+    assert fetched() == first
+    assert (first / "inner/state").read_bytes() == b"\1"
+    assert caplog.text.count("fetched") == 2
+    with holdfast.sealed(f"{url}/checkpoint-1", overwrite=True) as folder:
+        (folder / "other").write_bytes(b"1")
+    assert fetched() != first
+    holdfast.save(f"{url}/checkpoint-2", {"w": torch.ones(3)})
+    assert fetched() == fetched()
+    assert torch.equal(holdfast.open(fetched()).read("w"), torch.ones(3))
+    plain = url.replace("/run", "/plain")
+    CloudBucket(f"{plain}/checkpoint-3").put("model.bin", b"1")
+    for _ in range(2):
+        found = holdfast.newest_good(plain, fetch_to=tmp_path / "b")
+        assert found is not None
+        assert (found / "model.bin").read_bytes() == b"1"
 
 
 def test_a_folder_to_copy_to_is_needed(url: str) -> None:
@@ -153,7 +174,7 @@ def test_a_file_that_still_changes_is_refused(
 def test_a_file_outside_of_the_copy_is_refused(tmp_path: Path) -> None:
     """Method: a key of a bucket has `..` in it."""
     bucket = ModelBucket({"step-1/../../evil": b"1", "step-1/good": b"1"})
-    with pytest.raises(holdfast.FormatError, match="no name of a file"):
+    with pytest.raises(holdfast.FormatError, match="not a valid name"):
         fetch(ObjectStore(bucket.client(), threads=1), "step-1", tmp_path / "a")
     assert not list(tmp_path.rglob("evil"))
 
@@ -165,7 +186,7 @@ def begun(bucket: ModelBucket, fail: Fail, step: int) -> Unsealed:
     catalog = Catalog(ObjectStore(bucket.client(fail), threads=1))
     put_in_order(catalog.store)
     attempt = catalog.begin(f"checkpoint-{step}", replace=True)
-    return Unsealed(catalog, attempt, is_durable=True, staging=Staging.make())
+    return Unsealed(catalog, attempt, is_durable=True, temporary=TemporaryFolder.make())
 
 
 def save_in(bucket: ModelBucket, fail: Fail, step: int, content: bytes) -> None:

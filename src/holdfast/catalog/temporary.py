@@ -1,8 +1,8 @@
-"""Folders of this machine for the files of a checkpoint that is in an object store.
+"""Local folders for the files of a checkpoint that is in an object store.
 
-Another program writes the files there before they are put into the store, or reads them there after
-they were fetched. A process locks its folders, and deletes those that no process has locked, which
-killed processes have left.
+Another program writes the files there before they are uploaded, or reads them there after they were
+fetched. A process locks its folders. It deletes folders that no process has locked, since killed
+processes have left them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,18 +19,22 @@ from pathlib import Path
 from typing import Self
 
 from holdfast.errors import StorageError
+from holdfast.storage.processes import host_and_boot
+
+ROOM = "set TMPDIR to a folder with room for a checkpoint"
+"""Hint for errors of files in temporary folders."""
 
 _TRIES = 100
-"""Most folders that are made for one caller, if other processes delete one after the other."""
+"""Maximum number of folders to try. Another process may delete a new one before it is locked."""
 
 
 @dataclass(frozen=True, slots=True)
-class Staging:
+class TemporaryFolder:
     """A folder that this process has locked."""
 
     path: Path
-    lock: int
-    """Open descriptor of the folder, which holds the lock."""
+    lock: list[int]
+    """Open descriptor of the folder, which holds the lock; empty once the folder is deleted."""
 
     @classmethod
     def make(cls, above: Path | None = None) -> Self:
@@ -49,15 +54,15 @@ class Staging:
                 path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=above))
                 lock = _locked(path)
                 if lock is not None:
-                    return cls(path, lock)
-        raise StorageError(f"every folder that was made in `{above}` was deleted at once")
+                    return cls(path, [lock])
+        raise StorageError(f"other processes deleted all {_TRIES} new folders in `{above}`")
 
     def delete(self) -> None:
         """Delete the folder and the files in it. May be called twice."""
-        # Lost files are no harm: they are in the store, or the checkpoint is given up.
-        if self.path.exists():
+        if self.lock:
+            # Errors are ignored: nobody needs the files, and the next `make` deletes the rest.
             shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self.lock)
+            os.close(self.lock.pop())
 
 
 @contextmanager
@@ -67,12 +72,14 @@ def _storage_errors(above: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"cannot make a folder in `{above}`: {error.strerror or error}",
-            hint="let the environment variable TMPDIR name a folder with room for a checkpoint",
+            hint=ROOM,
         ) from error
 
 
 def _prefix() -> str:
-    return f".holdfast-{os.getuid()}-"
+    """Return the start of the names of this user's folders on this host. Several hosts may share
+    the folder for temporary files, and not see each other's locks."""
+    return f".holdfast-{os.getuid()}-{zlib.crc32(host_and_boot().encode()):08x}-"
 
 
 def _locked(path: Path, *, surely: bool = False) -> int | None:
@@ -103,4 +110,4 @@ def _clean_up(above: Path) -> None:
     for path in above.glob(f"{_prefix()}*"):
         lock = _locked(path, surely=True)
         if lock is not None:
-            Staging(path, lock).delete()
+            TemporaryFolder(path, [lock]).delete()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import holdfast
-from holdfast.catalog.staging import Staging
+from holdfast.catalog.temporary import TemporaryFolder
 
 
 def test_a_folder_of_a_killed_process_is_deleted(tmp_path: Path) -> None:
@@ -20,12 +20,12 @@ def test_a_folder_of_a_killed_process_is_deleted(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     child = os.fork()
     if not child:
-        made = Staging.make(tmp_path)
+        made = TemporaryFolder.make(tmp_path)
         (made.path / "weights").write_bytes(b"1")
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert len(list(tmp_path.iterdir())) == 2
-    first, second = Staging.make(tmp_path), Staging.make(tmp_path)
+    first, second = TemporaryFolder.make(tmp_path), TemporaryFolder.make(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "other",
         first.path.name,
@@ -46,7 +46,7 @@ def test_a_file_system_without_locks_loses_nothing(
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    first, second = Staging.make(tmp_path), Staging.make(tmp_path)
+    first, second = TemporaryFolder.make(tmp_path), TemporaryFolder.make(tmp_path)
     assert first.path.is_dir()
     first.delete()
     second.delete()
@@ -56,4 +56,4 @@ def test_a_file_system_without_locks_loses_nothing(
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(holdfast.StorageError, match="TMPDIR"):
-        Staging.make(tmp_path / "file")
+        TemporaryFolder.make(tmp_path / "file")
