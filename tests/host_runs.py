@@ -176,7 +176,8 @@ def train_by_trainer(
         trainer.is_fsdp_enabled = True
     trainer.train(resume_from_checkpoint=resume)
     if saves_model:
-        trainer.save_model()
+        # As the scripts of TRL do.
+        trainer.save_model(out)
     if result is not None:
         keep_weights(trainer.accelerator.unwrap_model(trainer.model), result)
 

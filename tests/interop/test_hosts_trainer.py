@@ -304,7 +304,8 @@ def test_two_processes_save_to_a_bucket(
 
 
 def test_settings_work_in_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`save_total_limit`, the best model, a URL to resume from, and `save_model`."""
+    """`save_total_limit`, the best model, a URL to resume from, also that of another run, and
+    `save_model(output_dir)`."""
     bucket = RunBucket(monkeypatch, tmp_path)
     options: dict[str, Any] = {
         "environment": bucket.environment,
@@ -327,8 +328,14 @@ def test_settings_work_in_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             saves_model=True,
             **options,
         ),
+        train(
+            out=f"{bucket.url}-2",
+            resume=f"{bucket.url}/checkpoint-4",
+            result=tmp_path / "other.pt",
+            **options,
+        ),
     )
-    assert same_weights(tmp_path / "local.pt", tmp_path / "bucket.pt")
+    assert same_weights(tmp_path / "local.pt", tmp_path / "bucket.pt", tmp_path / "other.pt")
     assert (tmp_path / "bucket.start").read_text() == "4"
     assert bucket.names() == [*checkpoints(local), "model"]
     bucket.check_good(*bucket.names())

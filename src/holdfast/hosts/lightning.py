@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.temporary import TemporaryFolder
@@ -40,6 +40,13 @@ from holdfast.storage.opening import is_url, local_path
 logger: logging.Logger = logging.getLogger("holdfast")
 
 __all__ = ["FabricModelParallel", "HoldfastIO", "ModelParallel"]  # noqa: F822 - made on use
+
+
+if TYPE_CHECKING:
+    _Framework = Any
+else:
+    _Framework = object
+"""Class of the framework, from which the classes of this module derive too."""
 
 
 def __getattr__(name: str) -> Any:
@@ -66,73 +73,80 @@ def _module(kind: str, name: str) -> Any:
 @cache
 def _io_class() -> type:
     base: Any = _module("fabric", "plugins").TorchCheckpointIO
-
-    class HoldfastIO(base):  # type: ignore[misc]
-        """Plugin that gives a checkpoint file its name once it is complete, makes it durable in a
-        thread, and checks it before it is loaded.
-
-        The format of the file stays Lightning's. The check uses the CRC-32 that `torch.save` stores
-        for each tensor. `ckpt_path="last"`, and any path whose last part begins with `last`, loads
-        the newest good file of the folder. If that file is not `last`, because `last` is damaged or
-        another good file is newer, a warning says so. Under any other path, a damaged file is an
-        error. Paths may be URLs of object stores.
-        """
-
-        def __init__(self) -> None:
-            super().__init__()
-            self._background = BackgroundSync()
-
-        def save_checkpoint(
-            self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-        ) -> None:
-            if storage_options is not None or (is_url(path) and not handles(path)):
-                # The base class raises its TypeError, or saves to the URL.
-                super().save_checkpoint(checkpoint, path, storage_options)
-                return
-            import torch
-
-            # The base class would write in the system's temporary folder, where a killed save
-            # leaves its file, and the move from there may be a copy.
-            with (
-                saved_file(str(path))
-                if is_url(path)
-                else published(Path(local_path(path)), self._background)
-            ) as part:
-                torch.save(checkpoint, part)
-
-        def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            if handles(path):
-                return self._load_from_url(str(path), *args, **kwargs)
-            good = path if is_url(path) else good_at(Path(path))
-            loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
-            return loaded
-
-        def _load_from_url(self, url: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            temporary = TemporaryFolder.make()
-            try:
-                found = good_copy(url, temporary.path)
-                # If there is nothing, the framework's own error says more.
-                loaded: dict[str, Any] = super().load_checkpoint(
-                    url if found is None else found[1], *args, **kwargs
-                )
-            finally:
-                temporary.delete()
-            return loaded
-
-        def remove_checkpoint(self, path: Any) -> None:
-            if is_url(path) and not handles(path):
-                super().remove_checkpoint(path)
-            else:
-                _delete_later(self._background, path)
-
-        def teardown(self) -> None:
-            self._background.wait()
-            super().teardown()
-
-    return HoldfastIO
+    return _made("HoldfastIO", _HoldfastIO, base)
 
 
-class _SyncedLater:
+def _made(name: str, own: type, base: type) -> type:
+    """Return a class of this module with the methods of `own`, which come before those of the
+    framework's class `base`. pickle finds the class by its name."""
+    names = {"__module__": __name__, "__qualname__": name, "__doc__": own.__doc__}
+    return type(name, (own, base), names)
+
+
+class _HoldfastIO(_Framework):  # type: ignore[misc]
+    """Plugin that gives a checkpoint file its name once it is complete, makes it durable in a
+    thread, and checks it before it is loaded.
+
+    The format of the file stays Lightning's. The check uses the CRC-32 that `torch.save` stores
+    for each tensor. `ckpt_path="last"`, and any path whose last part begins with `last`, loads
+    the newest good file of the folder. If that file is not `last`, because `last` is damaged or
+    another good file is newer, a warning says so. Under any other path, a damaged file is an
+    error. Paths may be URLs of object stores.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._background = BackgroundSync()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        if storage_options is not None or (is_url(path) and not handles(path)):
+            # The base class raises its TypeError, or saves to the URL.
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        import torch
+
+        # The base class would write in the system's temporary folder, where a killed save
+        # leaves its file, and the move from there may be a copy.
+        with (
+            saved_file(str(path))
+            if is_url(path)
+            else published(Path(local_path(path)), self._background)
+        ) as part:
+            torch.save(checkpoint, part)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if handles(path):
+            return self._load_from_url(str(path), *args, **kwargs)
+        good = path if is_url(path) else good_at(Path(path))
+        loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
+        return loaded
+
+    def _load_from_url(self, url: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        temporary = TemporaryFolder.make()
+        try:
+            found = good_copy(url, temporary.path)
+            # If there is nothing, the framework's own error says more.
+            loaded: dict[str, Any] = super().load_checkpoint(
+                url if found is None else found[1], *args, **kwargs
+            )
+        finally:
+            temporary.delete()
+        return loaded
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if is_url(path) and not handles(path):
+            super().remove_checkpoint(path)
+        else:
+            _delete_later(self._background, path)
+
+    def teardown(self) -> None:
+        self._background.wait()
+        super().teardown()
+
+
+class _SyncedLater(_Framework):  # type: ignore[misc]
     """Methods of a strategy that sync and delete checkpoints in a thread."""
 
     is_global_zero: bool
@@ -143,7 +157,7 @@ class _SyncedLater:
 
     def teardown(self) -> None:
         self._background().wait()
-        super().teardown()  # type: ignore[misc]
+        super().teardown()
 
     def _background(self) -> BackgroundSync:
         # Made on use, since a user's subclass may have another signature of `__init__`.
@@ -155,77 +169,90 @@ class _SyncedLater:
 @cache
 def _strategy_class(kind: str) -> type:
     base: Any = _module(kind, "strategies").ModelParallelStrategy
+    if kind == "pytorch":
+        return _made("ModelParallel", _ModelParallel, base)
+    return _made("FabricModelParallel", _FabricModelParallel, base)
 
-    class ModelParallel(_SyncedLater, base):  # type: ignore[misc]
-        """`ModelParallelStrategy` whose checkpoints appear complete or not at all: the shards and
-        `meta.pt` together, with `holdfast.seal`.
 
-        Rank 0 checks a checkpoint before it is loaded. `ckpt_path="last"` loads the newest good
-        checkpoint of the folder. If this is not `last`, a warning says so.
-        """
+class _ModelParallel(_SyncedLater):
+    """`ModelParallelStrategy` whose checkpoints appear complete or not at all: the shards and
+    `meta.pt` together, with `holdfast.seal`.
 
-        _own: Path | None = None
-        """Folder from which or to which this rank loads or saves just now."""
+    Rank 0 checks a checkpoint before it is loaded. `ckpt_path="last"` loads the newest good
+    checkpoint of the folder. If this is not `last`, a warning says so.
+    """
 
-        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            # The trainer passes (checkpoint, path), Fabric (path, state).
-            name, place = ("filepath", 1) if kind == "pytorch" else ("path", 0)
-            if name in kwargs:
-                path = kwargs.pop(name)
-            else:
-                path = args[place]
-                args = (*args[:place], *args[place + 1 :])
-            path = str(self.broadcast(path))
-            if not self._save_distributed_checkpoint:
-                if is_url(path):
-                    raise UsageError(
-                        f"`{path}`: without shards, Lightning's strategy needs a local path",
-                        hint="leave out `save_distributed_checkpoint=False`, or pass a folder",
-                    )
-                super().save_checkpoint(*args, **kwargs, **{name: path})
-                return
-            ranks = all_ranks()
-            try:
-                with sealed_by_all(
-                    path,
-                    ranks=ranks,
-                    publishes=self.is_global_zero,
-                    background=self._background(),
-                    replaces_file=file_moved_aside,
-                ) as folder:
-                    self._own = folder
-                    super().save_checkpoint(*args, **kwargs, **{name: folder})
-            finally:
-                self._own = None
-                ranks.close()
+    _saved_to = "filepath", 1
+    """Name and position of the path in the arguments of `save_checkpoint`."""
 
-        def broadcast(self, obj: Any, src: int = 0) -> Any:
-            # Lightning broadcasts the path of a checkpoint. With a URL, each host has a folder of
-            # its own.
-            return obj if obj is not None and obj is self._own else super().broadcast(obj, src)
+    _loaded_from = "checkpoint_path"
+    """Name of the path in the arguments of `load_checkpoint`."""
 
-        def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            name = "checkpoint_path" if kind == "pytorch" else "path"
-            if name in kwargs:
-                path = kwargs.pop(name)
-            else:
-                path, *args = args  # type: ignore[assignment]
-            path = str(self.broadcast(path))
-            ranks = all_ranks()
-            try:
-                with host_folder(ranks) if is_url(path) else nullcontext() as folder:
-                    if folder is not None:
-                        self._own = good = good_copy_on_all_hosts(path, folder, ranks)
-                    else:
-                        good = run_on_rank_0(ranks, lambda: good_at(Path(path)))
-                    loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
-            finally:
-                self._own = None
-                ranks.close()
-            return loaded
+    _own: Path | None = None
+    """Folder from which or to which this rank loads or saves just now."""
 
-    ModelParallel.__name__ = "ModelParallel" if kind == "pytorch" else "FabricModelParallel"
-    return ModelParallel
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        name, place = self._saved_to
+        if name in kwargs:
+            path = kwargs.pop(name)
+        else:
+            path = args[place]
+            args = (*args[:place], *args[place + 1 :])
+        path = str(self.broadcast(path))
+        if not self._save_distributed_checkpoint:
+            if is_url(path):
+                raise UsageError(
+                    f"`{path}`: without shards, Lightning's strategy needs a local path",
+                    hint="leave out `save_distributed_checkpoint=False`, or pass a folder",
+                )
+            super().save_checkpoint(*args, **kwargs, **{name: path})
+            return
+        ranks = all_ranks()
+        try:
+            with sealed_by_all(
+                path,
+                ranks=ranks,
+                publishes=self.is_global_zero,
+                background=self._background(),
+                replaces_file=file_moved_aside,
+            ) as folder:
+                self._own = folder
+                super().save_checkpoint(*args, **kwargs, **{name: folder})
+        finally:
+            self._own = None
+            ranks.close()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        # Lightning broadcasts the path of a checkpoint. With a URL, each host has a folder of
+        # its own.
+        return obj if obj is not None and obj is self._own else super().broadcast(obj, src)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        name = self._loaded_from
+        if name in kwargs:
+            path = kwargs.pop(name)
+        else:
+            path, *args = args  # type: ignore[assignment]
+        path = str(self.broadcast(path))
+        ranks = all_ranks()
+        try:
+            with host_folder(ranks) if is_url(path) else nullcontext() as folder:
+                if folder is not None:
+                    self._own = good = good_copy_on_all_hosts(path, folder, ranks)
+                else:
+                    good = run_on_rank_0(ranks, lambda: good_at(Path(path)))
+                loaded: dict[str, Any] = super().load_checkpoint(good, *args, **kwargs)
+        finally:
+            self._own = None
+            ranks.close()
+        return loaded
+
+
+class _FabricModelParallel(_ModelParallel):
+    __doc__ = _ModelParallel.__doc__
+
+    _saved_to = "path", 0
+    _loaded_from = "path"
 
 
 def _delete_later(background: BackgroundSync, place: Any) -> None:
