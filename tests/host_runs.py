@@ -176,8 +176,7 @@ def train_by_trainer(
         trainer.is_fsdp_enabled = True
     trainer.train(resume_from_checkpoint=resume)
     if saves_model:
-        # As the scripts of TRL do.
-        trainer.save_model(out)
+        trainer.save_model(out)  # As the scripts of TRL do.
     if result is not None:
         keep_weights(trainer.accelerator.unwrap_model(trainer.model), result)
 
