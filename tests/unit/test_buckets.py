@@ -18,7 +18,7 @@ from holdfast.convert.target import open_target
 from holdfast.errors import ExistsError, FormatError, UsageError
 from holdfast.hosts.sealing import sealed_by_all
 from holdfast.storage.cloud import CloudBucket
-from s3_server import new_s3_url, s3_server
+from s3_server import CREDENTIALS, new_s3_url, s3_server
 
 
 @pytest.fixture
@@ -49,6 +49,22 @@ def test_save_load_and_open_take_a_url(run: str) -> None:
     assert torch.equal(state["w"], torch.arange(12.0).reshape(4, 3))
     holdfast.save(path, {"w": torch.ones(4, 3)}, overwrite=True)
     assert holdfast.open(path).read("w", (slice(1, 3),)).tolist() == [[1.0] * 3] * 2
+
+
+@pytest.mark.parametrize("profile", ["default", "other"])
+def test_credentials_may_be_in_a_profile(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str
+) -> None:
+    """Method: no variable has a key. A request without credentials would not be sent."""
+    for name in CREDENTIALS:
+        monkeypatch.delenv(name)
+    file = tmp_path / "credentials"
+    file.write_text(f"[{profile}]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    if profile != "default":
+        monkeypatch.setenv("AWS_PROFILE", profile)
+    holdfast.save(f"{run}/a", {"w": torch.ones(2)})
+    assert holdfast.open(f"{run}/a").read("w").tolist() == [1, 1]
 
 
 def test_a_run_saves_resumes_and_retains_in_a_bucket(

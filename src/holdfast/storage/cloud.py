@@ -11,9 +11,12 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from configparser import ConfigParser
+from configparser import Error as ConfigError
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from holdfast.errors import HoldfastError, NotFoundError, StorageError, UsageError
@@ -324,9 +327,30 @@ def _environment(url: str) -> dict[str, Any]:
     option, names = _ENDPOINTS[kind]
     found = [os.environ[name] for name in names if os.environ.get(name)]
     options: dict[str, Any] = {option: found[0]} if found else {}
-    if kind == "s3" and os.environ.get("AWS_PROFILE"):
-        options["credential_provider"] = _profile(url, os.environ["AWS_PROFILE"])
+    if kind == "s3" and (name := os.environ.get("AWS_PROFILE") or _default_profile()):
+        options["credential_provider"] = _profile(url, name)
     return options
+
+
+_OTHER_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+"""Environment variables with credentials, which obstore reads. As in AWS's own tools, they come
+before the default profile."""
+
+
+def _default_profile() -> str | None:
+    """Return the name of the default profile, if it has credentials that are to be used."""
+    if any(os.environ.get(name) for name in _OTHER_CREDENTIALS):
+        return None
+    parser = ConfigParser(interpolation=None)
+    file = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
+    with suppress(ConfigError, UnicodeDecodeError):
+        parser.read(Path(file).expanduser())
+    return "default" if parser.has_option("default", "aws_access_key_id") else None
 
 
 def _profile(url: str, name: str) -> Callable[[], Any]:
@@ -337,7 +361,8 @@ def _profile(url: str, name: str) -> Callable[[], Any]:
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
         raise UsageError(
-            f"`{url}`: AWS_PROFILE is `{name}`, and reading profiles needs boto3",
+            f"`{url}`: the credentials are in the profile `{name}` of `~/.aws`, and reading "
+            "profiles needs boto3",
             hint="pip install boto3; or pass AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         ) from error
     return Boto3CredentialProvider(Session(profile_name=name))
