@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import holdfast
+from holdfast.storage.cloud import CloudBucket
 from host_buckets import HOSTS, RunBucket
 from host_runs import run_commands
 
@@ -345,6 +346,20 @@ def test_settings_work_in_a_bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     expected = json.loads((local / fetched.name / "trainer_state.json").read_text())
     best = Path(expected["best_model_checkpoint"]).name
     assert state["best_model_checkpoint"] == f"{bucket.url}/{best}"
+
+
+def test_objects_in_the_way_are_moved_aside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Method: another tool has copied files to `checkpoint-2`. They are kept under another name."""
+    bucket = RunBucket(monkeypatch, tmp_path)
+    CloudBucket(bucket.url).put("checkpoint-2/inner/file", b"mine")
+    run_commands(train(out=bucket.url, steps=2, environment=bucket.environment))
+    saved, aside = bucket.names()
+    assert saved == "checkpoint-2"
+    assert aside.startswith("unsealed-checkpoint-2-")
+    assert CloudBucket(bucket.url).get(f"{aside}/inner/file", 10)[0] == b"mine"
+    bucket.check_good("checkpoint-2")
 
 
 @pytest.mark.parametrize(

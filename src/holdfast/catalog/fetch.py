@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.catalog.catalog import location, verify_hint
-from holdfast.catalog.seal import is_sealed, read_seal
+from holdfast.catalog.seal import sync_files
 from holdfast.catalog.temporary import ROOM
 from holdfast.errors import DamagedError, FormatError, NotFoundError, StorageError
 from holdfast.format.checksum import block_checksums
-from holdfast.format.seal import BLOCK_BYTES, SEAL, SealedFile, encode
+from holdfast.format.seal import BLOCK_BYTES, SEAL, Seal, SealedFile, encode
 from holdfast.spelling import rate
 from holdfast.storage.store import ReadStore
 
@@ -29,11 +29,14 @@ _PIECE_BYTES = 4 * BLOCK_BYTES
 network answers several requests for them at the same time."""
 
 
-def fetch(store: ReadStore, name: str, folder: Path, *, hint: str = ROOM) -> None:
+def fetch(
+    store: ReadStore, name: str, folder: Path, seal: Seal | None, *, hint: str = ROOM
+) -> None:
     """Copy the checkpoint `name` of a store to the new folder `folder`.
 
-    Every byte of a sealed checkpoint is compared with its seal while it is copied. Other folders
-    are copied without a check. `hint`: next step if the disk is full.
+    `seal`: seal of the checkpoint. Every byte is compared with it while it is copied. None: all
+    files are copied without a check, and are durable on return. `hint`: next step if the disk is
+    full.
 
     Raises:
         DamagedError: a file differs from the seal, or is missing.
@@ -42,9 +45,8 @@ def fetch(store: ReadStore, name: str, folder: Path, *, hint: str = ROOM) -> Non
         StorageError: a file cannot be read, or cannot be written because the disk is full.
     """
     started = time.perf_counter()
-    seal = read_seal(store, name) if is_sealed(store, name) else None
     sealed: Mapping[str, SealedFile | None]
-    sealed = seal.files if seal is not None else dict.fromkeys(_files_below(store, name))
+    sealed = seal.files if seal is not None else dict.fromkeys(files_below(store, name))
     with _storage_errors(folder, hint):
         folder.mkdir(parents=True)
     files = [_File(store, name, file, of_seal, folder, hint) for file, of_seal in sealed.items()]
@@ -56,18 +58,21 @@ def fetch(store: ReadStore, name: str, folder: Path, *, hint: str = ROOM) -> Non
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if seal is not None:
+    if seal is None:
+        # Nothing could tell after a power cut that a copy is torn.
+        sync_files(folder)
+    else:
         with _storage_errors(folder, hint):
             (folder / SEAL).write_bytes(encode(seal))
     where, seconds = location(store, name), time.perf_counter() - started
     logger.info("fetched `%s`: %s", where, rate(nbytes, seconds))
 
 
-def fetch_file(store: ReadStore, key: str, path: Path) -> None:
-    """Copy one file of a store to the new file `path`, without a check."""
+def fetch_file(store: ReadStore, key: str, folder: Path) -> None:
+    """Copy one file of a store to a folder, without a check."""
     started = time.perf_counter()
     above, _, name = key.rpartition("/")
-    file = _File(store, above, name, None, path.parent, ROOM, path.name)
+    file = _File(store, above, name, None, folder, ROOM)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="holdfast-fetch") as pool:
         nbytes = sum(pool.map(file.copy, file.create()))
     seconds = time.perf_counter() - started
@@ -90,8 +95,7 @@ class _File:
 
     folder: Path
     hint: str
-    renamed: str | None = None
-    """Name of the copy, if it is another one."""
+    """Next step if the disk is full."""
 
     @property
     def key(self) -> str:
@@ -99,7 +103,7 @@ class _File:
 
     @property
     def target(self) -> Path:
-        return self.folder / (self.renamed or self.file)
+        return self.folder / self.file
 
     def create(self) -> range:
         """Create the copy in its full size. Return the offset of each piece."""
@@ -147,7 +151,7 @@ class _File:
         return DamagedError(f"`{file}`: {what}", hint=verify_hint(where), file=file)
 
 
-def _files_below(store: ReadStore, name: str) -> Iterator[str]:
+def files_below(store: ReadStore, name: str) -> Iterator[str]:
     """Yield the paths of all files in a folder, in its folders too."""
     waiting = [""]
     while waiting:

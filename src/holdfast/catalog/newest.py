@@ -7,20 +7,21 @@ import fnmatch
 import logging
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from holdfast.arguments import checked_path
 from holdfast.catalog.catalog import location
-from holdfast.catalog.fetch import fetch
+from holdfast.catalog.fetch import fetch, files_below
 from holdfast.catalog.findings import Finding, VerifyReport, summary_of
 from holdfast.catalog.open_any import format_of
 from holdfast.catalog.paths import open_for_reading
-from holdfast.catalog.seal import is_sealed, matching
+from holdfast.catalog.seal import decode_seal, has_seal, matching
+from holdfast.catalog.steady import LOOKS_MAX
 from holdfast.catalog.temporary import ROOM, TemporaryFolder
 from holdfast.catalog.verify import VerifyTarget, failed, verify
 from holdfast.errors import (
@@ -95,7 +96,7 @@ def newest_good(
     `root` may be a URL. Then the checkpoint is copied to the local folder `fetch_to`, and the path
     of the copy is returned, such as `FETCH_TO/1f2e3d4c/checkpoint-6`. Sealed checkpoints are
     checked while they are copied. An existing copy of the same version is used again if it is good.
-    Copies stay until you delete them.
+    LocalCopies stay until you delete them.
 
     `pattern`: shell pattern for the names of the folders, or a compiled regular expression.
     `quick`: compare sizes and indices only; copies are always compared in full. `last_file`: name
@@ -109,10 +110,9 @@ def newest_good(
     names = compiled(pattern)
     store = open_store(checked_path(root, "root"))
     if is_url(store.url):
-        into = folder_to_fetch_to(store, fetch_to)
-        why_not = partial(fetch_if_good, into, hint=FETCH_TO)
-        found = newest_name(store, names, why_not, last_file=last_file)
-        return None if found is None else copy_of(into, store, found)
+        copies = LocalCopies(folder_to_fetch_to(store, fetch_to), hint=FETCH_TO)
+        name = newest_name(store, names, copies.why_not, last_file=last_file)
+        return None if name is None else copies.paths[name]
     found = newest_name(store, names, partial(why_not_good, quick=quick), last_file=last_file)
     return None if found is None else Path(location(store, found))
 
@@ -126,8 +126,21 @@ def newest_name(
 ) -> str | None:
     """Return the name of the newest good checkpoint at the root of a store: see `newest_good`.
 
-    `why_not`: function that returns why a checkpoint is not good, or None.
+    `why_not`: function that returns why a checkpoint is not good, or None. If it raises a
+    NotFoundError, since another process has just deleted the checkpoint, the search begins again.
     """
+    for _ in range(LOOKS_MAX - 1):
+        with suppress(NotFoundError):
+            return _newest_name(store, names, why_not, last_file)
+    return _newest_name(store, names, why_not, last_file)
+
+
+def _newest_name(
+    store: ReadStore,
+    names: re.Pattern[str],
+    why_not: Callable[[ReadStore, str], str | None],
+    last_file: str | None,
+) -> str | None:
     folders = matching(store, names)
     checked = {folder for folder in folders if _has_checksums(store, folder)}
     for folder in folders:
@@ -148,7 +161,7 @@ def newest_name(
 
 
 def _has_checksums(store: ReadStore, name: str) -> bool:
-    if is_sealed(store, name):
+    if has_seal(store, name):
         return True
     try:
         return format_of(store, name) == "holdfast"
@@ -191,43 +204,80 @@ def folder_to_fetch_to(store: ReadStore, fetch_to: str | os.PathLike[str] | None
     return Path(local_path(checked_path(fetch_to, "fetch_to")))
 
 
-def fetch_if_good(into: Path, store: ReadStore, name: str, *, hint: str = ROOM) -> str | None:
-    """Copy a checkpoint to the folder `into`, unless a good copy is there. Return None if there is
-    a good copy now, else the reason why there is none. `hint`: next step if the disk is full."""
-    if not is_sealed(store, name) and (why := why_not_good(store, name)):
-        return why
-    target = copy_of(into, store, name)
-    if target.exists():
-        why = why_not_good(*open_for_reading(target))
-        if why is None:
-            return None
-        logger.warning("`%s` is a damaged copy, and is made again: %s", target, why)
-        shutil.rmtree(target)
-    temporary = TemporaryFolder.make(into)
-    try:
-        fetch(store, name, temporary.path / name, hint=hint)
-        target.parent.mkdir(exist_ok=True)
-        with suppress(FileExistsError):
+class LocalCopies:
+    """LocalCopies of good checkpoints in a folder of this machine."""
+
+    def __init__(self, into: Path, *, hint: str = ROOM) -> None:
+        """`into`: folder for the copies. `hint`: next step if its disk is full."""
+        self._into, self._hint = into, hint
+        self.paths: dict[str, Path] = {}
+        """Path of each copy, by the name of the checkpoint."""
+
+    def why_not(self, store: ReadStore, name: str) -> str | None:
+        """Copy a checkpoint, unless a good copy is there. Return None if there is a good copy now,
+        else the reason why there is none.
+
+        Raises:
+            NotFoundError: another process has just deleted the checkpoint.
+            StorageError: the store does not answer, or the disk is full.
+        """
+        for looks_left in reversed(range(LOOKS_MAX)):
+            version = _version(store, name)
+            try:
+                self.paths[name] = self._copied(store, name, version)
+                return None
+            except (DamagedError, FormatError) as error:
+                # Another process may have replaced the checkpoint meanwhile.
+                if not looks_left or _version(store, name) == version:
+                    return error.what
+        return None
+
+    def _copied(self, store: ReadStore, name: str, version: _Version) -> Path:
+        seal = None if version.seal is None else decode_seal(store, name, version.seal)
+        if seal is None and (why := why_not_good(store, name)):
+            raise DamagedError(why)
+        target = self._into / version.digest / name
+        temporary = TemporaryFolder.make(self._into, hint=self._hint)
+        try:
+            if target.exists():
+                why = why_not_good(*open_for_reading(target))
+                if why is None:
+                    return target
+                logger.warning("`%s` is a damaged copy, and is made again: %s", target, why)
+                target.rename(temporary.path / "damaged")
+            fetch(store, name, temporary.path / name, seal, hint=self._hint)
+            target.parent.mkdir(exist_ok=True)
             (temporary.path / name).rename(target)
-    except (DamagedError, FormatError) as error:
-        return error.what
-    except OSError as error:
-        # Another process may have made the same copy meanwhile.
-        if error.errno != errno.ENOTEMPTY:
-            raise StorageError(f"cannot copy to `{target}`: {error.strerror}", hint=hint) from error
-    finally:
-        temporary.delete()
-    return None
+        except OSError as error:
+            # Another process may have made the same copy meanwhile.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                what = f"cannot copy to `{target}`: {error.strerror or error}"
+                raise StorageError(what, hint=self._hint) from error
+        finally:
+            temporary.delete()
+        return target
 
 
-def copy_of(into: Path, store: ReadStore, name: str) -> Path:
-    """Return the path of the copy of a checkpoint in the folder `into`. Each version of the
-    checkpoint has another path, so that a copy of an older one is never taken for it."""
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """Identity of the checkpoint that a name has now."""
+
+    digest: str
+    """Eight hexadecimal digits. No other version of the checkpoint has the same."""
+
+    seal: bytes | None
+    """Bytes of the seal; None if there is none."""
+
+
+def _version(store: ReadStore, name: str) -> _Version:
     files = store.list(name)
-    index = next((file for file in (SEAL, MANIFEST) if file in files), None)
-    if index is not None:
-        data = store.read(f"{name}/{index}", 0, store.size(f"{name}/{index}"))
-    else:
-        stamp = store.stamp(name) if isinstance(store, Stamping) else files
-        data = repr(stamp).encode()
-    return into / f"{zlib.crc32(data):08x}" / name
+    for index in (SEAL, MANIFEST):
+        if index in files:
+            key = f"{name}/{index}"
+            data = store.read(key, 0, store.size(key))
+            return _Version(f"{zlib.crc32(data):08x}", data if index == SEAL else None)
+    if not isinstance(store, Stamping):
+        return _Version(os.urandom(4).hex(), None)  # A copy of it is never used again.
+    folders = sorted({f"{name}/{file}".rpartition("/")[0] for file in files_below(store, name)})
+    stamps = repr([(folder, store.stamp(folder)) for folder in folders])
+    return _Version(f"{zlib.crc32(stamps.encode()):08x}", None)

@@ -10,7 +10,7 @@ from holdfast.errors import HoldfastError, NotFoundError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS, hidden_folder_of, step_of
 from holdfast.format.safetensors import INDEX, SUFFIX
 from holdfast.format.seal import SEAL, decode
-from holdfast.storage.store import ReadStore
+from holdfast.storage.store import ReadStore, Refusing
 
 _DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp", re.ASCII)
 
@@ -64,6 +64,8 @@ def why_not_removable(store: ReadStore, name: str) -> str | None:
     """
     if is_file(store, name):
         return special_file(store, name) or "it is a file"
+    if isinstance(store, Refusing) and (why := store.why_fixed(name)):
+        return why
     names = store.list(name)
     if LOCK in names:
         return f"a run saves in it: it holds `{LOCK}`"

@@ -21,7 +21,7 @@ from holdfast.catalog.contents import Advance, RecordReader, run
 from holdfast.catalog.findings import Finding, summary_of
 from holdfast.catalog.paths import open_for_saving
 from holdfast.catalog.temporary import TemporaryFolder
-from holdfast.catalog.upload import put_seal, upload
+from holdfast.catalog.upload import make_folders, put_seal, upload
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError, UsageError
 from holdfast.format import seal as seals
 from holdfast.format.checksum import block_checksums, checksum_of_parts
@@ -73,6 +73,7 @@ class Unsealed:
         """
         if self.temporary is not None:
             seal = seal_of(hash_files(self.folder), self.folder)
+            make_folders(self.catalog.store, str(self.attempt), seal.files)
             upload(self.catalog.store, str(self.attempt), self.folder, seal.files)
             put_seal(self.catalog.store, str(self.attempt), seal)
             return
@@ -327,11 +328,16 @@ def _storage_errors(path: Path) -> Iterator[None]:
 
 
 def is_sealed(store: ReadStore, name: str) -> bool:
-    """Return whether a folder has a seal. False for a folder of this machine that cannot be listed.
+    """Return whether a folder has a seal. False if the folder cannot be listed."""
+    try:
+        return SEAL in store.list(name)
+    except HoldfastError:
+        return False
 
-    Raises:
-        StorageError: a store in a network did not answer, so nobody knows.
-    """
+
+def has_seal(store: ReadStore, name: str) -> bool:
+    """Like `is_sealed`, but raise a StorageError if a store in a network does not answer: then
+    nobody knows."""
     try:
         return SEAL in store.list(name)
     except HoldfastError as error:
@@ -348,9 +354,12 @@ def read_seal(store: ReadStore, name: str) -> Seal:
         DamagedError, FormatError: the seal cannot be read.
     """
     key = f"{name}/{SEAL}"
-    return seals.decode(
-        store.read(key, 0, store.size(key)), where=f"{location(store, name)}/{SEAL}"
-    )
+    return decode_seal(store, name, store.read(key, 0, store.size(key)))
+
+
+def decode_seal(store: ReadStore, name: str, data: bytes) -> Seal:
+    """Decode the bytes of the seal of a folder. Raises a DamagedError or FormatError."""
+    return seals.decode(data, where=f"{location(store, name)}/{SEAL}")
 
 
 def open_sealed(store: ReadStore, name: str) -> Manifest:

@@ -11,18 +11,20 @@ import fcntl
 import os
 import shutil
 import tempfile
-import zlib
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from holdfast.errors import StorageError
-from holdfast.storage.processes import host_and_boot
 
 ROOM = "set TMPDIR to a folder with room for a checkpoint"
 """Hint for errors of files in temporary folders."""
+
+_OTHER_HOST_S = 7 * 86400
+"""Age in seconds from which a folder of another host is deleted."""
 
 _TRIES = 100
 """Maximum number of folders to try. Another process may delete a new one before it is locked."""
@@ -37,21 +39,21 @@ class TemporaryFolder:
     """Open descriptor of the folder, which holds the lock; empty once the folder is deleted."""
 
     @classmethod
-    def make(cls, above: Path | None = None) -> Self:
+    def make(cls, above: Path | None = None, *, hint: str = ROOM) -> Self:
         """Make an empty folder, and delete the folders beside it that killed processes have left.
 
         `above`: folder to make it in; by default the folder for temporary files, which the
-        environment variable TMPDIR names.
+        environment variable TMPDIR names. `hint`: next step if no folder can be made.
 
         Raises:
             StorageError: no folder can be made there.
         """
         above = Path(tempfile.gettempdir()) if above is None else above
-        with _storage_errors(above):
+        with _storage_errors(above, hint):
             above.mkdir(parents=True, exist_ok=True)
             _clean_up(above)
             for _ in range(_TRIES):
-                path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=above))
+                path = Path(tempfile.mkdtemp(prefix=_prefix(_host()), dir=above))
                 lock = _locked(path)
                 if lock is not None:
                     return cls(path, [lock])
@@ -66,20 +68,20 @@ class TemporaryFolder:
 
 
 @contextmanager
-def _storage_errors(above: Path) -> Iterator[None]:
+def _storage_errors(above: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise StorageError(
             f"cannot make a folder in `{above}`: {error.strerror or error}",
-            hint=ROOM,
+            hint=hint,
         ) from error
 
 
-def _prefix() -> str:
-    """Return the start of the names of this user's folders on this host. Several hosts may share
-    the folder for temporary files, and not see each other's locks."""
-    return f".holdfast-{os.getuid()}-{zlib.crc32(host_and_boot().encode()):08x}-"
+def _prefix(host: str) -> str:
+    """Return the start of the names of this user's folders on a host. Several hosts may share the
+    folder for temporary files, and not see each other's locks."""
+    return f".holdfast-{os.getuid()}-{host}-"
 
 
 def _locked(path: Path, *, surely: bool = False) -> int | None:
@@ -106,8 +108,17 @@ def _locked(path: Path, *, surely: bool = False) -> int | None:
 
 
 def _clean_up(above: Path) -> None:
-    """Delete the folders of killed processes of this user."""
-    for path in above.glob(f"{_prefix()}*"):
+    """Delete the folders of killed processes of this user: those of this host, and old ones of
+    hosts that may not exist any more."""
+    for path in above.glob(_prefix("*") + "*"):
+        is_ours = path.name.startswith(_prefix(_host()))
+        with suppress(OSError):
+            if not is_ours and time.time() - path.stat().st_mtime < _OTHER_HOST_S:
+                continue
         lock = _locked(path, surely=True)
         if lock is not None:
             TemporaryFolder(path, [lock]).delete()
+
+
+def _host() -> str:
+    return os.uname().nodename.replace("/", "_")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 
-from holdfast.errors import NotFoundError, StorageError
+from holdfast.errors import StorageError
 from holdfast.format.checksum import block_checksums
 from holdfast.format.seal import BLOCK_BYTES, SEAL, Seal, SealedFile, encode
 from holdfast.storage.store import Creating, FileWriter, Store
@@ -19,7 +19,8 @@ _PIECE_BYTES = 2 * BLOCK_BYTES
 
 
 def upload(store: Store, attempt: str, folder: Path, files: Mapping[str, SealedFile]) -> None:
-    """Upload files of a local folder to the hidden folder `attempt` of a store.
+    """Upload files of a local folder to the hidden folder `attempt` of a store, which has their
+    folders already.
 
     `files`: sizes and checksums by the files' relative paths. Each file is compared with them while
     it is uploaded, to find a file that another thread still changes.
@@ -27,11 +28,6 @@ def upload(store: Store, attempt: str, folder: Path, files: Mapping[str, SealedF
     Raises:
         StorageError: a file has changed, cannot be read, or cannot be uploaded.
     """
-    inner = sorted({str(above) for file in files for above in [*PurePath(file).parents][:-1]})
-    for name in inner:
-        # Another host may have made the folder.
-        if not _is_folder(store, f"{attempt}/{name}"):
-            store.make_folder(f"{attempt}/{name}")
     with ThreadPoolExecutor(_FILES_MAX, thread_name_prefix="holdfast-seal") as pool:
         puts = [
             pool.submit(_put, store, f"{attempt}/{file}", folder / file, sealed)
@@ -43,16 +39,17 @@ def upload(store: Store, attempt: str, folder: Path, files: Mapping[str, SealedF
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    for name in reversed(inner):
-        store.sync(f"{attempt}/{name}")
 
 
-def _is_folder(store: Store, key: str) -> bool:
-    try:
-        store.list(key)
-    except NotFoundError:
-        return False
-    return True
+def make_folders(store: Store, attempt: str, files: Iterable[str]) -> None:
+    """Make the folders of these files in the hidden folder `attempt`, before any rank uploads."""
+    for name in _folders(files):
+        store.make_folder(f"{attempt}/{name}")
+
+
+def _folders(files: Iterable[str]) -> list[str]:
+    """Return the folders of files, each after the folder that contains it."""
+    return sorted({str(above) for file in files for above in [*PurePath(file).parents][:-1]})
 
 
 def _put(store: Creating, key: str, path: Path, sealed: SealedFile) -> None:
@@ -82,8 +79,10 @@ def write_file(writer: FileWriter, path: Path) -> Iterator[memoryview]:
         raise StorageError(f"cannot read `{path}`: {error.strerror or error}") from error
 
 
-def put_seal(store: Creating, attempt: str, seal: Seal) -> None:
-    """Put the seal of a checkpoint whose other files are in the hidden folder `attempt`."""
+def put_seal(store: Store, attempt: str, seal: Seal) -> None:
+    """Upload the seal of a checkpoint whose other files are in the hidden folder `attempt`."""
+    for name in reversed(_folders(seal.files)):
+        store.sync(f"{attempt}/{name}")
     data = encode(seal)
     with store.create(f"{attempt}/{SEAL}", len(data)) as writer:
         writer.write(0, [data])

@@ -161,7 +161,7 @@ def run(arguments: Sequence[str]) -> int:
     if result.kept_bytes:
         kept = spelled_bytes(result.kept_bytes)
         say(f"note: an interrupted conversion had written {kept} of it already")
-    if result.files_at != result.where and planned.options.to == "hf":
+    if result.files_at != result.where:
         say(f"note: other programs find the files in {result.files_at}")
     written = rate(result.nbytes, result.seconds)
     say(f"{result.where}: {result.num_tensors} tensors, {written}")

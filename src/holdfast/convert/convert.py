@@ -80,7 +80,7 @@ def convert_to(
     """
     started = time.perf_counter()
     try:
-        nbytes = _write(target, planned, values, advance)
+        nbytes, files_at = _write(target, planned, values, advance)
     except UNREADABLE as error:
         if not planned.opened.is_gone:
             raise
@@ -90,13 +90,14 @@ def convert_to(
         ) from error
     seconds = time.perf_counter() - started
     kept_bytes = 0 if target.files is None else target.files.kept_bytes
-    return ConvertResult(
-        target.where, target.files_at, nbytes, kept_bytes, seconds, len(planned.outputs)
-    )
+    return ConvertResult(target.where, files_at, nbytes, kept_bytes, seconds, len(planned.outputs))
 
 
-def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance) -> int:
-    """Write the target. Returns its size in bytes; for an export, the size of the weights."""
+def _write(
+    target: ConvertTarget, planned: ConvertPlan, values: Values, advance: Advance
+) -> tuple[int, str]:
+    """Write the target. Returns its size in bytes; for an export, the size of the weights. Also
+    returns the path or URL below which other programs find its files."""
     outputs, options = planned.outputs, planned.options
     if options.to == "hf":
         infos = {name: (output.dtype, output.shape) for name, output in outputs.items()}
@@ -112,9 +113,10 @@ def _write(target: ConvertTarget, planned: ConvertPlan, values: Values, advance:
             contents = with_card(contents, planned, layout.dtype)
         return write_hf(target, outputs, layout, contents, advance)
     if options.to == "torch":
-        return write_torch_file(target, outputs, values, advance)
+        return write_torch_file(target, outputs, values, advance), target.where
     facts, structure = _facts(target, planned), _structure(planned, values)
-    return write_checkpoint(target, outputs, values, facts, advance, structure=structure)
+    nbytes = write_checkpoint(target, outputs, values, facts, advance, structure=structure)
+    return nbytes, target.where
 
 
 def _facts(target: ConvertTarget, planned: ConvertPlan) -> Manifest:

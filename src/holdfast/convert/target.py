@@ -73,11 +73,11 @@ class ConvertTarget:
     def where(self) -> str:
         return self.catalog.where(self.name)
 
-    @property
-    def files_at(self) -> str:
-        """Path or URL below which other programs find the files of the target."""
-        if not self.file and isinstance(self.store, Addressing):
-            return self.store.address(self.name)
+    def files_at(self, attempt: HiddenFolder) -> str:
+        """Return the path or URL below which other programs find the files of this attempt, once it
+        is published."""
+        if isinstance(self.store, Addressing):
+            return self.store.address(str(attempt))
         return self.where
 
     @property
@@ -232,8 +232,9 @@ def write_hf(
     export: ExportLayout,
     contents: Iterable[tuple[str, bytes]],
     advance: Advance,
-) -> int:
-    """Write a Hugging Face folder. Returns the size of its weights in bytes.
+) -> tuple[int, str]:
+    """Write a Hugging Face folder. Returns the size of its weights in bytes, and the path or URL
+    below which other programs find its files.
 
     `outputs`: tensors to write. `export`: the files to divide them among. `contents`: name and
     bytes of each file besides the weights.
@@ -250,7 +251,7 @@ def write_hf(
         write_small(target.store, target.creating, str(attempt), contents)
         target.catalog.publish(attempt)
     target.catalog.clean_up(target.name)
-    return export.nbytes
+    return export.nbytes, target.files_at(attempt)
 
 
 def _write_tensor(

@@ -17,7 +17,7 @@ from typing import Any
 
 from holdfast.catalog.catalog import location
 from holdfast.catalog.paths import full_path, open_parent
-from holdfast.catalog.seal import is_sealed, matching
+from holdfast.catalog.seal import has_seal, matching
 from holdfast.comm import Ranks, all_ranks, run_on_all
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, UsageError
 from holdfast.format.names import number_of, number_of_folder
@@ -225,7 +225,7 @@ class _Host:
 
     def _delete_old(self, saved: str, limit: int) -> None:
         store, name = open_parent(saved)
-        names = [n for n in matching(store, _NAMED) if _NAMED.fullmatch(n) and is_sealed(store, n)]
+        names = [n for n in matching(store, _NAMED) if _NAMED.fullmatch(n) and has_seal(store, n)]
         older = [other for other in names if (number_of(other) or 0) <= (number_of(name) or 0)]
         for other in older[max(1, limit) :]:
             path = location(store, other)
@@ -253,11 +253,11 @@ def _holds_sealed(path: str) -> bool:
     if not is_url(path) and not os.path.isdir(path):  # noqa: PTH112 - text, which may be a URL
         return False
     with suppress(UsageError):  # A whole bucket is no checkpoint.
-        if is_sealed(*open_parent(path)):
+        if has_seal(*open_parent(path)):
             return False
     try:
         store = open_store(path)
-        return any(is_sealed(store, entry[:-1]) for entry in store.list() if entry.endswith("/"))
+        return any(has_seal(store, entry[:-1]) for entry in store.list() if entry.endswith("/"))
     except NotFoundError:
         return False
 

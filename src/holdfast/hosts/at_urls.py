@@ -7,16 +7,17 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO
 
 from holdfast.catalog.catalog import location
 from holdfast.catalog.fetch import fetch_file
-from holdfast.catalog.newest import copy_of, fetch_if_good
+from holdfast.catalog.newest import LocalCopies
 from holdfast.catalog.open_any import is_checkpoint, open_any
 from holdfast.catalog.paths import open_parent
-from holdfast.catalog.seal import is_sealed
-from holdfast.catalog.temporary import TemporaryFolder
+from holdfast.catalog.seal import has_seal
+from holdfast.catalog.temporary import ROOM, TemporaryFolder
 from holdfast.catalog.upload import write_file
 from holdfast.comm import Ranks, run_on_all, run_on_rank_0
 from holdfast.errors import (
@@ -24,6 +25,7 @@ from holdfast.errors import (
     ExistsError,
     HoldfastError,
     NotFoundError,
+    StorageError,
     UsageError,
 )
 from holdfast.format.names import number_of
@@ -69,8 +71,16 @@ def saved_file(url: str) -> Iterator[IO[bytes]]:
     temporary = TemporaryFolder.make()
     path = temporary.path / "file"
     try:
-        with path.open("xb") as file:
-            yield file
+        try:
+            with path.open("xb") as file:
+                yield file
+        except (OSError, RuntimeError) as error:
+            # If a write fails, `torch.save` raises a RuntimeError with the cause in `__context__`.
+            cause = error.__context__ if isinstance(error, RuntimeError) else error
+            if not isinstance(cause, OSError):
+                raise
+            what = f"cannot write `{path}`, to save `{url}`: {cause.strerror or cause}"
+            raise StorageError(what, hint=ROOM) from error
         with store.replace(name, path.stat().st_size) as writer:
             for _ in write_file(writer, path):
                 pass
@@ -78,9 +88,20 @@ def saved_file(url: str) -> Iterator[IO[bytes]]:
         temporary.delete()
 
 
-def good_copy(url: str, into: Path) -> tuple[str, Path] | None:
-    """Copy the checkpoint at a URL to the local folder `into`. Return the URL of the checkpoint
-    that was copied, and the path of the copy; None if there is nothing at the URL.
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A checkpoint that was copied to a folder of this machine."""
+
+    entry: str
+    """Name of the checkpoint, with `/` at the end for a folder."""
+
+    path: Path
+    """Path of the copy."""
+
+
+def good_copy(url: str, into: Path) -> Copied | None:
+    """Copy the checkpoint at a URL to the local folder `into`. Return None if there is nothing at
+    the URL.
 
     If the last part of the URL begins with `last`, copy the newest good checkpoint beside it.
 
@@ -94,17 +115,17 @@ def good_copy(url: str, into: Path) -> tuple[str, Path] | None:
     names = _newest_first(store, name, entries) if name.startswith(LAST) else [name]
     for other in names:
         where = location(store, other)
-        why = _copy_if_good(into, store, entries[other])
-        if why is None:
+        found = _copied(into, store, entries[other])
+        if isinstance(found, Copied):
             if other != name:
                 logger.warning("loading `%s`, the newest good one beside `%s`", where, url)
-            return where, _copied_to(into, store, entries[other])
+            return found
         if not name.startswith(LAST):
             raise DamagedError(
-                f"`{url}` is damaged: {why}",
+                f"`{url}` is damaged: {found}",
                 hint=f"with `save_last`, `{store.url}/last.ckpt` stands for the newest good one",
             )
-        logger.warning("passed over `%s`: %s", where, why)
+        logger.warning("passed over `%s`: %s", where, found)
     raise DamagedError(f"no checkpoint in `{store.url}` is good")
 
 
@@ -117,22 +138,19 @@ def good_copy_on_all_hosts(url: str, into: Path, ranks: Ranks) -> Path:
     Raises:
         NotFoundError: there is nothing at the URL.
     """
-
     store, _ = open_parent(url)
 
     def choose() -> tuple[str, Path]:
         found = good_copy(url, into)
         if found is None:
             raise NotFoundError(f"`{url}` does not exist")
-        name = found[0].rpartition("/")[2]
-        is_folder = f"{name}/" in store.list()
-        return name + "/" * is_folder, found[1].relative_to(into)
+        return found.entry, found.path.relative_to(into)
 
     def copy() -> None:
         if entry.endswith("/"):
             copy_again(store, entry[:-1], into, relative)
-        elif why := _copy_if_good(into, store, entry):
-            raise DamagedError(f"`{location(store, entry)}` is damaged on this host: {why}")
+        elif isinstance(found := _copied(into, store, entry), str):
+            raise DamagedError(f"`{location(store, entry)}` is damaged on this host: {found}")
 
     is_first = is_first_of_host(ranks)
     entry, relative = run_on_rank_0(ranks, choose)
@@ -177,7 +195,8 @@ def _newest_first(store: ReadStore, name: str, entries: Mapping[str, str]) -> li
         for other, entry in entries.items()
         if other.endswith(suffix) and not other.startswith(".") and entry.endswith("/") == is_folder
     ]
-    names = [o for o in beside if o == name or not holds_weights_alone(store, o)]
+    is_resumable = _is_checkpoint if is_folder else _has_more_than_weights
+    names = [other for other in beside if other == name or is_resumable(store, other)]
     if isinstance(store, Stamping):
         # Stores round times to seconds. Of files of one second, prefer the one with the highest
         # number: a killed save may have written it, and not `last`.
@@ -186,24 +205,28 @@ def _newest_first(store: ReadStore, name: str, entries: Mapping[str, str]) -> li
     return sorted(names, key=lambda o: (o == name, number_of(o) or 0), reverse=True)
 
 
-def _copy_if_good(into: Path, store: ReadStore, entry: str) -> str | None:
-    """Copy a checkpoint. Return None if the copy is good, else the reason why it is not: then
-    nothing is left of the copy. `entry`: name, with `/` at the end for a folder."""
-    if entry.endswith("/"):
-        name = entry[:-1]
-        if not is_sealed(store, name) and not is_checkpoint(store, name):
-            return "it is no checkpoint"
-        return fetch_if_good(into, store, name)
-    copy = into / entry
+def _is_checkpoint(store: ReadStore, name: str) -> bool:
+    return has_seal(store, name) or is_checkpoint(store, name)
+
+
+def _has_more_than_weights(store: ReadStore, name: str) -> bool:
+    return not holds_weights_alone(store, name)
+
+
+def _copied(into: Path, store: ReadStore, entry: str) -> Copied | str:
+    """Copy a checkpoint. Return the copy if it is good, else the reason why it is not: then nothing
+    is left of it. `entry`: name, with `/` at the end for a folder."""
+    name = entry.rstrip("/")
     try:
-        fetch_file(store, entry, copy)
-        why = why_not_good(copy)
+        if entry.endswith("/"):
+            copies = LocalCopies(into)
+            why = copies.why_not(store, name) if _is_checkpoint(store, name) else "no checkpoint"
+            return why if why is not None else Copied(entry, copies.paths[name])
+        fetch_file(store, name, into)
+        why = why_not_good(into / name)
     except (NotFoundError, DamagedError) as error:
         why = error.what
-    if why is not None:
-        copy.unlink(missing_ok=True)
+    if why is None:
+        return Copied(entry, into / name)
+    (into / name).unlink(missing_ok=True)
     return why
-
-
-def _copied_to(into: Path, store: ReadStore, entry: str) -> Path:
-    return copy_of(into, store, entry[:-1]) if entry.endswith("/") else into / entry

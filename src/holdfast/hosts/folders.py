@@ -14,11 +14,11 @@ from pathlib import Path
 
 from holdfast.catalog.catalog import location
 from holdfast.catalog.fetch import fetch
-from holdfast.catalog.newest import copy_of, fetch_if_good, newest_name
+from holdfast.catalog.newest import LocalCopies, newest_name
 from holdfast.catalog.paths import full_path, open_for_reading
-from holdfast.catalog.seal import is_sealed
+from holdfast.catalog.seal import has_seal, read_seal
 from holdfast.catalog.temporary import TemporaryFolder
-from holdfast.comm import Ranks, gather_and_run, hosts_of, run_on_all, run_on_rank_0
+from holdfast.comm import Ranks, capture, gather_and_run, hosts_of, run_on_all, run_on_rank_0
 from holdfast.errors import DamagedError, NotFoundError, StorageError
 from holdfast.hosts.choosing import warn_unsealed
 from holdfast.hosts.raising import errors_on_all
@@ -52,10 +52,15 @@ def make_host_folder(ranks: Ranks) -> HostFolder:
         StorageError: a folder cannot be made, or a rank does not see the folder of its host.
     """
     first = _first_of_host(ranks)
-    temporary = run_on_all(ranks, lambda: TemporaryFolder.make() if ranks.rank == first else None)
-    made = None if temporary is None else temporary.path
+    temporary: TemporaryFolder | None = None
+
+    def make() -> Path | None:
+        nonlocal temporary
+        temporary = TemporaryFolder.make() if ranks.rank == first else None
+        return None if temporary is None else temporary.path
+
     try:
-        paths: list[Path | None] = gather_and_run(ranks, made, list)
+        paths: list[Path | None] = gather_and_run(ranks, capture(make), list)
         path = paths[first]
         assert path is not None, "the first rank has made the folder"
         run_on_all(ranks, partial(_check_visible, path))
@@ -118,9 +123,10 @@ def fetch_on_all_hosts(url: str, into: Path, ranks: Ranks, *, marker: str | None
         if not names or (marker is not None and marker not in names):
             missing = "" if not names else f": it has no `{marker}`"
             raise NotFoundError(f"`{url}` is no checkpoint{missing}")
-        if ranks.rank == 0 and not is_sealed(store, name):
+        sealed = has_seal(store, name)
+        if ranks.rank == 0 and not sealed:
             warn_unsealed(url)
-        fetch(store, name, into / name)
+        fetch(store, name, into / name, read_seal(store, name) if sealed else None)
 
     is_first = is_first_of_host(ranks)
     run_on_all(ranks, lambda: copy() if is_first else None)
@@ -143,19 +149,19 @@ def fetch_newest_on_all_hosts(
     Collective. Rank 0 chooses the checkpoint. An error of one rank is raised on all.
     """
     store = open_store(root)
-    why_not = partial(fetch_if_good, into)
-    is_first = is_first_of_host(ranks)
+    copies = LocalCopies(into)
 
     def choose() -> tuple[str, Path] | None:
-        name = newest_name(store, pattern, why_not, last_file=last_file)
-        return None if name is None else (name, copy_of(Path(), store, name))
+        name = newest_name(store, pattern, copies.why_not, last_file=last_file)
+        return None if name is None else (name, copies.paths[name].relative_to(into))
 
+    is_first = is_first_of_host(ranks)
     chosen = run_on_rank_0(ranks, choose)
     if chosen is None:
         return None
     name, relative = chosen
-    copies = is_first and ranks.rank > 0
-    run_on_all(ranks, lambda: copy_again(store, name, into, relative) if copies else None)
+    copies_too = is_first and ranks.rank > 0
+    run_on_all(ranks, lambda: copy_again(store, name, into, relative) if copies_too else None)
     return into / relative
 
 
@@ -165,8 +171,9 @@ def copy_again(store: ReadStore, name: str, into: Path, relative: Path) -> None:
     Raises:
         DamagedError: the checkpoint is damaged by now, or was replaced.
     """
-    why = fetch_if_good(into, store, name)
-    if why is None and not (into / relative).exists():
+    copies = LocalCopies(into)
+    why = copies.why_not(store, name)
+    if why is None and copies.paths[name] != into / relative:
         why = "it was replaced"
     if why is not None:
         raise DamagedError(

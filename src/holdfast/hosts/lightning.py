@@ -129,7 +129,7 @@ class _HoldfastIO(_Framework):  # type: ignore[misc]
             found = good_copy(url, temporary.path)
             # If there is nothing, the framework's own error says more.
             loaded: dict[str, Any] = super().load_checkpoint(
-                url if found is None else found[1], *args, **kwargs
+                url if found is None else found.path, *args, **kwargs
             )
         finally:
             temporary.delete()
@@ -146,26 +146,6 @@ class _HoldfastIO(_Framework):  # type: ignore[misc]
         super().teardown()
 
 
-class _SyncedLater(_Framework):  # type: ignore[misc]
-    """Methods of a strategy that sync and delete checkpoints in a thread."""
-
-    is_global_zero: bool
-
-    def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_global_zero:
-            _delete_later(self._background(), filepath)
-
-    def teardown(self) -> None:
-        self._background().wait()
-        super().teardown()
-
-    def _background(self) -> BackgroundSync:
-        # Made on use, since a user's subclass may have another signature of `__init__`.
-        if not hasattr(self, "_background_here"):
-            self._background_here = BackgroundSync()
-        return self._background_here
-
-
 @cache
 def _strategy_class(kind: str) -> type:
     base: Any = _module(kind, "strategies").ModelParallelStrategy
@@ -174,7 +154,7 @@ def _strategy_class(kind: str) -> type:
     return _made("FabricModelParallel", _FabricModelParallel, base)
 
 
-class _ModelParallel(_SyncedLater):
+class _ModelParallel(_Framework):  # type: ignore[misc]
     """`ModelParallelStrategy` whose checkpoints appear complete or not at all: the shards and
     `meta.pt` together, with `holdfast.seal`.
 
@@ -226,6 +206,20 @@ class _ModelParallel(_SyncedLater):
         # Lightning broadcasts the path of a checkpoint. With a URL, each host has a folder of
         # its own.
         return obj if obj is not None and obj is self._own else super().broadcast(obj, src)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            _delete_later(self._background(), filepath)
+
+    def teardown(self) -> None:
+        self._background().wait()
+        super().teardown()
+
+    def _background(self) -> BackgroundSync:
+        # Made on use, since a user's subclass may have another signature of `__init__`.
+        if not hasattr(self, "_background_here"):
+            self._background_here = BackgroundSync()
+        return self._background_here
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         name = self._loaded_from

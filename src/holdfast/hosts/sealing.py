@@ -7,19 +7,23 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from holdfast.catalog.catalog import location
+from holdfast.catalog.fetch import files_below
 from holdfast.catalog.paths import open_for_saving
 from holdfast.catalog.replaceable import not_sealed, why_not_replaceable
 from holdfast.catalog.seal import Unsealed, begin, is_sealed, sync_files, sync_path
-from holdfast.comm import Ranks, run_on_all
+from holdfast.comm import Ranks, run_on_all, run_on_rank_0
 from holdfast.errors import HoldfastError, StorageError, UsageError
 from holdfast.format.names import HiddenFolder
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.raising import errors_on_all
 from holdfast.hosts.uploading import uploaded_by_all
 from holdfast.storage.opening import folder_store, is_url, without_scheme
+from holdfast.storage.store import Copying, Store
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -43,8 +47,7 @@ def sealed_by_all(
     one rank of each host does, and each host may have another `path`. `background`: makes the
     checkpoint durable later, if there is a durable one beside it.
 
-    `path` may be a URL: see `uploaded_by_all`. Then rank 0 publishes, and the checkpoint is durable
-    at the end of the block.
+    `path` may be a URL: see `uploaded_by_all`. Then the checkpoint is durable at the end.
 
     A checkpoint at `path` is replaced. Any other folder there is an error, and so is a sealed
     checkpoint to which files were added. With `moves_aside`, such a folder is renamed instead, with
@@ -59,6 +62,8 @@ def sealed_by_all(
     path = without_scheme(first_path if shared else path)
     if is_url(path):
         check_shared(path, shared)
+        if moves_aside:
+            run_on_rank_0(ranks, partial(_make_way, path))
         with uploaded_by_all(path, ranks=ranks, link=link) as of_host:
             yield of_host
         return
@@ -138,10 +143,11 @@ def _sync_later(background: BackgroundSync, unsealed: Unsealed, path: Path) -> N
 
 
 def _make_way(path: str) -> dict[str, Path]:
-    """Rename the folder `path` if it may not be replaced, such as one that was left incomplete.
+    """Move the folder `path` aside if it may not be replaced, such as one that was left incomplete.
 
-    A sealed folder to which files were added stays, since it may be the only one to resume from
-    until the new one is published. Return name -> path of the added files; {} if there are none.
+    A sealed folder of this machine to which files were added stays, since it may be the only one to
+    resume from until the new one is published. Return name -> path of the added files; {} if there
+    are none.
     """
     catalog, name = open_for_saving(path)
     store = catalog.store
@@ -151,12 +157,15 @@ def _make_way(path: str) -> dict[str, Path]:
     why = why_not_replaceable(store, name)
     if why is None:
         return {}
-    if is_sealed(store, name):
+    if not is_url(store.url) and is_sealed(store, name):
         added = [file for file in not_sealed(store, name) if not file.endswith("/")]
         if added:
             return {file: Path(store.url, name, file) for file in added}
     aside = f"unsealed-{name}-{os.urandom(4).hex()}"
-    folder_store(store.url).rename(name, aside)
+    if is_url(store.url):
+        _copy_aside(store, name, aside)
+    else:
+        folder_store(store.url).rename(name, aside)
     logger.warning(
         "`%s` was there, and is no sealed checkpoint (%s): it is `%s` now",
         catalog.where(name),
@@ -164,6 +173,20 @@ def _make_way(path: str) -> dict[str, Path]:
         aside,
     )
     return {}
+
+
+def _copy_aside(store: Store, name: str, aside: str) -> None:
+    """Copy a folder of an object store, then delete it."""
+    if not isinstance(store, Copying):
+        raise StorageError(
+            f"`{location(store, name)}` is in the way, and the store cannot move it",
+            hint="move it away with a tool of that store",
+        )
+    files = list(files_below(store, name))
+    for file in files:
+        store.copy(f"{name}/{file}", f"{aside}/{file}")
+    for file in files:
+        store.remove(f"{name}/{file}")
 
 
 def delete(path: str | os.PathLike[str]) -> None:

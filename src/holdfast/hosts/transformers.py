@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.catalog.catalog import location
 from holdfast.catalog.newest import why_not_good
 from holdfast.catalog.paths import full_path, open_for_saving, open_parent
-from holdfast.catalog.seal import is_sealed, sealed
+from holdfast.catalog.seal import has_seal, sealed
 from holdfast.comm import Ranks, all_ranks, run_on_all, run_on_rank_0
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.format.names import number_of
@@ -99,6 +99,9 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     _fetched: HostFolder | None = None
     """Folder of this host with the copy of a checkpoint that was loaded from a URL."""
 
+    _is_first = False
+    """Whether this rank is the first of its host, in a run that saves to a URL."""
+
     _best_before: tuple[str, ...] = ()
     """URLs at which the best checkpoint may be, according to the checkpoint that was loaded from
     a URL."""
@@ -165,6 +168,10 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             store = store_to_save(self._url)
             # Check the bucket now, not at the first save.
             run_on_rank_0(self._ranks(), lambda: store.make_folder(""))
+            self._is_first = is_first_of_host(self._ranks())
+            if self._is_first:
+                for left in Path(self.args.output_dir).glob("checkpoint-*"):
+                    _remove_sentinel(left)
         try:
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._good(resume_from_checkpoint)
@@ -211,7 +218,9 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     def _saves_on_all_ranks(self) -> bool:
         """Return whether all ranks must call `save_model` together."""
         by_transformers = getattr(self, "is_distributed_loading_by_transformers", False)
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled or by_transformers)
+        config = self.args.hf_deepspeed_config if self.is_deepspeed_enabled else None
+        is_zero3 = config is not None and config.is_zero3()
+        return bool(self.is_fsdp_enabled or is_zero3 or by_transformers)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_folder = super()._get_output_dir(trial=trial)
@@ -220,7 +229,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         publishes = bool(self.args.should_save)
         # On SIGTERM every rank writes the file `_SENTINEL`, so wait for all before deleting it.
         self._ranks().all_reduce_max([0])
-        if publishes:
+        if publishes or (self._url is not None and self._is_first):
             _remove_sentinel(Path(path))
         if not self.args.auto_find_batch_size:
             # By now, a checkpoint that was fetched has been loaded. With this setting, it may be
@@ -343,7 +352,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         best = ranks.broadcast(run_on_all(ranks, lambda: remove_best() if is_first else None))
         if best is not None:
             beside = f"{root}/{PurePath(best).name}"
-            self._best_before = (best, beside) if is_url(best) else (beside,)
+            self._best_before = (beside, best) if is_url(best) else (beside,)
         return str(fetched)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
@@ -352,7 +361,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             best = run_on_rank_0(self._ranks(), lambda: _first_that_exists(self._best_before))
             self.state.best_model_checkpoint = best
             if best is None and self.args.should_save:
-                logger.warning("the best checkpoint `%s` is gone", self._best_before[0])
+                logger.warning("the best checkpoint `%s` is gone", self._best_before[-1])
         return started
 
     def _refuse_damaged(self, root: str) -> None:
@@ -381,11 +390,10 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         best_step, named = self.state.best_global_step, self.state.best_model_checkpoint
         if not best_step:
             return
-        root = _above(path)
-        best = f"{root}/{_named(best_step)}"
-        is_there = best == path or _named(best_step) in _checkpoints(root)
+        is_new = best_step == self.state.global_step
+        best = path if is_new else f"{_above(path)}/{_named(best_step)}"
         # The Trainer looks for the best checkpoint in the hidden folder, its output folder for now.
-        if is_there and named != best:
+        if named != best and (is_new or _exists(best)):
             self.state.best_model_checkpoint = best
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(staged, _STATE))  # noqa: PTH118
@@ -408,7 +416,8 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         last = number_of(name) or 0
         checkpoints = [n for n in _checkpoints_in(store) if (number_of(n) or 0) <= last]
         good = [other for other in checkpoints if _is_whole(store, other)]
-        paths = {other: identity(location(store, other)) for other in checkpoints}
+        # Not `location`: the store may spell its URL in another way.
+        paths = {other: identity(f"{_above(saved)}/{other}") for other in checkpoints}
         best = self.state.best_model_checkpoint
         kept = {name}
         kept |= {other for other in checkpoints if best and paths[other] == identity(best)}
@@ -448,9 +457,19 @@ def _checkpoints(root: str) -> list[str]:
         return []
 
 
-def _first_that_exists(urls: Sequence[str]) -> str | None:
-    """Return the first of these URLs at which there is a checkpoint."""
-    return next((url for url in urls if PurePath(url).name in _checkpoints(_above(url))), None)
+def _first_that_exists(paths: Sequence[str]) -> str | None:
+    """Return the first of these paths and URLs at which there is a checkpoint."""
+    return next((path for path in paths if _exists(path)), None)
+
+
+def _exists(path: str) -> bool:
+    """Return whether there is a folder at a path or URL. False if nobody can tell."""
+    if not is_url(path):
+        return os.path.isdir(path)  # noqa: PTH112 - text, as the Trainer keeps it
+    try:
+        return PurePath(path).name in _checkpoints(_above(path))
+    except HoldfastError:
+        return False
 
 
 def _above(path: str) -> str:
@@ -465,7 +484,7 @@ def _checkpoints_in(store: ReadStore) -> list[str]:
 
 def _is_whole(store: ReadStore, name: str) -> bool:
     """Return whether a checkpoint has a seal, and all files that the seal lists, in these sizes."""
-    return is_sealed(store, name) and why_not_good(store, name, quick=True) is None
+    return has_seal(store, name) and why_not_good(store, name, quick=True) is None
 
 
 def _remove_sentinel(path: Path) -> None:

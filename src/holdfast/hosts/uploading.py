@@ -11,7 +11,7 @@ from pathlib import Path
 from holdfast.catalog.paths import open_for_saving
 from holdfast.catalog.seal import Unsealed, begin, hash_files, seal_of
 from holdfast.catalog.temporary import TemporaryFolder
-from holdfast.catalog.upload import put_seal, upload
+from holdfast.catalog.upload import make_folders, put_seal, upload
 from holdfast.comm import Ranks, gather_and_run, run_on_all, run_on_rank_0
 from holdfast.errors import StorageError
 from holdfast.format.seal import SealedFile
@@ -68,6 +68,7 @@ def _publish(url: str, unsealed: Unsealed | None, folder: HostFolder, ranks: Ran
     def divide(found: Sequence[Mapping[str, SealedFile]]) -> tuple[str, list[list[str]]]:
         assert unsealed is not None, "this runs on rank 0"
         names = _divide(found, files)
+        make_folders(unsealed.catalog.store, str(unsealed.attempt), files)
         return str(unsealed.attempt), names
 
     found = run_on_all(ranks, lambda: hash_files(folder.path) if folder.is_first else {})

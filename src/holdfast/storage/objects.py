@@ -37,11 +37,7 @@ from holdfast.format.names import (
     hidden_folder_of,
 )
 from holdfast.format.pointer import POINTER_BYTES_MAX, is_id
-from holdfast.storage.bucket import (
-    Bucket,
-    Listing,
-    StoredObject,
-)
+from holdfast.storage.bucket import Bucket, Listing, StoredObject
 from holdfast.storage.bucket_leases import (
     LEASE_S,
     NOTE_BYTES_MAX,
@@ -301,6 +297,13 @@ class ObjectStore:
                 return False
             self._claims.end(name, attempt_id)
         return True
+
+    def why_fixed(self, folder: str) -> str | None:
+        pointer = self._pointers.read(folder)
+        if hidden_folder_of(_name(folder)) or (pointer is not None and pointer.is_published):
+            return None
+        self._bucket_has(folder)
+        return "it was copied here, not saved by Holdfast"
 
     def _pointer_of(self, name: str) -> Pointer:
         """Return the pointer of a checkpoint that is to be replaced or unpublished."""

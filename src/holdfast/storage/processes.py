@@ -3,17 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
-
-
-def host_and_boot() -> str:
-    """Return the name of this host, and the boot ID of the machine. The ID is empty where there is
-    no `/proc`."""
-    boot = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{os.uname().nodename} {boot}"
 
 
 def this_process() -> str:

@@ -282,6 +282,15 @@ class Replacing(Store, Protocol):
 
 
 @runtime_checkable
+class Refusing(Protocol):
+    """A store that can neither replace nor delete some of its folders."""
+
+    def why_fixed(self, folder: str) -> str | None:
+        """Return why the store cannot replace or delete a folder; None if it can."""
+        ...
+
+
+@runtime_checkable
 class Addressing(Protocol):
     """A store in which other programs find the files of a folder at another address."""
 

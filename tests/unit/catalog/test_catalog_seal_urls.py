@@ -4,6 +4,7 @@ cut."""
 from __future__ import annotations
 
 import logging
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +20,8 @@ from buckets import Dead, Fail, ModelBucket
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import put_in_order
 from holdfast.catalog.fetch import fetch
-from holdfast.catalog.newest import why_not_good
+from holdfast.catalog.newest import LocalCopies, newest_name, why_not_good
+from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.seal import Unsealed
 from holdfast.catalog.temporary import TemporaryFolder
 from holdfast.storage import streams
@@ -175,8 +177,47 @@ def test_a_file_outside_of_the_copy_is_refused(tmp_path: Path) -> None:
     """Method: a key of a bucket has `..` in it."""
     bucket = ModelBucket({"step-1/../../evil": b"1", "step-1/good": b"1"})
     with pytest.raises(holdfast.FormatError, match="not a valid name"):
-        fetch(ObjectStore(bucket.client(), threads=1), "step-1", tmp_path / "a")
+        fetch(ObjectStore(bucket.client(), threads=1), "step-1", tmp_path / "a", None)
     assert not list(tmp_path.rglob("evil"))
+
+
+# ------------------------------------------------------------------------------- changing meanwhile
+
+
+@pytest.mark.parametrize("what", ["replaced", "deleted"])
+def test_a_checkpoint_that_changes_during_its_copy_is_found_as_it_is(
+    temporary: Path, tmp_path: Path, what: str
+) -> None:
+    """G4. Method: while a file is copied, another process replaces the checkpoint, or saves a later
+    one and deletes this one. The copy is that of the newest version, whole."""
+    bucket = ModelBucket()
+    save_in(bucket, lambda *_: None, 1, b"old" * 1000)
+    changed: list[str] = []
+
+    def change(verb: str, key: str, when: str) -> None:
+        if (verb, when) != ("get_range", "before") or not key.endswith("model.bin") or changed:
+            return
+        changed.append(key)
+        save_in(bucket, lambda *_: None, 1 if what == "replaced" else 2, b"new" * 1000)
+        if what == "deleted":
+            other = Catalog(ObjectStore(bucket.client(), threads=1))
+            other.store.remove(other.set_aside_for_deletion("checkpoint-1"))
+
+    store = ObjectStore(bucket.client(change), threads=1)
+    copies = LocalCopies(tmp_path / "copies")
+    found = newest_name(store, re.compile("checkpoint-.*"), copies.why_not)
+    assert found == ("checkpoint-1" if what == "replaced" else "checkpoint-2")
+    assert changed
+    assert (copies.paths[found] / "model.bin").read_bytes() == b"new" * 1000
+    assert why_not_good(*open_for_reading(copies.paths[found])) is None
+
+
+def test_a_copied_checkpoint_is_refused_before_the_upload(temporary: Path) -> None:
+    """Method: another tool has copied a sealed folder there. Nothing of the new one is uploaded."""
+    bucket = ModelBucket({"checkpoint-1/model.bin": b"1"})
+    with pytest.raises(holdfast.ExistsError, match="copied here"):
+        save_in(bucket, lambda *_: None, 1, b"new")
+    assert [key for key in bucket.contents() if "held-" not in key] == ["checkpoint-1/model.bin"]
 
 
 # ------------------------------------------------------------------------------------ cut requests
