@@ -92,13 +92,6 @@ def sealed_by_all(
             (unsealed.folder / link).symlink_to(".")
         return unsealed
 
-    def check_visible() -> None:
-        if not folder.is_dir():
-            raise StorageError(
-                f"this rank does not see `{folder}`, which another rank has made",
-                hint="save to a folder that all hosts share",
-            )
-
     def publish() -> None:
         if unsealed is not None:
             if link is not None:
@@ -111,7 +104,7 @@ def sealed_by_all(
 
     unsealed = run_on_all(ranks, begin_here)
     try:
-        run_on_all(ranks, check_visible)
+        run_on_all(ranks, partial(_check_visible, folder))
         with errors_on_all(ranks):
             yield folder
         run_on_all(ranks, publish)
@@ -119,6 +112,14 @@ def sealed_by_all(
         if unsealed is not None:
             unsealed.abort()
         raise
+
+
+def _check_visible(folder: Path) -> None:
+    if not folder.is_dir():
+        raise StorageError(
+            f"this rank does not see `{folder}`, which another rank has made",
+            hint="save to a folder that all hosts share",
+        )
 
 
 def check_shared(url: str, shared: bool) -> None:
