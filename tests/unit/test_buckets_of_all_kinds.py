@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from threading import Barrier, Thread
 
 import pytest
@@ -13,8 +14,10 @@ from azure_server import new_azure_url
 from google_server import new_google_url
 from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.catalog.catalog import Catalog
+from holdfast.catalog.paths import open_parent
 from holdfast.cli.main import main as cli
 from holdfast.errors import ExistsError
+from holdfast.hosts.at_urls import saved_file
 from holdfast.storage.cloud import CloudBucket
 from holdfast.storage.objects import ObjectStore
 from s3_server import new_s3_url
@@ -52,6 +55,22 @@ def test_a_checkpoint_is_saved_loaded_and_replaced_only_when_asked(url: str) -> 
 def manager(url: str) -> CheckpointManager:
     config = CheckpointConfig(enable=True, interval=1, keep_latest_k=0)
     return CheckpointManager(url, model=torch.nn.Linear(3, 3), config=config)
+
+
+def test_files_of_another_program_are_sealed_and_copied_back(url: str, tmp_path: Path) -> None:
+    """Method: two checkpoints, a save that replaces the newest one, and a file that is replaced."""
+    for step, content in ((1, b"1"), (2, b"2"), (2, b"3" * (9 << 20))):
+        with holdfast.sealed(f"{url}/checkpoint-{step}", overwrite=True) as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner/state").write_bytes(content)
+    newest = holdfast.newest_good(url, fetch_to=tmp_path)
+    assert newest is not None
+    assert (newest / "inner/state").read_bytes() == b"3" * (9 << 20)
+    for value in (b"1", b"2" * (9 << 20), b"3"):
+        with saved_file(f"{url}/last.ckpt") as file:
+            file.write(value)
+        store, name = open_parent(f"{url}/last.ckpt")
+        assert store.read(name, 0, store.size(name)) == value
 
 
 def test_a_run_is_resumed_and_pruned(url: str, capsys: pytest.CaptureFixture[str]) -> None:
