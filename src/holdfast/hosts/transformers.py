@@ -11,23 +11,19 @@ import copy
 import json
 import logging
 import os
-import re
-from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from holdfast.catalog.catalog import location
-from holdfast.catalog.newest import why_not_good
 from holdfast.catalog.paths import full_path, open_for_saving, open_parent
-from holdfast.catalog.seal import has_seal, sealed
+from holdfast.catalog.seal import sealed
 from holdfast.comm import Ranks, all_ranks, run_on_all, run_on_rank_0
 from holdfast.errors import HoldfastError, NotFoundError, UsageError
 from holdfast.format.names import number_of
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.choosing import (
-    check_sealed,
     newest_good_on_all_hosts,
     none_good,
     run_on_hosts,
@@ -43,15 +39,26 @@ from holdfast.hosts.folders import (
     make_host_folder,
 )
 from holdfast.hosts.sealing import check_shared, delete, sealed_by_all
+from holdfast.hosts.trainer_checkpoints import (
+    CHECKPOINT,
+    STATE,
+    above,
+    check_path,
+    checkpoints,
+    checkpoints_in,
+    exists,
+    first_that_exists,
+    is_whole,
+    named,
+    remove_sentinel,
+)
 from holdfast.hosts.uploading import uploaded_by_all
 from holdfast.storage.opening import (
     check_not_shortened,
     is_url,
-    open_store,
     store_to_save,
     without_scheme,
 )
-from holdfast.storage.store import ReadStore
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -59,13 +66,6 @@ else:
     _Trainer = object
 
 logger: logging.Logger = logging.getLogger("holdfast")
-
-_CHECKPOINT = re.compile(r"checkpoint-[0-9]+")
-
-_STATE = "trainer_state.json"
-
-_SENTINEL = "checkpoint-is-incomplete.txt"
-"""File that the Trainer writes into the folder before it saves on SIGTERM."""
 
 
 class HoldfastMixin(_Trainer):  # type: ignore[misc]
@@ -135,7 +135,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
                     f"`{self._url}`",
                     hint='pass `hub_strategy="end"`, and call `trainer.push_to_hub()` in the end',
                 )
-            open_for_saving(f"{self._url}/{_named(0)}")
+            open_for_saving(f"{self._url}/{named(0)}")
             changed = copy.copy(given)
             changed.output_dir = str(folder_beside(self._url))
             if given.process_index == 0:
@@ -171,7 +171,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             self._is_first = is_first_of_host(self._ranks())
             if self._is_first:
                 for left in Path(self.args.output_dir).glob("checkpoint-*"):
-                    _remove_sentinel(left)
+                    remove_sentinel(left)
         try:
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._good(resume_from_checkpoint)
@@ -224,13 +224,13 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_folder = super()._get_output_dir(trial=trial)
-        name = _named(self.state.global_step)
+        name = named(self.state.global_step)
         path = os.path.join(run_folder, name)  # noqa: PTH118 - text, as the Trainer keeps it
         publishes = bool(self.args.should_save)
-        # On SIGTERM every rank writes the file `_SENTINEL`, so wait for all before deleting it.
+        # On SIGTERM every rank writes the file `SENTINEL`, so wait for all before deleting it.
         self._ranks().all_reduce_max([0])
         if publishes or (self._url is not None and self._is_first):
-            _remove_sentinel(Path(path))
+            remove_sentinel(Path(path))
         if not self.args.auto_find_batch_size:
             # By now, a checkpoint that was fetched has been loaded. With this setting, it may be
             # loaded again, for a smaller batch.
@@ -316,17 +316,17 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
             self._resumed_from = identity(wanted)
             if is_url(wanted):
                 url, into = full_path(wanted), self._fetch_into()
-                fetched = fetch_on_all_hosts(url, into, ranks, marker=_STATE)
+                fetched = fetch_on_all_hosts(url, into, ranks, marker=STATE)
                 return self._prepared(fetched, url.rpartition("/")[0])
-            run_on_hosts(ranks, lambda: _check_path(Path(wanted)), decides=decides)
+            run_on_hosts(ranks, lambda: check_path(Path(wanted)), decides=decides)
             return wanted
         if self._url is not None:
             newest = fetch_newest_on_all_hosts(
-                root, _CHECKPOINT, into=self._fetch_into(), ranks=ranks, last_file=_STATE
+                root, CHECKPOINT, into=self._fetch_into(), ranks=ranks, last_file=STATE
             )
         else:
             newest = newest_good_on_all_hosts(
-                Path(root), _CHECKPOINT, ranks=ranks, decides=decides, last_file=_STATE
+                Path(root), CHECKPOINT, ranks=ranks, decides=decides, last_file=STATE
             )
         if newest is None:
             run_on_hosts(ranks, lambda: self._refuse_damaged(root), decides=decides)
@@ -339,7 +339,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         """Remove the best checkpoint from the state in a copy of a checkpoint. The Trainer would
         look for it on this machine. `_init_training_state` adds it again. `root`: URL of the folder
         of the checkpoint. Collective."""
-        file = fetched / _STATE
+        file = fetched / STATE
 
         def remove_best() -> str | None:
             state = json.loads(file.read_bytes())
@@ -358,7 +358,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         started = super()._init_training_state(*args, **kwargs)
         if self._best_before:
-            best = run_on_rank_0(self._ranks(), lambda: _first_that_exists(self._best_before))
+            best = run_on_rank_0(self._ranks(), lambda: first_that_exists(self._best_before))
             self.state.best_model_checkpoint = best
             if best is None and self.args.should_save:
                 logger.warning("the best checkpoint `%s` is gone", self._best_before[-1])
@@ -367,7 +367,7 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     def _refuse_damaged(self, root: str) -> None:
         """Raise a DamagedError if `root`, which has no good checkpoint, has damaged ones. Raise a
         NotFoundError if `root` is a URL without any checkpoint."""
-        if _checkpoints(root):
+        if checkpoints(root):
             raise none_good(root)
         if self._url is not None:
             raise NotFoundError(
@@ -387,16 +387,16 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
 
         `staged`: hidden folder with that file. `path`: final path of the checkpoint being saved.
         """
-        best_step, named = self.state.best_global_step, self.state.best_model_checkpoint
+        best_step, known = self.state.best_global_step, self.state.best_model_checkpoint
         if not best_step:
             return
         is_new = best_step == self.state.global_step
-        best = path if is_new else f"{_above(path)}/{_named(best_step)}"
+        best = path if is_new else f"{above(path)}/{named(best_step)}"
         # The Trainer looks for the best checkpoint in the hidden folder, its output folder for now.
-        if named != best and (is_new or _exists(best)):
+        if known != best and (is_new or exists(best)):
             self.state.best_model_checkpoint = best
             if self.args.should_save:
-                self.state.save_to_json(os.path.join(staged, _STATE))  # noqa: PTH118
+                self.state.save_to_json(os.path.join(staged, STATE))  # noqa: PTH118
 
     def _rotate(self, saved: str) -> None:
         """Delete checkpoints older than the one just saved until `save_total_limit` remain: the one
@@ -414,18 +414,18 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
     def _delete_old(self, saved: str, limit: int) -> None:
         store, name = open_parent(saved)
         last = number_of(name) or 0
-        checkpoints = [n for n in _checkpoints_in(store) if (number_of(n) or 0) <= last]
-        good = [other for other in checkpoints if _is_whole(store, other)]
+        steps = [n for n in checkpoints_in(store) if (number_of(n) or 0) <= last]
+        good = [other for other in steps if is_whole(store, other)]
         # Not `location`: the store may spell its URL in another way.
-        paths = {other: identity(f"{_above(saved)}/{other}") for other in checkpoints}
+        paths = {other: identity(f"{above(saved)}/{other}") for other in steps}
         best = self.state.best_model_checkpoint
         kept = {name}
-        kept |= {other for other in checkpoints if best and paths[other] == identity(best)}
+        kept |= {other for other in steps if best and paths[other] == identity(best)}
         # If too few are good, others are kept too, such as checkpoints without a seal.
-        for other in (*good, *checkpoints):
+        for other in (*good, *steps):
             if len(kept) < limit:
                 kept.add(other)
-        for other in checkpoints:
+        for other in steps:
             if other not in kept and paths[other] != self._resumed_from:
                 path = location(store, other)
                 self._background().delete(path, partial(delete, path))
@@ -436,62 +436,3 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
 def _is_gathered(accelerator: Any) -> bool:
     """Return whether the Trainer's `save_model` gathers and saves a model that FSDP has sharded."""
     return "FULL_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
-
-
-def _named(step: int) -> str:
-    return f"checkpoint-{step}"
-
-
-def _check_path(path: Path) -> None:
-    """Raise a DamagedError if the checkpoint is damaged. Warn if it has no seal to check."""
-    if not path.is_dir():
-        return  # The Trainer's own error says more.
-    check_sealed(path, hint="`resume_from_checkpoint=True` takes the newest good one")
-
-
-def _checkpoints(root: str) -> list[str]:
-    """Return the names of the Trainer's checkpoints in a folder or at a URL, the newest first."""
-    try:
-        return _checkpoints_in(open_store(root))
-    except NotFoundError:
-        return []
-
-
-def _first_that_exists(paths: Sequence[str]) -> str | None:
-    """Return the first of these paths and URLs at which there is a checkpoint."""
-    return next((path for path in paths if _exists(path)), None)
-
-
-def _exists(path: str) -> bool:
-    """Return whether there is a folder at a path or URL. False if nobody can tell."""
-    if not is_url(path):
-        return os.path.isdir(path)  # noqa: PTH112 - text, as the Trainer keeps it
-    try:
-        return PurePath(path).name in _checkpoints(_above(path))
-    except HoldfastError:
-        return False
-
-
-def _above(path: str) -> str:
-    return os.path.dirname(path) or "."  # noqa: PTH120 - text, which may be a URL
-
-
-def _checkpoints_in(store: ReadStore) -> list[str]:
-    names = [entry.rstrip("/") for entry in store.list() if entry.endswith("/")]
-    names = [name for name in names if _CHECKPOINT.fullmatch(name)]
-    return sorted(names, key=lambda name: number_of(name) or 0, reverse=True)
-
-
-def _is_whole(store: ReadStore, name: str) -> bool:
-    """Return whether a checkpoint has a seal, and all files that the seal lists, in these sizes."""
-    return has_seal(store, name) and why_not_good(store, name, quick=True) is None
-
-
-def _remove_sentinel(path: Path) -> None:
-    """Delete the file that the Trainer writes into a folder before it saves there on SIGTERM.
-
-    If the folder is empty then, delete the folder.
-    """
-    (path / _SENTINEL).unlink(missing_ok=True)
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
