@@ -179,6 +179,22 @@ def test_one_fault_at_any_request_does_no_harm(url: str, name: str) -> None:
             return
 
 
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.parametrize("name", ["save", "replace"])
+def test_any_answer_may_be_cut_in_the_middle(url: str, name: str, method: str) -> None:
+    """G1, G2. Method: the answer to each request that begins or ends an upload, and to each (by
+    default, to each third) that reads, ends after half of its body. The operation succeeds."""
+    case, number = CASES[name], count()
+    case.before(f"{url}/template")
+    for at in count(step=1 if EVERYTHING or method == "POST" else 3):
+        fault, folder = Fault("half", at, methods=(method,)), f"{url}/{next(number)}"
+        copy(f"{url}/template", folder)
+        assert run(case, folder, fault), str(fault)
+        if not fault.disturbed:
+            assert at > 1, "the operation sends such requests"
+            return
+
+
 @pytest.mark.parametrize(
     ("name", "mode"),
     every(

@@ -138,6 +138,10 @@ class CloudBucket:
             return _described(obstore.head(self._control, key))
 
     def get(self, key: str, nbytes_max: int) -> tuple[bytes, StoredObject]:
+        # obstore sends a request again, but not if the body of its answer is cut.
+        return until_answered(partial(self._get, key, nbytes_max), _TRIES)
+
+    def _get(self, key: str, nbytes_max: int) -> tuple[bytes, StoredObject]:
         with self._errors_of("read", key):
             try:
                 result = obstore.get(self._control, key, options={"range": (0, nbytes_max)})
@@ -193,15 +197,41 @@ class CloudBucket:
             return _version(obstore.put(store, key, data, mode=mode, use_multipart=False))
 
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
-        with self._errors_of("write", key):
-            obstore.put(
-                self._data,
-                key,
-                parts,
-                use_multipart=True,
-                chunk_size=PART_BYTES,
-                max_concurrency=CONCURRENT_PARTS,
-            )
+        taken = 0
+
+        def counted() -> Iterator[Buffer]:
+            nonlocal taken
+            for part in parts:
+                taken += 1
+                yield part
+
+        def put() -> None:
+            try:
+                with self._errors_of("write", key):
+                    obstore.put(
+                        self._data,
+                        key,
+                        counted(),
+                        use_multipart=True,
+                        chunk_size=PART_BYTES,
+                        max_concurrency=CONCURRENT_PARTS,
+                    )
+            except NotFoundError as error:
+                # If the answer to the last request is cut, obstore gives the upload up, which the
+                # store does not have any more if it has executed the request.
+                raise UnansweredError(f"the upload of {error.what} is gone") from error
+
+        for _ in range(_TRIES - 1):
+            try:
+                put()
+                return
+            except UnansweredError:
+                # The answer to the request that begins the upload may be cut. Once a part is sent,
+                # the upload cannot begin again.
+                if taken:
+                    raise
+            pause()
+        put()
 
     def copy(self, source: str, target: str) -> None:
         with self._errors_of("copy", source):

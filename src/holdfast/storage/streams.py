@@ -9,8 +9,8 @@ from queue import Queue
 from threading import Condition, Thread
 from types import TracebackType
 
-from holdfast.errors import NotFoundError, StorageError
-from holdfast.storage.bucket import Bucket, TakenError, UnansweredError
+from holdfast.errors import HoldfastError, NotFoundError, StorageError
+from holdfast.storage.bucket import Bucket, TakenError, UnansweredError, Version
 from holdfast.storage.store import Buffer
 
 PART_BYTES = 8 << 20
@@ -55,6 +55,9 @@ class ObjectWriter:
         """`replaces`: whether the object may exist, and is then replaced."""
         self._bucket, self._key, self._nbytes, self._where = bucket, key, nbytes, where
         self._replaces = replaces
+        self._before: Version | None = None
+        """Version of the object that is to be replaced; None if there is none."""
+
         self._small = bytearray(nbytes) if nbytes <= PART_BYTES else None
         self._stream: _Stream | None = None
         self._offset = 0
@@ -78,8 +81,8 @@ class ObjectWriter:
     def __enter__(self) -> ObjectWriter:
         if self._small is None:
             with suppress(NotFoundError):
+                self._before = self._bucket.head(self._key).version
                 if not self._replaces:
-                    self._bucket.head(self._key)
                     raise self._taken()
             self._stream = _Stream(self._bucket, self._key)
         return self
@@ -96,11 +99,23 @@ class ObjectWriter:
                 error = StorageError(
                     f"`{self._where}`: {self._offset} of {self._nbytes} bytes were written"
                 )
-            self._stream.end(error)
+            try:
+                self._stream.end(error)
+            except UnansweredError:
+                if not self._is_stored():
+                    raise
             if short and error is not None:
                 raise error
         elif error is None:
             self._put_small()
+
+    def _is_stored(self) -> bool:
+        """Return whether the whole object is there, after the store has not answered its upload."""
+        try:
+            found = self._bucket.head(self._key)
+        except HoldfastError:
+            return False
+        return found.nbytes == self._nbytes and found.version != self._before
 
     def _put_small(self) -> None:
         assert self._small is not None
