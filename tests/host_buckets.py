@@ -36,8 +36,8 @@ class RunBucket:
         """Names of the checkpoints and files at the URL, or below a folder of it. Leases of killed
         processes are left out."""
         found = CloudBucket(f"{self.url}/{below}".rstrip("/")).list("")
-        names = sorted([*found.prefixes, *(one.key for one in found.objects)])
-        return [name for name in names if not name.startswith(".held-")]
+        files = [one.key for one in found.objects if not one.key.startswith(".held-")]
+        return sorted([*found.prefixes, *files])
 
     def files(self, name: str) -> set[str]:
         """Relative paths of the files of a published checkpoint."""

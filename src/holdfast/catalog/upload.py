@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 
@@ -54,9 +54,12 @@ def _folders(files: Iterable[str]) -> list[str]:
 
 def _put(store: Creating, key: str, path: Path, sealed: SealedFile) -> None:
     found: list[int] = []
+
+    def see(piece: memoryview) -> None:
+        found.extend(block_checksums(piece, BLOCK_BYTES))
+
     with store.create(key, sealed.nbytes) as writer:
-        for piece in write_file(writer, path):
-            found += block_checksums(piece, BLOCK_BYTES)
+        write_file(writer, path, see=see)
         if tuple(found) != sealed.checksums:
             raise StorageError(
                 f"`{path}` has changed while it was saved",
@@ -64,9 +67,11 @@ def _put(store: Creating, key: str, path: Path, sealed: SealedFile) -> None:
             )
 
 
-def write_file(writer: FileWriter, path: Path) -> Iterator[memoryview]:
-    """Write the bytes of the file at `path` of this machine, in order. Yield each piece that was
-    written: its size is a multiple of the block size, except for the last one."""
+def write_file(
+    writer: FileWriter, path: Path, *, see: Callable[[memoryview], object] = lambda _: None
+) -> None:
+    """Write the bytes of the local file at `path`, in order. `see`: gets each piece that was
+    written. The size of a piece is a multiple of the block size, except for the last one."""
     try:
         with path.open("rb") as opened:
             offset = 0
@@ -74,7 +79,7 @@ def write_file(writer: FileWriter, path: Path) -> Iterator[memoryview]:
             while piece := opened.read(_PIECE_BYTES):
                 writer.write(offset, [piece])
                 offset += len(piece)
-                yield memoryview(piece)
+                see(memoryview(piece))
     except OSError as error:
         raise StorageError(f"cannot read `{path}`: {error.strerror or error}") from error
 

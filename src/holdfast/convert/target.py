@@ -315,8 +315,7 @@ def _write_in_store(
         nbytes = write_torch_file(local, outputs, values, advance)
         creates = target.store.replace if target.overwrite else target.store.create
         with creates(target.name, nbytes) as writer:
-            for _ in write_file(writer, temporary.path / target.name):
-                pass
+            write_file(writer, temporary.path / target.name)
     finally:
         temporary.delete()
     return nbytes

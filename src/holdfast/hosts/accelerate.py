@@ -19,7 +19,7 @@ from holdfast.catalog.catalog import location
 from holdfast.catalog.paths import full_path, open_parent
 from holdfast.catalog.seal import has_seal, matching
 from holdfast.comm import Ranks, all_ranks, run_on_all
-from holdfast.errors import ExistsError, HoldfastError, NotFoundError, UsageError
+from holdfast.errors import ExistsError, NotFoundError, UsageError
 from holdfast.format.names import number_of, number_of_folder
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.choosing import (
@@ -34,7 +34,7 @@ from holdfast.hosts.folders import (
     host_folder,
     identity,
 )
-from holdfast.hosts.sealing import delete, sealed_by_all
+from holdfast.hosts.sealing import delete, sealed_by_all, warning_if_old_stay
 from holdfast.storage.opening import is_url, open_store
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -217,11 +217,8 @@ class _Host:
         run has saved twice. Called only after a save, so that a failed save deletes nothing."""
         if limit is None:
             return
-        try:
+        with warning_if_old_stay(saved):
             self._delete_old(saved, limit)
-        except HoldfastError as error:
-            # The checkpoint is saved, and the next save tries again.
-            logger.warning("old checkpoints beside `%s` stay: %s", saved, error.what)
 
     def _delete_old(self, saved: str, limit: int) -> None:
         store, name = open_parent(saved)

@@ -29,7 +29,7 @@ from holdfast.errors import (
     UsageError,
 )
 from holdfast.format.names import number_of
-from holdfast.hosts.files import why_not_good
+from holdfast.hosts.files import why_not_good, why_not_written
 from holdfast.hosts.folders import copy_again, is_first_of_host
 from holdfast.hosts.sealing import delete
 from holdfast.storage.opening import is_url, written_store
@@ -74,16 +74,13 @@ def saved_file(url: str) -> Iterator[IO[bytes]]:
         try:
             with path.open("xb") as file:
                 yield file
-        except (OSError, RuntimeError) as error:
-            # If a write fails, `torch.save` raises a RuntimeError with the cause in `__context__`.
-            cause = error.__context__ if isinstance(error, RuntimeError) else error
-            if not isinstance(cause, OSError):
+        except Exception as error:
+            if (why := why_not_written(error)) is None:
                 raise
-            what = f"cannot write `{path}`, to save `{url}`: {cause.strerror or cause}"
+            what = f"cannot write `{path}`, to save `{url}`: {why}"
             raise StorageError(what, hint=ROOM) from error
         with store.replace(name, path.stat().st_size) as writer:
-            for _ in write_file(writer, path):
-                pass
+            write_file(writer, path)
     finally:
         temporary.delete()
 

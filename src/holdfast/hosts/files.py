@@ -62,16 +62,24 @@ def published(path: Path, background: BackgroundSync) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
         if kept is not None:
             kept.delete()
-        # If a write fails, `torch.save` raises a RuntimeError with the cause in `__context__`.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError):
-            raise StorageError(f"cannot save `{path}`: {cause.strerror or cause}") from error
+        if (why := why_not_written(error)) is not None:
+            raise StorageError(f"cannot save `{path}`: {why}") from error
         raise
     if is_durable:
         sync_path(path.parent)
         background.note_durable(str(path.parent))
     else:
         background.sync(str(path), partial(_replace_durably, path, kept))
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """Return the reason if `error` says that a file could not be written, such as a full disk; None
+    for any other error."""
+    # If a write fails, `torch.save` raises a RuntimeError with the cause in `__context__`.
+    cause = error.__context__ if isinstance(error, RuntimeError) else error
+    if not isinstance(cause, OSError):
+        return None
+    return cause.strerror or str(cause)
 
 
 @contextmanager

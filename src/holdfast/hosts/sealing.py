@@ -190,6 +190,16 @@ def _copy_aside(store: Store, name: str, aside: str) -> None:
         store.remove(f"{name}/{file}")
 
 
+@contextmanager
+def warning_if_old_stay(saved: str) -> Iterator[None]:
+    """Context in which old checkpoints beside the one just saved are deleted. An error becomes a
+    warning: `saved` is saved, and the next save tries again."""
+    try:
+        yield
+    except HoldfastError as error:
+        logger.warning("old checkpoints beside `%s` stay: %s", saved, error.what)
+
+
 def delete(path: str | os.PathLike[str]) -> None:
     """Delete a checkpoint: give it a hidden name, then delete its files. Warn if this fails."""
     try:

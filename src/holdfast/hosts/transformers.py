@@ -20,7 +20,7 @@ from holdfast.catalog.catalog import location
 from holdfast.catalog.paths import full_path, open_for_saving, open_parent
 from holdfast.catalog.seal import sealed
 from holdfast.comm import Ranks, all_ranks, run_on_all, run_on_rank_0
-from holdfast.errors import HoldfastError, NotFoundError, UsageError
+from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.names import number_of
 from holdfast.hosts.background import BackgroundSync
 from holdfast.hosts.choosing import (
@@ -38,7 +38,7 @@ from holdfast.hosts.folders import (
     is_first_of_host,
     make_host_folder,
 )
-from holdfast.hosts.sealing import check_shared, delete, sealed_by_all
+from holdfast.hosts.sealing import check_shared, delete, sealed_by_all, warning_if_old_stay
 from holdfast.hosts.trainer_checkpoints import (
     CHECKPOINT,
     STATE,
@@ -77,7 +77,6 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
 
     * `output_dir` may be the URL of an object store. Checkpoints are saved there. Other files of
       the Trainer stay on this machine, in a folder that a warning names.
-
     * `train(resume_from_checkpoint=True)` takes the newest checkpoint that is not damaged, and says
       which ones it passes over. A path is checked before it is loaded.
     * `save_total_limit` counts good checkpoints only, so damaged ones never push them out.
@@ -405,11 +404,8 @@ class HoldfastMixin(_Trainer):  # type: ignore[misc]
         limit = self.args.save_total_limit
         if not limit or limit <= 0:
             return
-        try:
+        with warning_if_old_stay(saved):
             self._delete_old(saved, limit)
-        except HoldfastError as error:
-            # The checkpoint is saved, and the next save tries again.
-            logger.warning("old checkpoints beside `%s` stay: %s", saved, error.what)
 
     def _delete_old(self, saved: str, limit: int) -> None:
         store, name = open_parent(saved)
