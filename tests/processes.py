@@ -111,6 +111,8 @@ def _rank(
     result: Any
     try:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        # A rank that ends its group while another still connects breaks the start of that one.
+        dist.barrier()
         result = work(rank, size, *args)
         # No rank may end while another still waits for it in a collective.
         dist.barrier()

@@ -15,7 +15,7 @@ import holdfast
 from holdfast import CheckpointConfig, CheckpointManager, comm
 from processes import run_processes
 
-TIMEOUT_S = 3
+TIMEOUT_S = 5
 
 
 def outcome_of_a_save(rank: int, size: int, folder: Path, hung: str) -> Any:
@@ -26,7 +26,8 @@ def outcome_of_a_save(rank: int, size: int, folder: Path, hung: str) -> Any:
     timeout = timedelta(seconds=TIMEOUT_S)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     comm._REPORT_S = 1.0
-    # The ranks meet in no other collective, since the group is broken then.
+    dist.barrier()
+    # From here on the ranks meet in no collective of the test, since the group will be broken.
     dist.barrier = lambda *_, **__: None
     started = time.monotonic()
     error = None
@@ -56,7 +57,7 @@ def test_a_hung_rank_is_named_after_the_time_out_of_the_callers_group(
     hung: str, stage: str, tmp_path: Path
 ) -> None:
     """G17. Method: rank 1 of three hangs before it starts, or in a save. The group of the caller
-    has a time-out of three seconds; torch's own is half an hour."""
+    has a time-out of five seconds; torch's own is half an hour."""
     found = run_processes(3, outcome_of_a_save, tmp_path, hung)
     for rank in (0, 2):
         said, waited_s = found[rank]
