@@ -39,9 +39,11 @@ from holdfast.format.pickles import Plain, loads
 from holdfast.format.untrusted import check_sizes
 
 PAGE_BYTES = 4096
+ALIGN_BYTES = 64
 LARGE_BYTES = 64 << 10
-"""Minimum size of data that starts on a page, so that it can be read and written with `O_DIRECT`.
-Smaller data starts on a multiple of 64 bytes, since pages would be mostly padding."""
+"""Minimum size of data that starts `ALIGN_BYTES` after the start of a page. glibc places large
+tensors so in memory. `O_DIRECT` then writes their pages from there, without a copy. Smaller data
+starts on a multiple of `ALIGN_BYTES`, since pages would be mostly padding."""
 
 PICKLE_BYTES_MAX = 256 << 20
 """Maximum size of `data.pkl` in a `.pt` file. It has room for two million tensors."""
@@ -62,10 +64,10 @@ def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, byt
     """Return the bytes of an item before and after the raw data of its tensor. The item is at
     `position` of a file."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
-    align = PAGE_BYTES if nbytes >= LARGE_BYTES else 64
-    # The frame depends only on the remainder of `position`. Passing just the remainder lets tensors
-    # of one shape share a few cached frames.
-    return _frame(dtype, shape, align, position % align)
+    align = PAGE_BYTES if nbytes >= LARGE_BYTES else ALIGN_BYTES
+    # The frame depends only on this remainder. Passing just the remainder lets tensors of one shape
+    # share a few cached frames.
+    return _frame(dtype, shape, align, (position - ALIGN_BYTES) % align)
 
 
 @lru_cache(maxsize=1024)

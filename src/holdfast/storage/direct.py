@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from queue import Empty, Queue, SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 
 from holdfast.storage.store import Buffer
@@ -28,14 +28,19 @@ WINDOWS_AHEAD = 4
 """Maximum number of windows that wait for a thread."""
 
 IN_PLACE_BYTES_MIN = 1 << 20
-"""Minimum size of a part that is written without a copy, if its address and offset are
-page-aligned."""
+"""Minimum size of a part whose pages are written without a copy, if they start at the start of a
+page in the file and in memory."""
+
+IN_PLACE_WINDOW_BYTES = 8 << 20
+"""Maximum bytes of one write without a copy. Fewer writes take less CPU time."""
 
 _COPIED_ONE_BY_ONE_MAX = 8
 """Maximum number of parts that are copied one by one. If there are more, they are joined first."""
 
 _BUFFERS_A_CALL = 512
 """Maximum number of buffers that are passed to one pwritev. Linux takes at most 1024."""
+
+_NOTHING = memoryview(b"")
 
 
 class BufferedWriter:
@@ -45,16 +50,7 @@ class BufferedWriter:
         self._file = file
 
     def write(self, offset: int, parts: Sequence[Buffer]) -> None:
-        views = [memoryview(part).cast("B") for part in parts if len(part)]
-        first = 0
-        while first < len(views):
-            count = os.pwritev(self._file, views[first : first + _BUFFERS_A_CALL], offset)
-            offset += count
-            while first < len(views) and count >= len(views[first]):
-                count -= len(views[first])
-                first += 1
-            if count:
-                views[first] = views[first][count:]
+        _write_all(self._file, offset, [memoryview(part).cast("B") for part in parts if len(part)])
 
 
 class DirectWriter:
@@ -99,34 +95,39 @@ class DirectWriter:
             self._edges.write(offset, [view[:edge]])
             offset, view = offset + edge, view[edge:]
             self._start = self._stop = offset
-        in_place = _fits_in_place(view, offset)
-        if in_place:
-            # The waiting parts together begin and end at the start of a page: they are whole pages.
-            self._send(self._stop - self._start)
+        if _fits_in_place(view, offset):
+            # With these bytes, the waiting parts end at the end of a page. They fit into a window.
+            view = self._add(view, -offset % PAGE_BYTES)
+            while len(view) >= PAGE_BYTES:
+                view = self._send(self._stop - self._start, view)
         while len(view):
-            part = view[: WINDOW_BYTES - (self._stop - self._start)]
+            view = self._add(view, WINDOW_BYTES - (self._stop - self._start))
+            if self._stop - self._start == WINDOW_BYTES:
+                self._send(WINDOW_BYTES)
+
+    def _add(self, view: memoryview, nbytes: int) -> memoryview:
+        """Let the first `nbytes` of `view` wait. Returns the rest."""
+        if part := view[:nbytes]:
             self._parts.append(part)
             self._stop += len(part)
-            view = view[len(part) :]
-            if self._stop - self._start == WINDOW_BYTES:
-                self._send(WINDOW_BYTES, in_place=in_place)
-        if in_place:
-            self._send((self._stop - self._start) // PAGE_BYTES * PAGE_BYTES, in_place=True)
+        return view[nbytes:]
 
-    def _send(self, nbytes: int, *, in_place: bool = False) -> None:
-        """Let a thread write the first `nbytes` of the waiting parts, a whole number of pages.
-        `in_place`: they are one page-aligned part, so write it without a copy.
+    def _send(self, nbytes: int, in_place: memoryview = _NOTHING) -> memoryview:
+        """Let a thread copy and write the first `nbytes` of the waiting parts, which are whole
+        pages, and then the first pages of `in_place` without a copy. Returns the rest of it.
+
+        `in_place`: memory that starts at the start of a page and goes into the file after all
+            waiting parts.
 
         Raises the error of an earlier write that failed.
         """
-        if not nbytes:
-            return
         parts, rest = _split(self._parts, nbytes)
-        if in_place:
-            self._threads.submit(partial(self._pwrite, parts[0], self._start))
-        else:
-            self._threads.submit(partial(self._copy_and_write, parts, self._start))
-        self._parts, self._start = rest, self._start + nbytes
+        stop = min(len(in_place) // PAGE_BYTES * PAGE_BYTES, IN_PLACE_WINDOW_BYTES)
+        if nbytes or stop:
+            self._threads.submit(partial(self._write, parts, in_place[:stop], self._start))
+        self._parts, self._start = rest, self._start + nbytes + stop
+        self._stop += stop
+        return in_place[stop:]
 
     def _end_range(self) -> None:
         """Write the remaining parts, so that the next range can begin elsewhere."""
@@ -134,17 +135,27 @@ class DirectWriter:
         self._edges.write(self._start, self._parts)
         self._parts = []
 
-    def _copy_and_write(self, parts: Sequence[memoryview], offset: int) -> None:
-        window = self._free.get()
+    def _write(self, parts: Sequence[memoryview], in_place: memoryview, offset: int) -> None:
+        window = self._free.get() if parts else _NOTHING
         try:
-            self._pwrite(window[: _gather(parts, window)], offset)
+            copied = window[: _gather(parts, window)]
+            _write_all(self._direct, offset, [view for view in (copied, in_place) if len(view)])
         finally:
-            self._free.put(window)
+            if parts:
+                self._free.put(window)
 
-    def _pwrite(self, view: memoryview, offset: int) -> None:
-        while len(view):
-            count = os.pwrite(self._direct, view, offset)
-            view, offset = view[count:], offset + count
+
+def _write_all(file: int, offset: int, views: list[memoryview]) -> None:
+    """Write all bytes of these views to a file. None of them is empty."""
+    first = 0
+    while first < len(views):
+        count = os.pwritev(file, views[first : first + _BUFFERS_A_CALL], offset)
+        offset += count
+        while first < len(views) and count >= len(views[first]):
+            count -= len(views[first])
+            first += 1
+        if count:
+            views[first] = views[first][count:]
 
 
 class _Threads:
@@ -155,7 +166,7 @@ class _Threads:
     """
 
     def __init__(self, count: int) -> None:
-        self._jobs: Queue[Callable[[], None] | None] = Queue(WINDOWS_AHEAD)
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._error: BaseException | None = None
         self._running: list[Thread] = []
         for number in range(count):
@@ -165,18 +176,27 @@ class _Threads:
             except RuntimeError:
                 break
             self._running.append(thread)
+        self._places = len(self._running) + WINDOWS_AHEAD
+        self._free: SimpleQueue[None] = SimpleQueue()
+        """One entry per job that may be added: a `Queue` with a maximum size takes more time."""
+        for _ in range(self._places):
+            self._free.put(None)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Let a thread do a job. Raises the error of an earlier job."""
         self._raise_error()
         if self._running:
+            self._free.get()
             self._jobs.put(job)
         else:
             job()
 
     def finish(self) -> None:
         """Wait until all jobs are done. Raises the error of a job that failed."""
-        self._jobs.join()
+        for _ in range(self._places):
+            self._free.get()
+        for _ in range(self._places):
+            self._free.put(None)
         self._raise_error()
 
     def stop(self) -> None:
@@ -196,7 +216,7 @@ class _Threads:
             except BaseException as error:  # noqa: BLE001 - raised by the next call
                 self._error = self._error or error
             finally:
-                self._jobs.task_done()
+                self._free.put(None)
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -238,11 +258,12 @@ def _split(parts: list[memoryview], nbytes: int) -> tuple[list[memoryview], list
 
 
 def _fits_in_place(view: memoryview, offset: int) -> bool:
-    if len(view) < IN_PLACE_BYTES_MIN or offset % PAGE_BYTES:
+    """Return whether `view` is large, and its pages in the file are pages in memory."""
+    if len(view) < IN_PLACE_BYTES_MIN:
         return False
     import numpy as np  # Readers of a store do not need this import.
 
-    return np.frombuffer(view, np.uint8).ctypes.data % PAGE_BYTES == 0
+    return (np.frombuffer(view, np.uint8).ctypes.data - offset) % PAGE_BYTES == 0
 
 
 def _gather(parts: Sequence[memoryview], window: memoryview) -> int:

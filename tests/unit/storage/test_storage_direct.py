@@ -6,6 +6,7 @@ import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,19 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.errors import StorageError
+from holdfast.storage import direct
 from holdfast.storage.direct import (
     IN_PLACE_BYTES_MIN,
+    IN_PLACE_WINDOW_BYTES,
     NUM_THREADS,
     PAGE_BYTES,
     WINDOW_BYTES,
     BufferedWriter,
     DirectWriter,
+    _gather,
     open_direct,
 )
 from holdfast.storage.local import DIRECT_BYTES_MIN, LocalStore
+from holdfast.storage.store import Buffer
 
-BYTES = memoryview(mmap.mmap(-1, 4 * WINDOW_BYTES))
-BYTES[:] = os.urandom(1 << 20) * (4 * WINDOW_BYTES >> 20)
+BYTES = memoryview(mmap.mmap(-1, 3 * IN_PLACE_WINDOW_BYTES))
+BYTES[:] = os.urandom(1 << 20) * (len(BYTES) >> 20)
 
 SIZES = st.sampled_from([0, 1, 100, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1]) | st.sampled_from(
     [IN_PLACE_BYTES_MIN, IN_PLACE_BYTES_MIN + PAGE_BYTES, WINDOW_BYTES - 1, WINDOW_BYTES + 70]
@@ -47,7 +52,7 @@ def direct_or_skip(tmp_path_factory: pytest.TempPathFactory) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 1) | st.integers(0, 3 * PAGE_BYTES),
+            st.sampled_from([0, 1, 64]) | st.integers(0, 3 * PAGE_BYTES),
             st.lists(st.tuples(SIZES, st.sampled_from([0, 64])), max_size=5),
         ),
         max_size=3,
@@ -75,6 +80,38 @@ def test_direct_writes_give_the_same_file_as_buffered_ones(
         assert paths[0].read_bytes() == paths[1].read_bytes()
         for file in (*files, direct):
             os.close(file)
+
+
+@pytest.mark.parametrize("phase", [0, 64, 100])
+def test_pages_of_large_tensors_are_written_without_a_copy(
+    phase: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G13. Method: three large parts with small ones between them. In memory and in the file, the
+    large ones start at the same distance from the start of a page. The copied bytes are counted."""
+    copied = 0
+
+    def gather(parts: Sequence[memoryview], window: memoryview) -> int:
+        nonlocal copied
+        nbytes = _gather(parts, window)
+        copied += nbytes
+        return nbytes
+
+    monkeypatch.setattr(direct, "_gather", gather)
+    path = tmp_path / "file"
+    path.touch()
+    file, past_cache = os.open(path, os.O_RDWR), open_direct(str(path))
+    assert past_cache is not None
+    writer = DirectWriter(past_cache, file)
+    large = BYTES[phase : phase + 2 * IN_PLACE_WINDOW_BYTES + 3 * PAGE_BYTES + 5]
+    small = bytes(-len(large) % PAGE_BYTES)
+    parts: list[Buffer] = [bytes(phase), large, small, large, small, large]
+    writer.write(0, parts)
+    writer.finish()
+    writer.close()
+    assert path.read_bytes() == b"".join(parts)
+    assert copied <= 3 * 3 * PAGE_BYTES
+    for descriptor in (file, past_cache):
+        os.close(descriptor)
 
 
 def test_an_error_in_a_writing_thread_is_raised_to_the_caller(tmp_path: Path) -> None:
