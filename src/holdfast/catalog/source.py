@@ -21,9 +21,9 @@ checksum and the copy to the target."""
 ROOM_BYTES = WINDOW_BYTES + 2 * BLOCK_BYTES_MAX
 """Bytes of each thread's buffer: a window, extended to whole blocks at both ends."""
 
-CHECKED_BYTES = BLOCK_BYTES_MAX
-"""Bytes of a local file that are read before their checksums are computed. Few enough to be still
-in the CPU cache then."""
+CHECKED_BYTES = 512 << 10
+"""Bytes of a local file that are read before their checksums are computed, or one block if that is
+larger. Few enough to be still in the cache of the core then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,8 @@ class ChunkData:
         self.name = name
         self._source, (self._file, self._span) = source, location
         self._checksums, self._reader, self._room = checksums, reader, room
-        self._step = source.request_bytes or CHECKED_BYTES
+        block = source.manifest.block_bytes
+        self._step = source.request_bytes or max(1, CHECKED_BYTES // block) * block
         self._in_room = (0, 0)
         self._crc32: tuple[int, int] | None = None
         self.num_read: int = 0

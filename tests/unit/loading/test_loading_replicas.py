@@ -226,7 +226,7 @@ def test_a_distant_store_is_asked_for_large_ranges(
 ) -> None:
     """Method: the ranges that are read of the largest tensor: those of a local file fit into the
     CPU cache, those of a distant store are whole requests."""
-    for store, nbytes in ((CountingStore(saved[0]), 1 << 20), (DistantStore(saved[0]), 8 << 20)):
+    for store, nbytes in ((CountingStore(saved[0]), 512 << 10), (DistantStore(saved[0]), 8 << 20)):
         source = source_in(store)
         wanted = torch.zeros_like(saved[1]["large"])
         whole = Region.whole(tuple(wanted.shape))
