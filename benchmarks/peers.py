@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 import holdfast
 import holdfast.dcp
 from benchmarks.disk import sync
-from benchmarks.raw import Way, Ways, raw_read, raw_read_direct, raw_write
+from benchmarks.raw import Way, Ways, raw_read, raw_read_direct, raw_write, raw_write_memory
 from benchmarks.states import State, local, local_bytes, rank
 from holdfast.catalog.source import Source
 from holdfast.format import checksum
@@ -65,6 +65,7 @@ def systems(ways: Ways | None = None) -> dict[str, System]:
     installed = [
         System("raw", raw_saved, partial(raw_load, way=ways.read)),
         System("raw, direct", raw_saved, raw_read_past_cache, saved_by="raw"),
+        System("raw, from memory", partial(raw_save_memory, way=ways.write_memory), None),
         System("holdfast", _holdfast_save, _holdfast_load),
         System("holdfast, unchecked", _unchecked(_holdfast_save), _unchecked(_holdfast_load)),
         System("dcp", _dcp_save(1), _dcp_load),
@@ -92,15 +93,24 @@ def raw_save(folder: Path, state: State, way: Way) -> None:
     raw_write(folder / f"raw-{rank()}", local_bytes(state), way)
 
 
+def raw_save_memory(folder: Path, state: State, way: Way) -> None:
+    """Write the pages that hold this rank's shards, from where they are in memory."""
+    raw_write_memory(folder / f"raw-{rank()}", _views(state), way)
+
+
 def raw_load(folder: Path, state: State, way: Way) -> None:
     """Read them into the tensors."""
-    views = [local(t).view(-1).view(torch.uint8).numpy().data for t in state.values()]
-    raw_read(folder / f"raw-{rank()}", views, way)
+    raw_read(folder / f"raw-{rank()}", _views(state), way)
 
 
 def raw_load_direct(folder: Path, state: State, way: Way) -> None:
     """Read them past the page cache, and drop them."""
     raw_read_direct(folder / f"raw-{rank()}", local_bytes(state), way)
+
+
+def _views(state: State) -> list[memoryview]:
+    """Return the bytes of this rank's shards."""
+    return [local(t).view(-1).view(torch.uint8).numpy().data for t in state.values()]
 
 
 def _holdfast_save(folder: Path, state: State) -> None:

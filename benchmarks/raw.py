@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from benchmarks.meter import measure, measure_ranks
@@ -38,6 +40,7 @@ class Ways:
     """Way of each kind of raw work."""
 
     write: Way = Way()
+    write_memory: Way = Way()
     read: Way = Way()
     read_direct: Way = Way()
 
@@ -57,17 +60,39 @@ def fastest(run: Callable[[Way], object], prepare: Callable[[], object], rounds:
 
 
 def raw_write(path: Path, nbytes: int, way: Way) -> None:
-    """Write `nbytes` random bytes past the page cache, and sync the file."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
+    """Write `nbytes` random bytes past the page cache, and sync the file. All come from one buffer,
+    which stays in the CPU cache."""
     nbytes = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    os.posix_fallocate(file, 0, nbytes)
-    window = memoryview(_window())
+    buffer = memoryview(_window())
+    offsets = range(0, nbytes, way.window_bytes)
+    _write_all(path, [(o, buffer[: min(way.window_bytes, nbytes - o)]) for o in offsets], way)
 
-    def write(offset: int) -> None:
-        os.pwrite(file, window[: min(way.window_bytes, nbytes - offset)], offset)
+
+def raw_write_memory(path: Path, memory: Sequence[memoryview], way: Way) -> None:
+    """Write all pages that hold these bytes past the page cache, and sync the file. The pages are
+    written from where they are in memory."""
+    windows, offset = [], 0
+    for part in memory:
+        address = np.frombuffer(part, np.uint8).ctypes.data
+        first = address // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = -(-(address + len(part)) // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = memoryview((ctypes.c_char * (stop - first)).from_address(first))
+        for start in range(0, len(pages), way.window_bytes):
+            windows.append((offset + start, pages[start : start + way.window_bytes]))
+        offset += len(pages)
+    _write_all(path, windows, way)
+
+
+def _write_all(path: Path, windows: Sequence[tuple[int, memoryview]], way: Way) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT)
+    offset, last = windows[-1]
+    os.posix_fallocate(file, 0, offset + len(last))
+
+    def write(window: tuple[int, memoryview]) -> int:
+        return os.pwrite(file, window[1], window[0])
 
     with ThreadPoolExecutor(way.threads) as pool:
-        list(pool.map(write, range(0, nbytes, way.window_bytes)))
+        assert sum(pool.map(write, windows)) == offset + len(last)
     os.fsync(file)
     os.close(file)
 

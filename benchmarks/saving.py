@@ -2,9 +2,11 @@
 
 A save ends when every file and folder is synced. Before each save, the disk is idle. Before a warm
 load, the page cache has all files; before a cold load, it has none. Both are checked. `raw` is the
-limit of the disk: threads write the same bytes past the page cache, or read them into the same
-memory without further work. `raw, direct` reads past the page cache and drops the bytes. Before the
-rounds, each chooses the fastest number of threads and bytes of a call: see `benchmarks.raw`.
+limit of the disk: threads write as many bytes past the page cache, or read them into the same
+memory without further work. `raw` writes one buffer of 32 MiB again and again, which stays in the
+CPU cache; `raw, from memory` writes the state itself. `raw, direct` reads past the page cache and
+drops the bytes. Before the rounds, each chooses the fastest number of threads and bytes of a call:
+see `benchmarks.raw`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from benchmarks.peers import (
     raw_load,
     raw_load_direct,
     raw_save,
+    raw_save_memory,
     save_and_sync,
     save_dcp_cached_plan,
     systems,
@@ -39,14 +42,19 @@ from holdfast import CheckpointConfig, CheckpointManager
 def saving(options: BenchmarkOptions, folder: Path) -> Section:
     """Measure saves into new files."""
     state = llama_like(options.nbytes)
-    way = fastest(partial(raw_save, folder / "raw", state), partial(renew, folder / "raw"))
+    raw, before = folder / "raw", partial(renew, folder / "raw")
+    ways = Ways(
+        write=fastest(partial(raw_save, raw, state), before),
+        write_memory=fastest(partial(raw_save_memory, raw, state), before),
+    )
     saves = {
         name: partial(save, system, folder / name, state)
-        for name, system in systems(Ways(write=way)).items()
+        for name, system in systems(ways).items()
         if not system.saved_by
     }
     figures = run_rounds(saves, options.rounds)
-    return _section("saving", "Saving", state, figures, f"`raw`: {way}.")
+    note = f"`raw`: {ways.write}. `raw, from memory`: {ways.write_memory}."
+    return _section("saving", "Saving", state, figures, note)
 
 
 def save(system: System, folder: Path, state: State) -> Figure:
