@@ -42,19 +42,31 @@ from holdfast import CheckpointConfig, CheckpointManager
 def saving(options: BenchmarkOptions, folder: Path) -> Section:
     """Measure saves into new files."""
     state = llama_like(options.nbytes)
-    raw, before = folder / "raw", partial(renew, folder / "raw")
-    ways = Ways(
-        write=fastest(partial(raw_save, raw, state), before),
-        write_memory=fastest(partial(raw_save_memory, raw, state), before),
-    )
+    ways = ways_to_write(folder / "raw", state, renew)
     saves = {
         name: partial(save, system, folder / name, state)
         for name, system in systems(ways).items()
         if not system.saved_by
     }
     figures = run_rounds(saves, options.rounds)
-    note = f"`raw`: {ways.write}. `raw, from memory`: {ways.write_memory}."
-    return _section("saving", "Saving", state, figures, note)
+    return _section("saving", "Saving", state, figures, noted_writes(ways))
+
+
+def ways_to_write(folder: Path, state: State, prepare: Callable[[Path], None]) -> Ways:
+    """Return the fastest ways of raw writes of this rank's shards. Collective.
+
+    `prepare(folder)` runs on each rank before each write.
+    """
+    before = partial(prepare, folder)
+    return Ways(
+        write=fastest(partial(raw_save, folder, state), before),
+        write_memory=fastest(partial(raw_save_memory, folder, state), before),
+    )
+
+
+def noted_writes(ways: Ways) -> str:
+    """Describe the ways of raw writes, for the method of a section."""
+    return f"`raw`: {ways.write}. `raw, from memory`: {ways.write_memory}."
 
 
 def save(system: System, folder: Path, state: State) -> Figure:
@@ -105,7 +117,7 @@ def _loads(
         assert same_bits(state, target) or system.name.startswith("raw"), system.name
         loads[system.name] = partial(_load, prepare, saved, system.load, target)
     figures = run_rounds(loads, options.rounds)
-    return _section(name, title, state, figures, noted(ways))
+    return _section(name, title, state, figures, noted_reads(ways))
 
 
 def ways_to_read(folder: Path, target: State, prepare: Callable[[Path], None]) -> Ways:
@@ -124,7 +136,7 @@ def ways_to_read(folder: Path, target: State, prepare: Callable[[Path], None]) -
     )
 
 
-def noted(ways: Ways) -> str:
+def noted_reads(ways: Ways) -> str:
     """Describe the ways of raw reads, for the method of a section."""
     return f"`raw`: {ways.read}. `raw, direct`: {ways.read_direct}."
 

@@ -24,11 +24,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.disk import cool_cache, drop_cache, warm_cache
 from benchmarks.meter import Figure, measure, measure_ranks, run_rounds
 from benchmarks.options import BenchmarkOptions
-from benchmarks.peers import System, raw_save, save_and_sync, systems
+from benchmarks.peers import System, save_and_sync, systems
 from benchmarks.ranks import run_on_ranks
-from benchmarks.raw import Ways, fastest
 from benchmarks.results import Section, measure_parts
-from benchmarks.saving import noted, renew, ways_to_read
+from benchmarks.saving import noted_reads, noted_writes, renew, ways_to_read, ways_to_write
 from benchmarks.states import (
     State,
     llama_like,
@@ -101,16 +100,15 @@ def _section(
 
 
 def _saves(options: BenchmarkOptions, folder: Path) -> tuple[Figures, str]:
-    """Returns the figures, and a note on the way of raw writes."""
+    """Returns the figures, and a note on the ways of raw writes."""
     state = sharded(options.nbytes, mesh_of(SIZE))
-    raw = folder / "raw"
-    way = fastest(partial(raw_save, raw, state), partial(_on_rank_0, renew, raw))
+    ways = ways_to_write(folder / "raw", state, partial(_on_rank_0, renew))
     saves = {
         name: partial(_save, system, folder / name, state)
-        for name, system in systems(Ways(write=way)).items()
+        for name, system in systems(ways).items()
         if system.sharded and not system.saved_by
     }
-    return run_rounds(saves, options.rounds), f"`raw`, each rank: {way}."
+    return run_rounds(saves, options.rounds), f"Each rank: {noted_writes(ways)}"
 
 
 def _save(system: System, folder: Path, state: State) -> Figure:
@@ -141,7 +139,7 @@ def _loads(
         system.load(saved, target)
         assert same_bits(state, target) or name.startswith("raw"), name
         loads[name] = partial(_load, system.load, saved, target, prepare)
-    return run_rounds(loads, options.rounds), f"Each rank: {noted(ways)}"
+    return run_rounds(loads, options.rounds), f"Each rank: {noted_reads(ways)}"
 
 
 def _load(

@@ -3,6 +3,7 @@ the page cache."""
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,8 @@ class DirectWriter:
     """Writes whole pages directly to the disk, and incomplete pages through the page cache.
 
     Fastest if each call of `write` begins at the offset where the last one ended. Threads copy one
-    window at a time to aligned memory and write it, so that copying overlaps with the disk.
+    window at a time to aligned memory and write it, so that copying overlaps with the disk. They
+    write the pages of large parts from where they are, if these are pages of the file too.
     """
 
     def __init__(self, direct: int, buffered: int) -> None:
@@ -140,6 +142,11 @@ class DirectWriter:
         try:
             copied = window[: _gather(parts, window)]
             _write_all(self._direct, offset, [view for view in (copied, in_place) if len(view)])
+        except OSError as error:
+            if error.errno != errno.EFAULT or not in_place:
+                raise
+            # The system cannot write from this memory, such as that of a device, but can read it.
+            self._edges.write(offset, [*parts, in_place])
         finally:
             if parts:
                 self._free.put(window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import subprocess
@@ -110,6 +111,35 @@ def test_pages_of_large_tensors_are_written_without_a_copy(
     writer.close()
     assert path.read_bytes() == b"".join(parts)
     assert copied <= 3 * 3 * PAGE_BYTES
+    for descriptor in (file, past_cache):
+        os.close(descriptor)
+
+
+def test_memory_that_the_system_cannot_write_from_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G1. Method: the system call fails as it does for memory of a device, after it has written a
+    part."""
+    pwritev = os.pwritev
+
+    def failing(file: int, views: list[memoryview], offset: int) -> int:
+        if file != past_cache:
+            return pwritev(file, views, offset)
+        if len(views[0]) > WINDOW_BYTES:
+            raise OSError(errno.EFAULT, "Bad address")
+        return pwritev(file, views[:1], offset)
+
+    path = tmp_path / "file"
+    path.touch()
+    file, past_cache = os.open(path, os.O_RDWR), open_direct(str(path))
+    assert past_cache is not None
+    monkeypatch.setattr(os, "pwritev", failing)
+    writer = DirectWriter(past_cache, file)
+    parts: list[Buffer] = [bytes(100), BYTES[100:], BYTES[:5000]]
+    writer.write(0, parts)
+    writer.finish()
+    writer.close()
+    assert path.read_bytes() == b"".join(parts)
     for descriptor in (file, past_cache):
         os.close(descriptor)
 
