@@ -6,6 +6,7 @@ sharded); `timed` (metrics, timings and a model); `blocks` (blocks of 256 KiB; t
 have 1 MiB); `components` (names that are not the model's); `structure` (state whose containers and
 keys cannot be inferred from its entries); `optimizers` (their classes); `rows` (version 3: three
 processes, with the chunks in `index.bin`); `node` (three processes, two of which share a file);
+`pages` (large data 64 bytes after the start of a page; that of earlier ones starts on a page);
 `stock` (stock `save` of torch 2.13).
 """
 
@@ -23,14 +24,16 @@ from torch.distributed.checkpoint.state_dict_loader import load as stock_load
 import holdfast
 from golden.golden_state import golden_state, golden_structure, golden_trained
 from golden.independent_reader import read, read_manifest, read_state, read_stock
+from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.errors import DamagedError
 from holdfast.format.manifest import decode
 from holdfast.state.objects import StateTree
 from holdfast.state.same import differences, same
+from holdfast.storage.local import LocalStore
 from manifest_bytes import encode, encode_with_rows
 
 HERE = Path(__file__).parent
-OURS = ["solo", "ranks", "timed", "blocks", "components", "rows", "node"]
+OURS = ["solo", "ranks", "timed", "blocks", "components", "rows", "node", "pages"]
 ALL = [*OURS, "stock"]
 
 
@@ -65,6 +68,12 @@ def test_the_independent_reader_reads_it_and_checks_every_checksum(
     """G3, G10. Method: a reader written from docs/format.md, through the manifest; it checks every
     checksum, size, container and name."""
     assert {n: bits(value) for n, value in read(HERE / name).items()} == expected()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_verify_finds_no_damage_in_it(name: str) -> None:
+    """G3. Method: a full verify, which compares the bytes around the data too."""
+    assert verify(VerifyTarget(LocalStore(HERE), name)).good
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -115,9 +124,11 @@ def test_the_golden_checkpoints_cover_their_special_cases() -> None:
     """Method: two files, sharded tensors, several blocks, tied tensors, an empty one, paths; parts
     of two ranks in one file."""
     everyone = [read_manifest(HERE / name) for name in OURS]
-    solo, ranks, timed, blocks, components, rows, node = everyone
-    assert [m["checksums"]["block_bytes"] >> 10 for m in everyone] == [1024] * 3 + [256] * 4
-    assert [m["holdfast"] for m in everyone] == [2] * 5 + [3, 2]
+    solo, ranks, timed, blocks, components, rows, node, pages = everyone
+    assert [m["checksums"]["block_bytes"] >> 10 for m in everyone] == [1024] * 3 + [256] * 5
+    assert [m["holdfast"] for m in everyone] == [2] * 5 + [3, 2, 2]
+    starts = [m["tensors"]["large"]["chunks"][0][3] % 4096 for m in (solo, node, pages)]
+    assert starts == [0, 0, 64]
     assert [file for file, *_ in node["files"]] == ["__0_0.distcp", "__2_0.distcp"]
     large = node["tensors"]["large"]["chunks"]
     assert [file for file, *_ in large] == [0, 0, 1]

@@ -39,14 +39,23 @@ from holdfast.format.pickles import Plain, loads
 from holdfast.format.untrusted import check_sizes
 
 PAGE_BYTES = 4096
-ALIGN_BYTES = 64
+
+PHASE_BYTES = 64
+"""Distance of large data from the start of a page, in a file. Smaller data starts at a multiple of
+this, since pages would be mostly padding.
+
+In memory, glibc usually gives large tensors the same distance. Then `O_DIRECT` can write whole
+pages of a tensor from its memory, without a copy.
+"""
+
 LARGE_BYTES = 64 << 10
-"""Minimum size of data that starts `ALIGN_BYTES` after the start of a page. glibc places large
-tensors so in memory. `O_DIRECT` then writes their pages from there, without a copy. Smaller data
-starts on a multiple of `ALIGN_BYTES`, since pages would be mostly padding."""
+"""Minimum size of large data."""
 
 PICKLE_BYTES_MAX = 256 << 20
 """Maximum size of `data.pkl` in a `.pt` file. It has room for two million tensors."""
+
+_PADDING_STOP = 1 << 15
+"""Padding before data is smaller than this: versions of Holdfast pad to pages at most."""
 
 _TENSOR_PICKLE_BYTES_MAX = 1 << 20
 _PARAMETERS_MAX = 8
@@ -64,14 +73,21 @@ def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, byt
     """Return the bytes of an item before and after the raw data of its tensor. The item is at
     `position` of a file."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
-    align = PAGE_BYTES if nbytes >= LARGE_BYTES else ALIGN_BYTES
+    align = PAGE_BYTES if nbytes >= LARGE_BYTES else PHASE_BYTES
     # The frame depends only on this remainder. Passing just the remainder lets tensors of one shape
     # share a few cached frames.
-    return _frame(dtype, shape, align, (position - ALIGN_BYTES) % align)
+    return _frame(dtype, shape, align, (position - PHASE_BYTES) % align)
+
+
+def frame_of(dtype: str, shape: tuple[int, ...], prefix_nbytes: int) -> tuple[bytes, bytes]:
+    """Return the same, for data that starts `prefix_nbytes` after the start of the item. If no
+    padding gives a prefix of that size, it has another size."""
+    return _frame(dtype, shape, _PADDING_STOP, -prefix_nbytes % _PADDING_STOP)
 
 
 @lru_cache(maxsize=1024)
 def _frame(dtype: str, shape: tuple[int, ...], align: int, position: int) -> tuple[bytes, bytes]:
+    """Return a frame whose data starts at a multiple of `align`, for an item at `position`."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
     head, directory = _records(dtype, shape)
     name = b"archive/data/0"

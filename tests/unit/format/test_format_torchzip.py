@@ -17,9 +17,9 @@ from holdfast.errors import FormatError
 from holdfast.format.dtypes import BY_NAME, BY_STORAGE, dtype_of
 from holdfast.format.manifest import Span
 from holdfast.format.torchzip import (
-    ALIGN_BYTES,
     LARGE_BYTES,
     PAGE_BYTES,
+    PHASE_BYTES,
     StoredTensor,
     contiguous_strides,
     frame,
@@ -144,8 +144,8 @@ def test_data_is_aligned_at_any_position_of_the_item(
     page, with less padding than one unit."""
     prefix, _ = frame(dtype, shape, position)
     large = prod(shape) * BY_NAME[dtype].itemsize >= LARGE_BYTES
-    align = PAGE_BYTES if large else ALIGN_BYTES
-    assert (position + len(prefix) - ALIGN_BYTES) % align == 0
+    align = PAGE_BYTES if large else PHASE_BYTES
+    assert (position + len(prefix) - PHASE_BYTES) % align == 0
     assert len(prefix) < 1024 + align
 
 
