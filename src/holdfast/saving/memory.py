@@ -79,7 +79,7 @@ class HostMemory:
             self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
             return
         memory = huge_memory(nbytes)
-        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self.bytes = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
         if devices:
             # After a fork, the first process to write to a page gets a copy of the page, but the
             # device still writes to the original. So exclude the memory from children of a fork,

@@ -10,6 +10,7 @@ import torch
 from holdfast import accelerator
 from holdfast.comm import capture
 from holdfast.format.region import boxes_of_run
+from holdfast.format.torchzip import PHASE_BYTES
 from holdfast.planning.file_layout import TensorItem
 from holdfast.saving.background import lower_priority
 from holdfast.saving.memory import HostMemory, check_own_memory
@@ -47,7 +48,9 @@ def _copied_windows(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memory
     num_elements = WINDOW_BYTES // dtype.itemsize
     for first in range(0, tensor.numel(), num_elements):
         count = min(num_elements, tensor.numel() - first)
-        window = torch.frombuffer(huge_memory(count * dtype.itemsize), dtype=dtype, count=count)
+        # At the same distance from a page as in the file, so that the store need not copy it.
+        memory = huge_memory(PHASE_BYTES + count * dtype.itemsize)
+        window = torch.frombuffer(memory, dtype=dtype, count=count, offset=PHASE_BYTES)
         start = 0
         for box in boxes_of_run(tensor.shape, first, count):
             stop = start + box.num_elements

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from holdfast.format import checksum
 from holdfast.format.manifest import Span, Table
 from holdfast.format.sending import sent_by_fields
-from holdfast.format.torchzip import PAGE_BYTES
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.shared_files import StoredFile
 from holdfast.storage.store import Buffer, Creating, FileWriter
@@ -158,15 +157,10 @@ def _put_windows(stream: _Stream, windows: Iterable[memoryview], item: TensorIte
     checksums: list[int] = []
     nbytes = 0
     for data in windows:
-        done = 0
         for start in range(0, len(data), WINDOW_BYTES):
-            stop = min(start + WINDOW_BYTES, len(data))
-            checksums += checksum.block_checksums(data[start:stop])
-            if stop < len(data):
-                # A store that writes pages without a copy would have to copy an incomplete one.
-                stop -= (item.data.offset + nbytes + stop) % PAGE_BYTES
-            stream.put(data[done:stop])
-            done = stop
+            window = data[start : start + WINDOW_BYTES]
+            checksums += checksum.block_checksums(window)
+            stream.put(window)
         nbytes += len(data)
     assert nbytes == item.data.nbytes, f"{item.name}: {nbytes} bytes for {item.data}"
     return checksums

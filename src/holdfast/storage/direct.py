@@ -17,23 +17,23 @@ from holdfast.storage.store import Buffer
 PAGE_BYTES = 4096
 """Alignment of the offset, length and address of a direct write. Every disk accepts it."""
 
-WINDOW_BYTES = 2 << 20
-"""Bytes of one write: the size of a huge page, which the disk writes in one request. All windows
-together fit into the processor's cache."""
+WINDOW_BYTES = HUGE_PAGE_BYTES = 2 << 20
+"""Most bytes that are copied for one write: a huge page, which the disk writes in one request. The
+windows of all threads together fit into the processor's cache."""
 
 NUM_THREADS = 4
 """Number of writing threads. Each has its own buffer of `WINDOW_BYTES`, so some threads copy while
 others wait for the disk."""
 
-WINDOWS_AHEAD = 4
-"""Maximum number of windows that wait for a thread."""
+JOBS_AHEAD = 4
+"""Maximum number of writes that wait for a thread."""
 
 IN_PLACE_BYTES_MIN = 1 << 20
-"""Minimum size of a part whose pages are written without a copy, if they start at the start of a
-page in the file and in memory."""
+"""Minimum size of a part that is written without a copy, except for the incomplete pages at its
+ends. Its address and its offset in the file must differ by whole pages."""
 
-IN_PLACE_WINDOW_BYTES = 8 << 20
-"""Maximum bytes of one write without a copy. Fewer writes take less CPU time."""
+IN_PLACE_BYTES_MAX = 4 << 20
+"""Maximum bytes of one write without a copy."""
 
 _COPIED_ONE_BY_ONE_MAX = 8
 """Maximum number of parts that are copied one by one. If there are more, they are joined first."""
@@ -58,8 +58,8 @@ class DirectWriter:
     """Writes whole pages directly to the disk, and incomplete pages through the page cache.
 
     Fastest if each call of `write` begins at the offset where the last one ended. Threads copy one
-    window at a time to aligned memory and write it, so that copying overlaps with the disk. They
-    write the pages of large parts from where they are, if these are pages of the file too.
+    window at a time to aligned memory and write it, so that copying overlaps with the disk. Whole
+    pages of a large part are written from its own memory, if they are whole pages of the file too.
     """
 
     def __init__(self, direct: int, buffered: int) -> None:
@@ -98,7 +98,8 @@ class DirectWriter:
             offset, view = offset + edge, view[edge:]
             self._start = self._stop = offset
         if _fits_in_place(view, offset):
-            # With these bytes, the waiting parts end at the end of a page. They fit into a window.
+            # With these bytes, the waiting parts are whole pages. They still fit into a window,
+            # since that is whole pages too.
             view = self._add(view, -offset % PAGE_BYTES)
             while len(view) >= PAGE_BYTES:
                 view = self._send(self._stop - self._start, view)
@@ -118,13 +119,13 @@ class DirectWriter:
         """Let a thread copy and write the first `nbytes` of the waiting parts, which are whole
         pages, and then the first pages of `in_place` without a copy. Returns the rest of it.
 
-        `in_place`: memory that starts at the start of a page and goes into the file after all
-            waiting parts.
+        `in_place`: memory that starts at the start of a page, and goes into the file right after
+            these `nbytes`, which then are all that wait.
 
         Raises the error of an earlier write that failed.
         """
         parts, rest = _split(self._parts, nbytes)
-        stop = min(len(in_place) // PAGE_BYTES * PAGE_BYTES, IN_PLACE_WINDOW_BYTES)
+        stop = min(len(in_place) // PAGE_BYTES * PAGE_BYTES, IN_PLACE_BYTES_MAX)
         if nbytes or stop:
             self._threads.submit(partial(self._write, parts, in_place[:stop], self._start))
         self._parts, self._start = rest, self._start + nbytes + stop
@@ -145,7 +146,7 @@ class DirectWriter:
         except OSError as error:
             if error.errno != errno.EFAULT or not in_place:
                 raise
-            # The system cannot write from this memory, such as that of a device, but can read it.
+            # The system can read this memory, but not write from it: a driver may have mapped it.
             self._edges.write(offset, [*parts, in_place])
         finally:
             if parts:
@@ -153,7 +154,7 @@ class DirectWriter:
 
 
 def _write_all(file: int, offset: int, views: list[memoryview]) -> None:
-    """Write all bytes of these views to a file. None of them is empty."""
+    """Write all bytes of these views to a file. None of them is empty. Changes the list."""
     first = 0
     while first < len(views):
         count = os.pwritev(file, views[first : first + _BUFFERS_A_CALL], offset)
@@ -183,17 +184,17 @@ class _Threads:
             except RuntimeError:
                 break
             self._running.append(thread)
-        self._places = len(self._running) + WINDOWS_AHEAD
-        self._free: SimpleQueue[None] = SimpleQueue()
+        self._places = len(self._running) + JOBS_AHEAD
+        self._tokens: SimpleQueue[None] = SimpleQueue()
         """One entry per job that may be added: a `Queue` with a maximum size takes more time."""
         for _ in range(self._places):
-            self._free.put(None)
+            self._tokens.put(None)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Let a thread do a job. Raises the error of an earlier job."""
         self._raise_error()
         if self._running:
-            self._free.get()
+            self._tokens.get()
             self._jobs.put(job)
         else:
             job()
@@ -201,9 +202,9 @@ class _Threads:
     def finish(self) -> None:
         """Wait until all jobs are done. Raises the error of a job that failed."""
         for _ in range(self._places):
-            self._free.get()
+            self._tokens.get()
         for _ in range(self._places):
-            self._free.put(None)
+            self._tokens.put(None)
         self._raise_error()
 
     def stop(self) -> None:
@@ -223,7 +224,7 @@ class _Threads:
             except BaseException as error:  # noqa: BLE001 - raised by the next call
                 self._error = self._error or error
             finally:
-                self._free.put(None)
+                self._tokens.put(None)
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -238,14 +239,16 @@ def _windows() -> Iterator[memoryview]:
 
 
 def huge_memory(nbytes: int) -> mmap.mmap:
-    """Allocate page-aligned memory, on huge pages if available: a disk writes a huge page in one
-    request.
+    """Allocate at least `nbytes` of page-aligned memory, on huge pages where whole ones fit and are
+    available: a disk writes a huge page in one request.
 
     The memory is freed when the last reference to it ends.
     """
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Linux aligns only whole huge pages. The pages at the end that are never used take no memory.
+    rounded = -(-nbytes // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    memory = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(mmap.MADV_HUGEPAGE, 0, nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
     return memory
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.format.region import Region
+from holdfast.format.torchzip import PAGE_BYTES, PHASE_BYTES
+from holdfast.planning.file_layout import lay_out, lay_out_file
 from holdfast.saving import stage
 from holdfast.saving.stage import host_bytes, host_windows
+from holdfast.saving.write import WINDOW_BYTES, write
 from holdfast.state.layout import box_of
+from holdfast.storage import direct
+from holdfast.storage.direct import _gather, huge_memory
+from holdfast.storage.local import LocalStore
 from memory import extra_mib
 
 LIMIT_MIB = 64
@@ -79,3 +88,56 @@ def test_windows_join_to_the_bytes_of_the_whole_tensor(
     assert b"".join(windows) == bytes(host_bytes(box, wanted))
     if len(windows) > 1:
         assert {len(window) for window in windows[:-1]} == {window_bytes}
+
+
+def at_phase(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Make a random tensor that starts 64 bytes after the start of a page, as glibc does."""
+    count = prod(shape)
+    memory = huge_memory(PHASE_BYTES + count * dtype.itemsize)
+    tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=PHASE_BYTES).view(shape)
+    return tensor.copy_(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "stored"),
+    [
+        pytest.param(at_phase((3, 1 << 20), torch.float32), "float32", id="plain"),
+        pytest.param(torch.randn(3, 1 << 20), "bfloat16", id="cast"),
+        pytest.param(torch.randn(1 << 20, 3).t(), "float32", id="strided"),
+    ],
+)
+def test_a_large_tensor_is_written_without_a_copy_to_the_windows_of_the_store(
+    tensor: torch.Tensor, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G13. Method: a tensor after a small one; the bytes that the store copies are counted."""
+    copied = 0
+
+    def gather(parts: Sequence[memoryview], window: memoryview) -> int:
+        nonlocal copied
+        nbytes = _gather(parts, window)
+        copied += nbytes
+        return nbytes
+
+    monkeypatch.setattr(direct, "_gather", gather)
+    (tmp_path / "probe").touch()
+    probe = direct.open_direct(str(tmp_path / "probe"))
+    if probe is None:
+        pytest.skip("this file system knows no O_DIRECT")
+    os.close(probe)
+    tensors = {"small": torch.randn(5), "large": tensor}
+    regions = [
+        (name, "float32" if name == "small" else stored, Region.whole(tuple(t.shape)))
+        for name, t in tensors.items()
+    ]
+    layout = lay_out_file(0, lay_out(regions), [])
+    write(
+        LocalStore(tmp_path),
+        ".",
+        layout,
+        lambda item: host_windows(tensors[item.name], item.dtype),
+    )
+    data = layout.tensors[1].data
+    assert 0 < copied <= 4 * PAGE_BYTES * -(-data.nbytes // WINDOW_BYTES)
+    written = (tmp_path / layout.name).read_bytes()[data.offset : data.stop]
+    wanted = tensor.to(getattr(torch, stored)).contiguous()
+    assert written == wanted.view(-1).view(torch.uint8).numpy().tobytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 from holdfast.errors import StorageError
 from holdfast.storage import direct
 from holdfast.storage.direct import (
+    IN_PLACE_BYTES_MAX,
     IN_PLACE_BYTES_MIN,
-    IN_PLACE_WINDOW_BYTES,
     NUM_THREADS,
     PAGE_BYTES,
     WINDOW_BYTES,
@@ -31,11 +32,23 @@ from holdfast.storage.direct import (
 from holdfast.storage.local import DIRECT_BYTES_MIN, LocalStore
 from holdfast.storage.store import Buffer
 
-BYTES = memoryview(mmap.mmap(-1, 3 * IN_PLACE_WINDOW_BYTES))
-BYTES[:] = os.urandom(1 << 20) * (len(BYTES) >> 20)
+BYTES = memoryview(mmap.mmap(-1, 3 * IN_PLACE_BYTES_MAX))
+BYTES[:] = random.Random(0).randbytes(len(BYTES))
 
 SIZES = st.sampled_from([0, 1, 100, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1]) | st.sampled_from(
-    [IN_PLACE_BYTES_MIN, IN_PLACE_BYTES_MIN + PAGE_BYTES, WINDOW_BYTES - 1, WINDOW_BYTES + 70]
+    [
+        IN_PLACE_BYTES_MIN,
+        IN_PLACE_BYTES_MIN + PAGE_BYTES,
+        WINDOW_BYTES - 1,
+        WINDOW_BYTES + 70,
+        IN_PLACE_BYTES_MAX + 70,
+    ]
+)
+
+
+# Of parts of the same size, most have distinct bytes, at the same distance from a page.
+STARTS = st.builds(
+    lambda page, at: page * PAGE_BYTES + at, st.integers(0, 9), st.sampled_from([0, 64])
 )
 
 
@@ -54,7 +67,7 @@ def direct_or_skip(tmp_path_factory: pytest.TempPathFactory) -> None:
     st.lists(
         st.tuples(
             st.sampled_from([0, 1, 64]) | st.integers(0, 3 * PAGE_BYTES),
-            st.lists(st.tuples(SIZES, st.sampled_from([0, 64])), max_size=5),
+            st.lists(st.tuples(SIZES, STARTS), max_size=5),
         ),
         max_size=3,
     )
@@ -62,8 +75,9 @@ def direct_or_skip(tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_direct_writes_give_the_same_file_as_buffered_ones(
     ranges: list[tuple[int, list[tuple[int, int]]]],
 ) -> None:
-    """G1. Method: ranges with gaps between them, parts of sizes around that of a page and of a
-    window, in aligned and unaligned memory; compared byte for byte with plain writes."""
+    """G1. Method: ranges with gaps between them, parts of sizes around that of a page, of a window
+    and of a write without a copy, in aligned and unaligned memory; compared byte for byte with
+    plain writes."""
     with TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("direct", "plain")]
         files = [os.open(path, os.O_RDWR | os.O_CREAT) for path in paths]
@@ -103,9 +117,9 @@ def test_pages_of_large_tensors_are_written_without_a_copy(
     file, past_cache = os.open(path, os.O_RDWR), open_direct(str(path))
     assert past_cache is not None
     writer = DirectWriter(past_cache, file)
-    large = BYTES[phase : phase + 2 * IN_PLACE_WINDOW_BYTES + 3 * PAGE_BYTES + 5]
-    small = bytes(-len(large) % PAGE_BYTES)
-    parts: list[Buffer] = [bytes(phase), large, small, large, small, large]
+    large = BYTES[phase : phase + 2 * IN_PLACE_BYTES_MAX + 3 * PAGE_BYTES + 5]
+    small = BYTES[-(-len(large) % PAGE_BYTES) :]
+    parts: list[Buffer] = [BYTES[:phase], large, small, large, small, large]
     writer.write(0, parts)
     writer.finish()
     writer.close()
@@ -135,7 +149,7 @@ def test_memory_that_the_system_cannot_write_from_is_copied(
     assert past_cache is not None
     monkeypatch.setattr(os, "pwritev", failing)
     writer = DirectWriter(past_cache, file)
-    parts: list[Buffer] = [bytes(100), BYTES[100:], BYTES[:5000]]
+    parts: list[Buffer] = [BYTES[:100], BYTES[100:], BYTES[:5000]]
     writer.write(0, parts)
     writer.finish()
     writer.close()
@@ -171,12 +185,14 @@ def test_a_large_file_of_the_store_has_its_exact_size_and_content(tmp_path: Path
 def test_fewer_threads_write_the_same_if_memory_is_short(tmp_path: Path, room_mib: int) -> None:
     """G13. Method: a limit of the address space with room for the stacks of few or no threads."""
     script = """
-import os, re, resource, sys
+import mmap, os, random, re, resource, sys
 from pathlib import Path
 import numpy
 from holdfast.storage import direct
 files = [os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | flag) for flag in (os.O_DIRECT, 0)]
-data, windows = bytes(range(256)) * (64 << 10), [*direct._windows()]
+windows = [*direct._windows()]
+data = memoryview(mmap.mmap(-1, 16 << 20))
+data[:] = random.Random(0).randbytes(len(data))
 direct._windows = lambda: windows
 size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
 size += int(sys.argv[2]) << 20
@@ -193,7 +209,7 @@ print(num_threads)
     ran = subprocess.run(words, text=True, capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert int(ran.stdout) < NUM_THREADS
-    assert file.read_bytes() == bytes(range(256)) * (64 << 10)
+    assert file.read_bytes() == random.Random(0).randbytes(16 << 20)
 
 
 def test_an_error_of_the_caller_ends_the_writing_threads(
