@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 import time
 from pathlib import Path
 
 import pytest
 from benchmarks import raw
-from benchmarks.raw import WAYS, Way, fastest, raw_read, raw_read_direct, raw_write
+from benchmarks.raw import (
+    WAYS,
+    Way,
+    fastest,
+    raw_read,
+    raw_read_direct,
+    raw_write,
+    raw_write_memory,
+)
 
 NBYTES = (3 << 20) + 4096
 
@@ -49,3 +58,13 @@ def test_each_way_writes_and_reads_all_bytes(
     monkeypatch.setattr(os, "preadv", counted)
     raw_read_direct(tmp_path / "raw", NBYTES, way)
     assert sum(counts) == NBYTES
+
+
+@pytest.mark.parametrize("way", [Way(1, 1 << 20), Way(4, 8 << 20)], ids=str)
+def test_the_pages_of_memory_are_written_in_order(way: Way, tmp_path: Path) -> None:
+    """Method: two parts of one buffer, which start and end inside pages."""
+    memory = memoryview(mmap.mmap(-1, 6 << 20))
+    memory[:] = random.Random(0).randbytes(len(memory))
+    raw_write_memory(tmp_path / "raw", [memory[64 : NBYTES + 1], memory[8200:8300]], way)
+    pages = memory[: NBYTES + 4096], memory[8192:12288]
+    assert (tmp_path / "raw").read_bytes() == b"".join(pages)
