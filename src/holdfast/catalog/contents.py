@@ -19,7 +19,7 @@ from holdfast.format.archive import RECORD, Record, read_records, windowed
 from holdfast.format.checksum import block_checksums, checksum, checksum_of_parts, num_blocks
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Chunk, Manifest, Span, TensorEntry, ValueEntry
-from holdfast.format.torchzip import frame, frame_of, locate
+from holdfast.format.torchzip import PAGE_BYTES, PHASE_BYTES, frame, locate
 from holdfast.storage.store import ReadStore
 
 WINDOW_BYTES = 4 << 20
@@ -160,15 +160,13 @@ def _gap(start: int, stop: int) -> Iterator[_Section]:
 def _chunk_sections(
     name: str, dtype: str, chunk: Chunk, table: Sequence[int], block_bytes: int
 ) -> Iterator[_Section]:
-    shape, position, start = chunk.region.shape, chunk.item.offset, chunk.data_offset
-    if start is None:
-        prefix, suffix = frame(dtype, shape, position)
-        start = position + len(prefix)
-    else:
-        # Versions of Holdfast start data at different multiples of 64 bytes.
-        prefix, suffix = frame_of(dtype, shape, start - position)
+    # Older versions of Holdfast started large data on a page.
+    is_on_page = chunk.data_offset is not None and chunk.data_offset % PAGE_BYTES == 0
+    phase = 0 if is_on_page else PHASE_BYTES
+    prefix, suffix = frame(dtype, chunk.region.shape, chunk.item.offset, phase)
+    start = chunk.data_offset if chunk.data_offset is not None else chunk.item.offset + len(prefix)
     stop = start + chunk.region.num_elements * dtype_of(dtype).itemsize
-    yield _Section(Span(position, start - position), name, prefix)
+    yield _Section(Span(chunk.item.offset, start - chunk.item.offset), name, prefix)
     chunk_first = chunk.first_block or 0
     for offset in range(start, stop if table else start, WINDOW_BYTES):
         nbytes, first = min(WINDOW_BYTES, stop - offset), (offset - start) // block_bytes

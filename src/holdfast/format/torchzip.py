@@ -54,9 +54,6 @@ LARGE_BYTES = 64 << 10
 PICKLE_BYTES_MAX = 256 << 20
 """Maximum size of `data.pkl` in a `.pt` file. It has room for two million tensors."""
 
-_PADDING_STOP = 1 << 15
-"""Padding before data is smaller than this: versions of Holdfast pad to pages at most."""
-
 _TENSOR_PICKLE_BYTES_MAX = 1 << 20
 _PARAMETERS_MAX = 8
 """Maximum number of objects nested around one tensor, such as `Parameter`s. Without a limit,
@@ -69,20 +66,17 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(sizes, mul, initial=1))[::-1] if shape else ()
 
 
-def frame(dtype: str, shape: tuple[int, ...], position: int) -> tuple[bytes, bytes]:
+def frame(
+    dtype: str, shape: tuple[int, ...], position: int, phase: int = PHASE_BYTES
+) -> tuple[bytes, bytes]:
     """Return the bytes of an item before and after the raw data of its tensor. The item is at
-    `position` of a file."""
+    `position` of a file. `phase`: distance of large data from the start of a page. It was 0 in
+    older versions of Holdfast."""
     nbytes = prod(shape) * dtype_of(dtype).itemsize
     align = PAGE_BYTES if nbytes >= LARGE_BYTES else PHASE_BYTES
     # The frame depends only on this remainder. Passing just the remainder lets tensors of one shape
     # share a few cached frames.
-    return _frame(dtype, shape, align, (position - PHASE_BYTES) % align)
-
-
-def frame_of(dtype: str, shape: tuple[int, ...], prefix_nbytes: int) -> tuple[bytes, bytes]:
-    """Return the same, for data that starts `prefix_nbytes` after the start of the item. If no
-    padding gives a prefix of that size, it has another size."""
-    return _frame(dtype, shape, _PADDING_STOP, -prefix_nbytes % _PADDING_STOP)
+    return _frame(dtype, shape, align, (position - phase) % align)
 
 
 @lru_cache(maxsize=1024)
