@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypeVar
@@ -54,15 +53,21 @@ class UnansweredError(StorageError):
     """The store failed, or its answer was lost: the request may have taken effect, or not."""
 
 
-def until_answered(request: Callable[[], T], tries: int) -> T:
-    """Send a request until the store answers, up to `tries` times. Sending it twice must be safe.
+def until_answered(
+    request: Callable[[], T], tries: int, *, may_repeat: Callable[[], bool] = lambda: True
+) -> T:
+    """Send a request until the store answers, up to `tries` times. Sending it twice must be safe
+    while `may_repeat()` is true.
 
     Raises:
         UnansweredError: the store did not answer any try.
     """
     for _ in range(tries - 1):
-        with suppress(UnansweredError):
+        try:
             return request()
+        except UnansweredError:
+            if not may_repeat():
+                raise
         pause()
     return request()
 

@@ -197,12 +197,12 @@ class CloudBucket:
             return _version(obstore.put(store, key, data, mode=mode, use_multipart=False))
 
     def put_stream(self, key: str, parts: Iterator[Buffer]) -> None:
-        taken = 0
+        is_begun = False
 
-        def counted() -> Iterator[Buffer]:
-            nonlocal taken
+        def taken() -> Iterator[Buffer]:
+            nonlocal is_begun
             for part in parts:
-                taken += 1
+                is_begun = True
                 yield part
 
         def put() -> None:
@@ -211,7 +211,7 @@ class CloudBucket:
                     obstore.put(
                         self._data,
                         key,
-                        counted(),
+                        taken(),
                         use_multipart=True,
                         chunk_size=PART_BYTES,
                         max_concurrency=CONCURRENT_PARTS,
@@ -221,17 +221,9 @@ class CloudBucket:
                 # store does not have any more if it has executed the request.
                 raise UnansweredError(f"the upload of {error.what} is gone") from error
 
-        for _ in range(_TRIES - 1):
-            try:
-                put()
-                return
-            except UnansweredError:
-                # The answer to the request that begins the upload may be cut. Once a part is sent,
-                # the upload cannot begin again.
-                if taken:
-                    raise
-            pause()
-        put()
+        # The answer to the request that begins the upload may be cut. Once a part is taken, the
+        # upload cannot begin again.
+        until_answered(put, _TRIES, may_repeat=lambda: not is_begun)
 
     def copy(self, source: str, target: str) -> None:
         with self._errors_of("copy", source):
