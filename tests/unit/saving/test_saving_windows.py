@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from direct_files import copies, skip_without_direct
 from holdfast.format.region import Region
 from holdfast.format.torchzip import PAGE_BYTES, PHASE_BYTES
 from holdfast.planning.file_layout import lay_out, lay_out_file
@@ -19,8 +18,7 @@ from holdfast.saving import stage
 from holdfast.saving.stage import host_bytes, host_windows
 from holdfast.saving.write import WINDOW_BYTES, write
 from holdfast.state.layout import box_of
-from holdfast.storage import direct
-from holdfast.storage.direct import _gather, huge_memory
+from holdfast.storage.direct import huge_memory
 from holdfast.storage.local import LocalStore
 from memory import extra_mib
 
@@ -110,20 +108,8 @@ def test_a_large_tensor_is_written_without_a_copy_to_the_windows_of_the_store(
     tensor: torch.Tensor, stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """G13. Method: a tensor after a small one; the bytes that the store copies are counted."""
-    copied = 0
-
-    def gather(parts: Sequence[memoryview], window: memoryview) -> int:
-        nonlocal copied
-        nbytes = _gather(parts, window)
-        copied += nbytes
-        return nbytes
-
-    monkeypatch.setattr(direct, "_gather", gather)
-    (tmp_path / "probe").touch()
-    probe = direct.open_direct(str(tmp_path / "probe"))
-    if probe is None:
-        pytest.skip("this file system knows no O_DIRECT")
-    os.close(probe)
+    skip_without_direct(tmp_path)
+    copied = copies(monkeypatch)
     tensors = {"small": torch.randn(5), "large": tensor}
     regions = [
         (name, "float32" if name == "small" else stored, Region.whole(tuple(t.shape)))
@@ -137,7 +123,7 @@ def test_a_large_tensor_is_written_without_a_copy_to_the_windows_of_the_store(
         lambda item: host_windows(tensors[item.name], item.dtype),
     )
     data = layout.tensors[1].data
-    assert 0 < copied <= 4 * PAGE_BYTES * -(-data.nbytes // WINDOW_BYTES)
+    assert 0 < sum(copied) <= 4 * PAGE_BYTES * -(-data.nbytes // WINDOW_BYTES)
     written = (tmp_path / layout.name).read_bytes()[data.offset : data.stop]
     wanted = tensor.to(getattr(torch, stored)).contiguous()
     assert written == wanted.view(-1).view(torch.uint8).numpy().tobytes()

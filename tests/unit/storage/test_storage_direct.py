@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import random
@@ -16,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from direct_files import copies, skip_without_direct
 from holdfast.errors import StorageError
-from holdfast.storage import direct
 from holdfast.storage.direct import (
     IN_PLACE_BYTES_MAX,
     IN_PLACE_BYTES_MIN,
@@ -26,7 +27,6 @@ from holdfast.storage.direct import (
     WINDOW_BYTES,
     BufferedWriter,
     DirectWriter,
-    _gather,
     open_direct,
 )
 from holdfast.storage.local import DIRECT_BYTES_MIN, LocalStore
@@ -45,7 +45,6 @@ SIZES = st.sampled_from([0, 1, 100, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1])
     ]
 )
 
-
 # Of parts of the same size, most have distinct bytes, at the same distance from a page.
 STARTS = st.builds(
     lambda page, at: page * PAGE_BYTES + at, st.integers(0, 9), st.sampled_from([0, 64])
@@ -54,12 +53,13 @@ STARTS = st.builds(
 
 @pytest.fixture(scope="module", autouse=True)
 def direct_or_skip(tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.mktemp("direct") / "file"
-    file.touch()
-    descriptor = open_direct(str(file))
-    if descriptor is None:
-        pytest.skip("this file system knows no O_DIRECT")
-    os.close(descriptor)
+    skip_without_direct(tmp_path_factory.mktemp("direct"))
+
+
+def write_file(path: Path, parts: Sequence[Buffer]) -> None:
+    """Write a file as the store does, which takes it past the page cache if it is large."""
+    with LocalStore(path.parent).create(path.name, sum(map(len, parts))) as writer:
+        writer.write(0, parts)
 
 
 @settings(max_examples=40, deadline=None)
@@ -103,30 +103,13 @@ def test_pages_of_large_tensors_are_written_without_a_copy(
 ) -> None:
     """G13. Method: three large parts with small ones between them. In memory and in the file, the
     large ones start at the same distance from the start of a page. The copied bytes are counted."""
-    copied = 0
-
-    def gather(parts: Sequence[memoryview], window: memoryview) -> int:
-        nonlocal copied
-        nbytes = _gather(parts, window)
-        copied += nbytes
-        return nbytes
-
-    monkeypatch.setattr(direct, "_gather", gather)
-    path = tmp_path / "file"
-    path.touch()
-    file, past_cache = os.open(path, os.O_RDWR), open_direct(str(path))
-    assert past_cache is not None
-    writer = DirectWriter(past_cache, file)
+    copied = copies(monkeypatch)
     large = BYTES[phase : phase + 2 * IN_PLACE_BYTES_MAX + 3 * PAGE_BYTES + 5]
     small = BYTES[-(-len(large) % PAGE_BYTES) :]
     parts: list[Buffer] = [BYTES[:phase], large, small, large, small, large]
-    writer.write(0, parts)
-    writer.finish()
-    writer.close()
-    assert path.read_bytes() == b"".join(parts)
-    assert copied <= 3 * 3 * PAGE_BYTES
-    for descriptor in (file, past_cache):
-        os.close(descriptor)
+    write_file(tmp_path / "file", parts)
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
+    assert sum(copied) <= 3 * 3 * PAGE_BYTES
 
 
 def test_memory_that_the_system_cannot_write_from_is_copied(
@@ -137,25 +120,16 @@ def test_memory_that_the_system_cannot_write_from_is_copied(
     pwritev = os.pwritev
 
     def failing(file: int, views: list[memoryview], offset: int) -> int:
-        if file != past_cache:
+        if not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
             return pwritev(file, views, offset)
         if len(views[0]) > WINDOW_BYTES:
             raise OSError(errno.EFAULT, "Bad address")
         return pwritev(file, views[:1], offset)
 
-    path = tmp_path / "file"
-    path.touch()
-    file, past_cache = os.open(path, os.O_RDWR), open_direct(str(path))
-    assert past_cache is not None
     monkeypatch.setattr(os, "pwritev", failing)
-    writer = DirectWriter(past_cache, file)
     parts: list[Buffer] = [BYTES[:100], BYTES[100:], BYTES[:5000]]
-    writer.write(0, parts)
-    writer.finish()
-    writer.close()
-    assert path.read_bytes() == b"".join(parts)
-    for descriptor in (file, past_cache):
-        os.close(descriptor)
+    write_file(tmp_path / "file", parts)
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
 
 
 def test_an_error_in_a_writing_thread_is_raised_to_the_caller(tmp_path: Path) -> None:
