@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.storage import direct
-from holdfast.storage.direct import _gather, open_direct
+from holdfast.storage.direct import _copied, open_direct
 
 
 def skip_without_direct(folder: Path) -> None:
@@ -27,9 +28,10 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the bytes of each copy that a direct write makes from now on."""
     nbytes: list[int] = []
 
-    def gather(parts: Sequence[memoryview], window: memoryview) -> int:
-        nbytes.append(_gather(parts, window))
-        return nbytes[-1]
+    def copied(parts: Sequence[memoryview], window: mmap.mmap) -> memoryview:
+        copy = _copied(parts, window)
+        nbytes.append(len(copy))
+        return copy
 
-    monkeypatch.setattr(direct, "_gather", gather)
+    monkeypatch.setattr(direct, "_copied", copied)
     return nbytes

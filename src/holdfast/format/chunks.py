@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum
@@ -34,9 +34,7 @@ _BATCH_ROWS = 256
 """Number of rows that an iteration over `ChunkRows` decodes at a time."""
 
 
-@sent_by_fields
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Contiguous bytes of a file."""
 
     offset: int

@@ -63,8 +63,7 @@ class Dumper:
 
     def get(self, value: object) -> bytes:
         """Return the opcode that pushes a memoized global or string."""
-        index = self._memo[value]
-        return b"h" + bytes([index]) if index < 256 else b"j" + _u32(index)
+        return _get(self._memo[value])
 
     def take(self) -> bytes:
         """Remove and return the bytes written so far. Keeps the memo."""
@@ -78,6 +77,17 @@ class Dumper:
             self.put(value)
             self.parts.append(b"0")
 
+    def put_text(self, text: str) -> bytes:
+        """Append a string: faster than `put`. Returns the opcode that pushes the string again."""
+        index = self._memo.get(text)
+        if index is None:
+            index = self._memo[text] = len(self._memo)
+            self.parts.append(_pickled_text(text) + b"\x94")
+            return _get(index)
+        opcode = _get(index)
+        self.parts.append(opcode)
+        return opcode
+
     def put(self, value: Any) -> None:
         match value:
             case None:
@@ -87,9 +97,9 @@ class Dumper:
             case int():
                 self.parts.append(pickled_int(value))
             case str():
-                self._once(value, self._put_str)
+                self.put_text(value)
             case FileName():
-                self._once(value, lambda file: self._put_str(file.name))
+                self._once(value, lambda file: self.parts.append(_pickled_text(file.name)))
             case tuple():
                 self._put_tuple(value)
             case list():
@@ -119,15 +129,9 @@ class Dumper:
             self._memo[value] = len(self._memo)
             self.parts.append(b"\x94")
 
-    def _put_str(self, value: str) -> None:
-        text = value.encode()
-        short = len(text) < 256
-        self.parts.append(b"\x8c" + bytes([len(text)]) if short else b"X" + _u32(len(text)))
-        self.parts.append(text)
-
     def _put_global(self, value: Global) -> None:
-        self._once(value.module, self._put_str)
-        self._once(value.name, self._put_str)
+        self.put_text(value.module)
+        self.put_text(value.name)
         self.parts.append(b"\x93")
 
     def _put_tuple(self, value: tuple[Any, ...]) -> None:
@@ -143,6 +147,17 @@ class Dumper:
         for member in members:
             self.put(member)
         self.parts.append(tail)
+
+
+def _pickled_text(text: str) -> bytes:
+    """Pickle a string with its shortest opcode."""
+    data = text.encode()
+    return (b"\x8c%c%b" % (len(data), data)) if len(data) < 256 else b"X" + _u32(len(data)) + data
+
+
+def _get(index: int) -> bytes:
+    """Return the opcode that pushes a memoized object."""
+    return b"h%c" % index if index < 256 else b"j" + _u32(index)
 
 
 def pickled_int(value: int) -> bytes:

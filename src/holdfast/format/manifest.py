@@ -15,8 +15,8 @@ from typing import Any, Literal, cast
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum, timings
+from holdfast.format.chunks import Chunk as Chunk
 from holdfast.format.chunks import (
-    NUM_PLACES,
     ChunkDecoder,
     ChunkRows,
     DataFile,
@@ -26,7 +26,6 @@ from holdfast.format.chunks import (
     row_file_of,
     rows_of,
 )
-from holdfast.format.chunks import Chunk as Chunk
 from holdfast.format.chunks import Span as Span
 from holdfast.format.chunks import Table as Table
 from holdfast.format.components import OPTIMIZER
@@ -153,24 +152,11 @@ class Manifest:
 
 
 def encode_tensor(
-    name: str, dtype: str, shape: tuple[int, ...], path: Path, numbers: Sequence[int]
+    name: str, dtype: str, shape: tuple[int, ...], path: Path, chunks: bytes
 ) -> bytes:
     """Encode one member of the object `tensors` in `manifest.json`: name and entry of a tensor.
-
-    `numbers` has, for each chunk: index of its file, offset and bytes of its item, offset of its
-    data, index of its first block, then start and stop along each dim.
-    """
-    # `numbers` is flat: with a list per chunk, the garbage collector would track a million lists.
-    size = NUM_PLACES + 2 * len(shape)
-    rows = _rows_format(size, len(numbers) // size) % tuple(numbers)
-    return _start(name, dtype, shape, path) + b',"chunks":[' + rows.encode() + b"]}"
-
-
-@lru_cache(maxsize=64)
-def _rows_format(size: int, count: int) -> str:
-    """Return a `%` format string for `count` lists of `size` ints, separated by commas."""
-    row = "[" + ",".join(["%d"] * size) + "]"
-    return ",".join([row] * count)
+    `chunks`: the members of the list `chunks`."""
+    return b'%b,"chunks":[%b]}' % (_start(name, dtype, shape, path), chunks)
 
 
 def encode_tensor_with_rows(
@@ -183,7 +169,7 @@ def encode_tensor_with_rows(
 
 def _start(name: str, dtype: str, shape: tuple[int, ...], path: Path) -> bytes:
     """Encode a tensor's name, and its entry without the last member, which lists the chunks."""
-    start = _json(name) + b":" + _head(dtype, shape)
+    start = b"%b:%b" % (_json(name), _head(dtype, shape))
     return start if path == (name,) else start + b',"path":' + _json(path)
 
 

@@ -8,8 +8,10 @@ once, and later saves use them again.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +48,7 @@ _CONSTANTS = (_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, *_FIELDS, *_MEMBERS)
 """Globals and strings that are memoized first, so that every row can refer to them by index."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class TensorTable:
+class TensorTable(NamedTuple):
     """A tensor, and arrays with one row per chunk."""
 
     name: str
@@ -65,21 +66,48 @@ class TensorTable:
     offset of its raw elements, index of its first checksum in the file's table."""
 
 
-def encode_tensors(tables: Iterable[TensorTable]) -> bytes:
+def encode_tensors(tables: Sequence[TensorTable]) -> bytes:
     """Encode the member `tensors` of `manifest.json`."""
-    members = (encode_tensor(t.name, t.dtype, t.shape, t.path, _numbers(t)) for t in tables)
-    return b"{" + b",".join(members) + b"}"
+    members: list[bytes] = []
+    regions: dict[tuple[int, int], bytes] = {}
+    for table in tables:
+        if len(table.places) == 1:
+            # numpy is slower for a single chunk, and thousands of small tensors have only one.
+            arrays = id(table.start), id(table.stop)
+            region = regions.get(arrays)
+            if region is None:
+                region = regions[arrays] = (
+                    b",%d"
+                    * (2 * len(table.shape))
+                    % (
+                        *table.start[0].tolist(),
+                        *table.stop[0].tolist(),
+                    )
+                )
+            chunks = b"[%d,%d,%d,%d,%d%b]" % (*table.places[0].tolist(), region)
+        else:
+            numbers = np.hstack((table.places, table.start, table.stop)).ravel()
+            chunks = _encode_chunks(numbers.tolist(), len(table.shape))
+        members.append(encode_tensor(table.name, table.dtype, table.shape, table.path, chunks))
+    return b"{%b}" % b",".join(members)
 
 
-def _numbers(table: TensorTable) -> list[int]:
-    """Return the numbers in `places`, `start` and `stop`, chunk by chunk, as
-    `manifest.encode_tensor` needs them."""
-    columns = (table.places, table.start, table.stop)
-    if len(table.places) == 1:
-        # numpy is slower for a single row, and thousands of small tensors have only one.
-        return [number for column in columns for number in column[0].tolist()]
-    numbers: list[int] = np.hstack(columns).ravel().tolist()
-    return numbers
+def _encode_chunks(numbers: Sequence[int], num_dims: int) -> bytes:
+    """Encode the chunks of a tensor with `num_dims` dims in `manifest.json`.
+
+    `numbers` has, for each chunk: index of its file, offset and bytes of its item, offset of its
+    data, index of its first block, then start and stop along each dim.
+    """
+    # `numbers` is flat: with a list per chunk, the garbage collector would track a million lists.
+    size = NUM_PLACES + 2 * num_dims
+    return _rows_format(size, len(numbers) // size) % tuple(numbers)
+
+
+@lru_cache(maxsize=64)
+def _rows_format(size: int, count: int) -> bytes:
+    """Return a `%` format string for `count` lists of `size` ints, separated by commas."""
+    row = b"[" + b",".join([b"%d"] * size) + b"]"
+    return b",".join([row] * count)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -140,49 +168,53 @@ class StockIndex:
 
     def __init__(
         self,
-        tables: Iterable[TensorTable],
+        tables: Sequence[TensorTable],
         values: Mapping[str, Path],
         files: Sequence[str],
     ) -> None:
         self._out = out = Dumper(OURS)
         self._properties_of: dict[str, bytes] = {}
-        self._cache: dict[tuple[object, ...], bytes] = {}
+        self._of_content: dict[tuple[object, ...], bytes] = {}
+        """Encoded metadata of tensors, by dtype, shape and chunks."""
+
+        self._of_layout: dict[tuple[object, ...], bytes] = {}
+        """The same by the `id()` of the arrays of the chunks, which tensors of one layout share."""
+
+        self._before_offset: dict[tuple[int, int], bytes] = {}
+        """Part of the position of an only chunk, by the `id()` of the array `start` and the index
+        of the file."""
+
         self._large: list[bytes | bytearray] = []
         """Encoded bytes up to the last large tensor. They are never copied."""
 
-        self._columns: dict[tuple[object, ...], tuple[TensorTable, bytes]] = {}
-        """Large tensors and their encoded metadata. The keys have the `id()` of the arrays `start`
-        and `stop`, which tensors of one layout share. The tensors are kept, so that no other arrays
-        get the same ids."""
-
-        names = [*map(FileName, files)]
-        out.memoize(*names, *_CONSTANTS)
-        file_memo = np.array([out.index(name) for name in names], np.int64)
+        file_names = [*map(FileName, files)]
+        out.memoize(*file_names, *_CONSTANTS)
+        file_memo = np.array([out.index(file) for file in file_names], np.int64)
         self._index = out.get(_INDEX) + b")\x81}(" + out.get("fqn")
         self._length = out.get("length")
         out.put(_METADATA)
         out.raw(b")\x81}(")
         out.put("state_dict_metadata")
         out.raw(b"}(")
-        paths: dict[str, Path] = {}
+        paths: list[tuple[bytes, str, Path]] = []
         stored = []
         for table in tables:
-            out.put(table.name)
+            name = out.put_text(table.name)
             self._put_tensor(table)
-            stored.append(self._places(table, file_memo))
-            paths[table.name] = table.path
-        for name in values:
-            out.put(name)
+            place = self._place if len(table.start) == 1 else self._places
+            stored.append(place(table, name, file_memo))
+            paths.append((name, table.name, table.path))
+        for text, path in values.items():
+            paths.append((out.put_text(text), text, path))
             out.put(Instance(_VALUE, None))
         out.raw(b"u")
         out.put("planner_data")
         out.raw(b"}(")
-        for name, path in (*paths.items(), *values.items()):
-            name_opcode = out.get(name)
-            out.raw(name_opcode)
-            if path == (name,):
-                out.raw(name_opcode + b"\x85")
+        for name, text, path in paths:
+            if path == (text,):
+                out.raw(b"%b%b\x85" % (name, name))
             else:
+                out.raw(name)
                 out.put(path)
         out.raw(b"u")
         out.put("storage_data")
@@ -191,6 +223,8 @@ class StockIndex:
             # Thousands of small parts would take longer to write than one.
             stored = [b"".join(stored)]
         self._fixed = [*self._large, out.take(), *stored]
+        for cache in (self._of_content, self._of_layout, self._before_offset):
+            cache.clear()
 
     def encode(self, values: Mapping[str, tuple[str, Span]]) -> list[bytes | bytearray]:
         """Encode `.metadata`, given the file and the item of each value. Return it in parts."""
@@ -209,32 +243,27 @@ class StockIndex:
     def _put_tensor(self, table: TensorTable) -> None:
         """Write the metadata of a tensor. Tensors of equal dtype, shape and chunks share the bytes
         of their metadata."""
-        out, is_large = self._out, len(table.start) >= _LARGE_CHUNKS_MIN
-        columns = (table.dtype, table.shape, id(table.start), id(table.stop))
-        if is_large and columns in self._columns:
-            self._put_large(self._columns[columns][1])
-            return
-        key = (table.dtype, table.shape, table.start.tobytes(), table.stop.tobytes())
-        encoded = self._cache.get(key)
+        out = self._out
+        layout = (table.dtype, table.shape, id(table.start), id(table.stop))
+        encoded = self._of_layout.get(layout)
         if encoded is None:
             num_parts, num_memoized = len(out.parts), out.num_memoized
-            self._put_new_tensor(table)
-            if out.num_memoized != num_memoized:
-                # These bytes memoize a new object, so they cannot be used again: the next tensor
-                # must refer to that object instead.
-                return
-            self._cache[key] = encoded = b"".join(out.parts[num_parts:])
-            if not is_large:
-                return
-            del out.parts[num_parts:]
-        if is_large:
-            self._columns[columns] = table, encoded
-            self._put_large(encoded)
+            content = (table.dtype, table.shape, table.start.tobytes(), table.stop.tobytes())
+            encoded = self._of_content.get(content)
+            if encoded is None:
+                self._put_new_tensor(table)
+                if out.num_memoized != num_memoized:
+                    # These bytes memoize a new object, so they cannot be used again: the next
+                    # tensor must refer to that object instead.
+                    return
+                encoded = b"".join(out.parts[num_parts:])
+                del out.parts[num_parts:]
+                self._of_content[content] = encoded
+            self._of_layout[layout] = encoded
+        if len(table.start) >= _LARGE_CHUNKS_MIN:
+            self._large += [out.take(), encoded]
         else:
             out.raw(encoded)
-
-    def _put_large(self, encoded: bytes) -> None:
-        self._large += [self._out.take(), encoded]
 
     def _put_new_tensor(self, table: TensorTable) -> None:
         out = self._out
@@ -270,15 +299,14 @@ class StockIndex:
             out.raw(before + memoized)
         return self._properties_of[dtype]
 
-    def _places(self, table: TensorTable, file_memo: Ints) -> bytes | bytearray:
-        """Encode the positions of a tensor's chunks. `file_memo`: memo index of each file name."""
+    def _places(self, table: TensorTable, name: bytes, file_memo: Ints) -> bytes | bytearray:
+        """Encode the positions of a tensor's chunks. `name`: opcode that pushes the tensor's name.
+        `file_memo`: memo index of each file name."""
         out = self._out
-        if len(table.start) == 1:
-            return self._place(table, file_memo)
         file, offset, nbytes = table.places.T[:3]
         return _rows(
             len(table.start),
-            self._index + out.get(table.name) + out.get("index"),
+            self._index + name + out.get("index"),
             np.arange(len(table.start)),
             out.get("offset"),
             *self._size(table.start),
@@ -291,12 +319,13 @@ class StockIndex:
             b"ub",
         )
 
-    def _place(self, table: TensorTable, file_memo: Ints) -> bytes:
+    def _place(self, table: TensorTable, name: bytes, file_memo: Ints) -> bytes:
         """Encode the position of the only chunk of a tensor, like `_places` but faster."""
-        out, start = self._out, table.start.tobytes()
-        file, offset, nbytes = table.places[0].tolist()[:3]
-        key = (start, table.start.shape, file)
-        if key not in self._cache:
+        out = self._out
+        file, offset, nbytes, _, _ = table.places[0].tolist()
+        key = id(table.start), file
+        before = self._before_offset.get(key)
+        if before is None:
             row = _rows(
                 1,
                 out.get("index"),
@@ -307,9 +336,9 @@ class StockIndex:
                 _MemoIndices(file_memo[[file]]),
                 out.get("offset"),
             )
-            self._cache[key] = bytes(row)
-        item = _packed(offset) + self._length + _packed(nbytes) + b"ub"
-        return self._index + out.get(table.name) + self._cache[key] + item
+            before = self._before_offset[key] = bytes(row)
+        parts = (self._index, name, before, _packed(offset), self._length, _packed(nbytes), b"ub")
+        return b"".join(parts)
 
     def _value_place(self, file: str, item: Span) -> bytes:
         """Encode the position of a value. The bytes follow the value's name in `.metadata`. A value
@@ -365,6 +394,9 @@ def _opcode(part: Ints | _MemoIndices) -> tuple[Ints, bytes, str]:
     return part, *_width(int(part.max()) if len(part) else 0)
 
 
+_INT32 = struct.Struct("<ci")
+"""Opcode and value of most offsets: such an object packs faster than `struct.pack`."""
+
 _WIDTHS = (
     (b"K", "B", 1 << 8),
     (b"M", "H", 1 << 16),
@@ -383,5 +415,7 @@ def _width(largest: int) -> tuple[bytes, str]:
 
 def _packed(number: int) -> bytes:
     """Encode an int that is not negative, with its opcode."""
+    if 1 << 16 <= number < 1 << 31:
+        return _INT32.pack(b"J", number)
     opcode, code = _width(number)
     return opcode + struct.pack(f"<{code}", number)

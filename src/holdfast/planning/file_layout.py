@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from holdfast.format import checksum, torchzip
 from holdfast.format.dtypes import dtype_of
@@ -13,8 +14,7 @@ from holdfast.format.names import data_file
 from holdfast.format.region import Region
 
 
-@dataclass(frozen=True, slots=True)
-class TensorItem:
+class TensorItem(NamedTuple):
     """Region of a tensor, and its place in the file."""
 
     name: str
@@ -53,15 +53,23 @@ def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...
     """Place regions of tensors in a file, one after the other. `regions`: for each one, the name
     and dtype of the tensor, and the region."""
     items, position, block = [], 0, 0
+    # Thousands of tensors have the same region, as one object.
+    sizes: dict[tuple[str, int], tuple[tuple[int, ...], int, int, int]] = {}
     for name, dtype, region in regions:
-        shape = region.shape
-        prefix, suffix = torchzip.frame(dtype, shape, position)
-        nbytes = prod(shape) * dtype_of(dtype).itemsize
-        item = Span(position, len(prefix) + nbytes + len(suffix))
-        data = Span(position + len(prefix), nbytes)
+        known = sizes.get((dtype, id(region)))
+        if known is None:
+            shape = region.shape
+            nbytes = prod(shape) * dtype_of(dtype).itemsize
+            num_blocks, align = checksum.num_blocks(nbytes), torchzip.align_of(nbytes)
+            known = sizes[dtype, id(region)] = (shape, nbytes, num_blocks, align)
+        shape, nbytes, num_blocks, align = known
+        prefix, suffix = torchzip.frame_at(dtype, shape, align, position)
+        start = position + len(prefix)
+        stop = start + nbytes + len(suffix)
+        item, data = Span(position, stop - position), Span(start, nbytes)
         items.append(TensorItem(name, region, dtype, item, data, prefix, suffix, block))
-        position = item.stop
-        block += checksum.num_blocks(nbytes)
+        position = stop
+        block += num_blocks
     return tuple(items)
 
 

@@ -311,7 +311,6 @@ def _local_plans(
     local_plans: dict[str, LocalPlan] = {}
 
     def plan_of(name: str) -> LocalPlan:
-        _check_text(name)
         component, dot, _ = name.partition(".")
         component = component if dot else ""
         local_plan = local_plans.get(component)
@@ -319,6 +318,8 @@ def _local_plans(
             local_plan = local_plans[component] = LocalPlan()
         return local_plan
 
+    nodes = [".".join(map(str, path)) for path in (*state.structure, *state.unions)]
+    _check_text([*known, *(name for names in values for name in names), *nodes])
     for name, tensor in known.items():
         if name in aliases:
             plan_of(name).aliases[name] = aliases[name]
@@ -335,11 +336,12 @@ def _local_plans(
     return local_plans
 
 
-def _check_text(name: str) -> None:
-    """Raise UsageError if an index could not store the name."""
+def _check_text(names: Sequence[str]) -> None:
+    """Raise UsageError if an index could not store one of the names."""
     try:
-        name.encode()
+        "".join(names).encode()
     except UnicodeEncodeError as error:
+        name = next(name for name in names if name.encode(errors="replace").decode() != name)
         raise UsageError(
             f"the name {name!r} holds half of a character: {error.reason}",
             hint="such text comes from file names that are not UTF-8: rename the key",

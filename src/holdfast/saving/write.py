@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from holdfast.format.manifest import Span, Table
 from holdfast.format.sending import sent_by_fields
 from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.shared_files import StoredFile
+from holdfast.storage.direct import HUGE_PAGE_BYTES, PAGE_BYTES, huge_memory
 from holdfast.storage.store import Buffer, Creating, FileWriter
 from holdfast.timing import Spans
 
@@ -97,14 +99,19 @@ def _write_parts(
 ) -> bytes:
     """Write the file part by part. Returns its table of checksums."""
     checksums: list[int] = []
-    stream = _Stream(writer, pace)
+    stream = _Stream(writer, pace, layout.nbytes)
     for item in layout.tensors:
         if 0 < item.data.nbytes <= checksum.BLOCK_BYTES:
             # For states of thousands of small tensors, this takes half as long as the other branch.
             (data,) = windows_of(item)
             assert len(data) == item.data.nbytes, f"{item.name}: {len(data)} bytes, {item.data}"
             checksums.append(checksum.checksum(data))
-            stream.put_all((item.prefix, data, item.suffix), item.item.nbytes)
+            parts, nbytes = (item.prefix, data, item.suffix), item.item.nbytes
+            if nbytes < JOINED_BYTES_MAX:
+                stream.put_small(parts, nbytes)
+            else:
+                for part in parts:
+                    stream.put(part)
         else:
             stream.put(item.prefix)
             checksums += _put_windows(stream, windows_of(item), item)
@@ -185,46 +192,82 @@ class Pace:
 class _Stream:
     """Writes the parts of a file in order, a window at a time. Joins small parts."""
 
-    def __init__(self, writer: FileWriter, pace: Pace) -> None:
+    def __init__(self, writer: FileWriter, pace: Pace, nbytes: int) -> None:
+        """`nbytes`: size of the file."""
         self._writer = writer
         self._pace = pace
         self._parts: list[Buffer] = []
-        self._small: list[Buffer] = []
-        """Small parts that follow `_parts` and are not joined yet."""
-
+        self._joiner = _Joiner(nbytes)
         self._offset = 0
         self._pending = 0
 
     def put(self, part: Buffer) -> None:
         nbytes = len(part)
-        if nbytes >= JOINED_BYTES_MAX:
-            self._join()
-            self._parts.append(part)
-        else:
-            self._small.append(part)
-        self._pending += nbytes
-        if self._pending >= WINDOW_BYTES:
-            self.flush()
-
-    def put_all(self, parts: Sequence[Buffer], nbytes: int) -> None:
-        """Put several parts. `nbytes`: their total size."""
-        if nbytes >= JOINED_BYTES_MAX:
-            for part in parts:
-                self.put(part)
+        if nbytes < JOINED_BYTES_MAX:
+            self.put_small((part,), nbytes)
             return
-        self._small += parts
-        self._pending += nbytes
-        if self._pending >= WINDOW_BYTES:
-            self.flush()
+        self._parts += self._joiner.take()
+        self._parts.append(part)
+        self._count(nbytes)
+
+    def put_small(self, parts: Sequence[Buffer], nbytes: int) -> None:
+        """Put several parts. `nbytes`: their total size, less than `JOINED_BYTES_MAX`."""
+        if not self._joiner.add(parts, nbytes):
+            self._parts += self._joiner.take()
+            self._joiner.begin(parts, nbytes, self._offset + self._pending)
+        self._count(nbytes)
 
     def flush(self) -> None:
-        self._join()
+        self._parts += self._joiner.take()
         self._writer.write(self._offset, self._parts)
         self._offset += self._pending
         self._pace.wait(self._pending)
         self._parts, self._pending = [], 0
 
-    def _join(self) -> None:
-        if self._small:
-            self._parts.append(b"".join(self._small))
-            self._small = []
+    def _count(self, nbytes: int) -> None:
+        self._pending += nbytes
+        if self._pending >= WINDOW_BYTES:
+            self.flush()
+
+
+class _Joiner:
+    """Copies consecutive small parts into one."""
+
+    def __init__(self, nbytes: int) -> None:
+        """`nbytes`: most bytes to join in all."""
+        self._memory_bytes = min(HUGE_PAGE_BYTES, JOINED_BYTES_MAX + nbytes)
+        self._memory: mmap.mmap | None = None
+        self._start: int | None = None
+        """Start in memory of the parts that are joined now; None if there are none."""
+
+    def add(self, parts: Sequence[Buffer], nbytes: int) -> bool:
+        """Join parts of `nbytes` to the ones before. Returns False, and does nothing, if there are
+        none before, or if memory is full."""
+        memory = self._memory
+        if memory is None or self._start is None or memory.tell() + nbytes > len(memory):
+            return False
+        for part in parts:
+            memory.write(part)
+        return True
+
+    def begin(self, parts: Sequence[Buffer], nbytes: int, place: int) -> None:
+        """Begin with parts of `nbytes`, which are at offset `place` of the file. Call `take` before
+        this."""
+        # At the same distance from a page as in the file, so that the store need not copy it.
+        start = 0 if self._memory is None else self._memory.tell()
+        start += (place - start) % PAGE_BYTES
+        if self._memory is None or start + nbytes > len(self._memory):
+            start = place % PAGE_BYTES
+            # New memory, since the store may still read the old one.
+            self._memory = huge_memory(self._memory_bytes)
+        self._memory.seek(start)
+        self._start = start
+        self.add(parts, nbytes)
+
+    def take(self) -> list[memoryview]:
+        """Return the joined parts as one, if there are any. Call this before `begin`."""
+        if self._memory is None or self._start is None:
+            return []
+        joined = memoryview(self._memory)[self._start : self._memory.tell()]
+        self._start = None
+        return [joined]

@@ -188,13 +188,14 @@ def _modules(state: Any, path: Path) -> Iterator[tuple[Path, nn.Module]]:
     if not isinstance(state, Mapping) and {int, float, str}.issuperset(map(type, state)):
         return
     for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
-        below = (*path, str(key))
+        if isinstance(value, torch.Tensor):
+            continue  # Of thousands of members, most are tensors.
         if isinstance(value, nn.Module):
-            yield below, value
+            yield (*path, str(key)), value
         elif isinstance(value, ModelState):
-            yield from ((below, part) for part in value.parts)
-        elif isinstance(value, Mapping | list | tuple):
-            yield from _modules(value, below)
+            yield from (((*path, str(key)), part) for part in value.parts)
+        elif isinstance(value, (Mapping, list, tuple)):
+            yield from _modules(value, (*path, str(key)))
 
 
 def _check_names(state: FlatState) -> None:

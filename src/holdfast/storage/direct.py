@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -35,8 +35,9 @@ ends. Its address and its offset in the file must differ by whole pages."""
 IN_PLACE_BYTES_MAX = 4 << 20
 """Maximum bytes of one write without a copy."""
 
-_COPIED_ONE_BY_ONE_MAX = 8
-"""Maximum number of parts that are copied one by one. If there are more, they are joined first."""
+_COPIED_BY_NUMPY_MAX = 8
+"""Maximum number of parts of a window that numpy copies. It lets other threads run meanwhile, but
+takes more time for small parts."""
 
 _BUFFERS_A_CALL = 512
 """Maximum number of buffers that are passed to one pwritev. Linux takes at most 1024."""
@@ -67,9 +68,9 @@ class DirectWriter:
         self._direct = direct
         self._edges = BufferedWriter(buffered)
         self._threads = _Threads(NUM_THREADS)
-        self._free: SimpleQueue[memoryview] = SimpleQueue()
-        for window in _windows():
-            self._free.put(window)
+        self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
+        for _ in range(NUM_THREADS):
+            self._free.put(huge_memory(WINDOW_BYTES))
         self._parts: list[memoryview] = []
         self._start = self._stop = 0
         """Range of the file that `_parts` cover. `_start` is page-aligned if there are parts."""
@@ -139,9 +140,9 @@ class DirectWriter:
         self._parts = []
 
     def _write(self, parts: Sequence[memoryview], in_place: memoryview, offset: int) -> None:
-        window = self._free.get() if parts else _NOTHING
+        window = self._free.get() if parts else None
         try:
-            copied = window[: _gather(parts, window)]
+            copied = _NOTHING if window is None else _copied(parts, window)
             _write_all(self._direct, offset, [view for view in (copied, in_place) if len(view)])
         except OSError as error:
             if error.errno != errno.EFAULT or not in_place:
@@ -149,7 +150,7 @@ class DirectWriter:
             # The system can read this memory, but not write from it: a driver may have mapped it.
             self._edges.write(offset, [*parts, in_place])
         finally:
-            if parts:
+            if window is not None:
                 self._free.put(window)
 
 
@@ -231,13 +232,6 @@ class _Threads:
             raise self._error
 
 
-def _windows() -> Iterator[memoryview]:
-    """Yield a buffer of `WINDOW_BYTES` for each thread. All are parts of one allocation."""
-    memory = memoryview(huge_memory(NUM_THREADS * WINDOW_BYTES))
-    for number in range(NUM_THREADS):
-        yield memory[number * WINDOW_BYTES : (number + 1) * WINDOW_BYTES]
-
-
 def huge_memory(nbytes: int) -> mmap.mmap:
     """Allocate at least `nbytes` of page-aligned memory, on huge pages where whole ones fit and are
     available: a disk writes a huge page in one request.
@@ -276,17 +270,22 @@ def _fits_in_place(view: memoryview, offset: int) -> bool:
     return (np.frombuffer(view, np.uint8).ctypes.data - offset) % PAGE_BYTES == 0
 
 
-def _gather(parts: Sequence[memoryview], window: memoryview) -> int:
-    """Copy the parts to the window, one after the other. Returns their total bytes."""
+def _copied(parts: Sequence[memoryview], window: mmap.mmap) -> memoryview:
+    """Copy the parts to the window, one after the other. Returns the copy."""
+    if len(parts) > _COPIED_BY_NUMPY_MAX:
+        window.seek(0)
+        for part in parts:
+            window.write(part)
+        return memoryview(window)[: window.tell()]
     import numpy as np
 
-    offset = 0
-    for part in parts if len(parts) <= _COPIED_ONE_BY_ONE_MAX else [b"".join(parts)]:
-        target = window[offset : offset + len(part)]
+    copy, offset = memoryview(window), 0
+    for part in parts:
+        target = copy[offset : offset + len(part)]
         # Unlike an assignment, `copyto` releases the GIL.
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(part, np.uint8))
         offset += len(part)
-    return offset
+    return copy[:offset]
 
 
 def open_direct(path: str) -> int | None:

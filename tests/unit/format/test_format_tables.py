@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ def some_tables() -> list[TensorTable]:
             [("float32", 9), ("float32", 1), ("float32", 9), ("int64", 9), ("float32", 700)]
         )
     ]
-    return made + [replace(made[0], name=name, path=(name,)) for name in ("a", "b")]
+    return made + [made[0]._replace(name=name, path=(name,)) for name in ("a", "b")]
 
 
 def encoded() -> list[bytes | bytearray]:

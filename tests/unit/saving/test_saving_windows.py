@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from math import prod
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from holdfast.saving import stage
 from holdfast.saving.stage import host_bytes, host_windows
 from holdfast.saving.write import WINDOW_BYTES, write
 from holdfast.state.layout import box_of
-from holdfast.storage.direct import huge_memory
+from holdfast.storage.direct import IN_PLACE_BYTES_MIN, huge_memory
 from holdfast.storage.local import LocalStore
 from memory import extra_mib
 
@@ -127,3 +128,58 @@ def test_a_large_tensor_is_written_without_a_copy_to_the_windows_of_the_store(
     written = (tmp_path / layout.name).read_bytes()[data.offset : data.stop]
     wanted = tensor.to(getattr(torch, stored)).contiguous()
     assert written == wanted.view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_small_tensors_are_joined_and_not_copied_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method: 3,000 tensors of 4 KiB around a large one; the bytes that the store copies are
+    counted."""
+    skip_without_direct(tmp_path)
+    copied = copies(monkeypatch)
+    tensors = {f"t{number}": torch.randn(1024) for number in range(3000)}
+    tensors["t1500"] = at_phase((1 << 20,), torch.float32)
+    layout = lay_out_file(
+        0, lay_out([(n, "float32", Region.whole(tuple(t.shape))) for n, t in tensors.items()]), []
+    )
+    write(
+        LocalStore(tmp_path), ".", layout, lambda item: host_windows(tensors[item.name], item.dtype)
+    )
+    # The store copies short parts: before the large tensor and at the end.
+    assert sum(copied) <= 2 * IN_PLACE_BYTES_MIN + layout.nbytes // 50
+    written = (tmp_path / layout.name).read_bytes()
+    for item in layout.tensors:
+        data = tensors[item.name].numpy().tobytes()
+        assert written[item.item.offset : item.item.stop] == item.prefix + data + item.suffix
+
+
+@given(
+    sizes=st.lists(st.integers(0, 700), max_size=60),
+    joined=st.sampled_from([64, 300, 5000]),
+    memory=st.sampled_from([5000, 9000]),
+    window=st.sampled_from([500, 2000, 1 << 20]),
+)
+def test_parts_of_any_size_are_written_in_order(
+    sizes: list[int],
+    joined: int,
+    memory: int,
+    window: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Method: tensors of random bytes, with little memory for joined parts; the whole file."""
+    tensors = {f"t{n}": torch.randint(256, (size,)).byte() for n, size in enumerate(sizes)}
+    layout = lay_out_file(
+        0,
+        lay_out([(n, "uint8", Region.whole(tuple(t.shape))) for n, t in tensors.items()]),
+        [(["v"], b"value")],
+    )
+    folder = tmp_path_factory.mktemp("parts")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("holdfast.saving.write.JOINED_BYTES_MAX", joined)
+        patched.setattr("holdfast.saving.write.HUGE_PAGE_BYTES", memory)
+        patched.setattr("holdfast.saving.write.WINDOW_BYTES", window)
+        patched.setattr("holdfast.saving.write.huge_memory", lambda nbytes: mmap.mmap(-1, nbytes))
+        write(LocalStore(folder), ".", layout, lambda item: [tensors[item.name].numpy().data])
+    parts = [i.prefix + tensors[i.name].numpy().tobytes() + i.suffix for i in layout.tensors]
+    written = (folder / layout.name).read_bytes()
+    assert written[: layout.table_offset] == b"".join(parts) + b"value"

@@ -164,10 +164,10 @@ from pathlib import Path
 import numpy
 from holdfast.storage import direct
 files = [os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | flag) for flag in (os.O_DIRECT, 0)]
-windows = [*direct._windows()]
+windows = [direct.huge_memory(direct.WINDOW_BYTES) for _ in range(direct.NUM_THREADS)]
 data = memoryview(mmap.mmap(-1, 16 << 20))
 data[:] = random.Random(0).randbytes(len(data))
-direct._windows = lambda: windows
+direct.huge_memory = lambda nbytes: windows.pop()
 size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
 size += int(sys.argv[2]) << 20
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
