@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from holdfast.catalog.catalog import location, missing_file_error, read_checksums, verify_hint
 from holdfast.errors import DamagedError, NotFoundError
 from holdfast.format.archive import Fetch
-from holdfast.format.checksum import BLOCK_BYTES_MAX, block_checksums, checksum, num_blocks
+from holdfast.format.checksum import BLOCK_BYTES_MAX, checksum, num_blocks
 from holdfast.format.manifest import Chunk, Manifest, Span, ValueEntry
 from holdfast.format.torchzip import StoredTensor, locate
 from holdfast.storage.store import Distant, FileReader, ReadStore
@@ -210,31 +210,30 @@ class ChunkData:
             raise ends_inside(self._source, self._file, self.name, offset + nbytes)
         self.num_read += nbytes
         if self._checksums is not None:
-            block = self._source.manifest.block_bytes
-            first = start // block
-            expected = self._checksums[first : first + num_blocks(nbytes, block)]
-            check(self._source, self._file, self.name, first, target, expected)
+            first = start // self._source.manifest.block_bytes
+            check(self._source, self._file, self.name, first, target, self._checksums)
         elif self._crc32:
             self._crc32 = (zlib.crc32(target, self._crc32[0]), self._crc32[1])
 
 
 def check(
-    source: Source, file: str, name: str, first: int, data: memoryview, expected: Sequence[int]
+    source: Source, file: str, name: str, first: int, data: memoryview, checksums: Sequence[int]
 ) -> None:
     """Check `data`: consecutive blocks of a chunk of tensor `name`, beginning with the chunk's
-    block `first`. Raises a DamagedError if the checksum of a block is not the one in `expected`."""
-    found = block_checksums(data, source.manifest.block_bytes)
-    if found == [*expected]:
-        return
-    n = next(n for n, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
-    raise DamagedError(
-        f"`{source.url}/{file}`: block {first + n} of `{name}` has checksum {found[n]:016x}, "
-        f"the manifest says {expected[n]:016x}",
-        hint=source.hint,
-        file=f"{source.url}/{file}",
-        entry=name,
-        block=first + n,
-    )
+    block `first`. `checksums`: of all blocks of the chunk. Raises a DamagedError if a block has
+    another one."""
+    block_bytes = source.manifest.block_bytes
+    for number, start in enumerate(range(0, len(data), block_bytes), first):
+        found = checksum(data[start : start + block_bytes])
+        if found != checksums[number]:
+            raise DamagedError(
+                f"`{source.url}/{file}`: block {number} of `{name}` has checksum {found:016x}, "
+                f"the manifest says {checksums[number]:016x}",
+                hint=source.hint,
+                file=f"{source.url}/{file}",
+                entry=name,
+                block=number,
+            )
 
 
 def ends_inside(source: Source, file: str, name: str, position: int) -> DamagedError:

@@ -84,6 +84,10 @@ def byte_ranges(
     included. For `slice` wanted bytes in each row of `row` bytes, the ranges have at most `row /
     slice` times the wanted bytes.
     """
+    if box.is_whole(shape):
+        if box.num_elements:
+            yield ByteRange(0, box.num_elements * itemsize, box, contiguous=True)
+        return
     strides = [stride * itemsize for stride in contiguous_strides(shape)]
     yield from _ranges(box, box.start, strides, itemsize, window_bytes)
 

@@ -383,11 +383,9 @@ class _LocalReader:
         self._file = file
 
     def read_into(self, start: int, target: memoryview) -> int:
-        done = 0
-        while done < len(target):
-            count = os.preadv(self._file, [target[done:] if done else target], start + done)
-            if not count:
-                break
+        done = count = os.preadv(self._file, [target], start)
+        while count and done < len(target):
+            count = os.preadv(self._file, [target[done:]], start + done)
             done += count
         return done
 
