@@ -220,8 +220,8 @@ def check(
     source: Source, file: str, name: str, first: int, data: memoryview, checksums: Sequence[int]
 ) -> None:
     """Check `data`: consecutive blocks of a chunk of tensor `name`, beginning with the chunk's
-    block `first`. `checksums`: of all blocks of the chunk. Raises a DamagedError if a block has
-    another one."""
+    block `first`. `checksums`: of all blocks of the chunk. Raises a DamagedError if the checksum of
+    a block differs."""
     block_bytes = source.manifest.block_bytes
     for number, start in enumerate(range(0, len(data), block_bytes), first):
         found = checksum(data[start : start + block_bytes])

@@ -69,6 +69,7 @@ class TensorTable(NamedTuple):
 def encode_tensors(tables: Sequence[TensorTable]) -> bytes:
     """Encode the member `tensors` of `manifest.json`."""
     members: list[bytes] = []
+    # By the `id()` of the arrays: `tables` keeps them, so that no two have the same.
     regions: dict[tuple[int, int], bytes] = {}
     for table in tables:
         if len(table.places) == 1:
@@ -76,31 +77,21 @@ def encode_tensors(tables: Sequence[TensorTable]) -> bytes:
             arrays = id(table.start), id(table.stop)
             region = regions.get(arrays)
             if region is None:
-                region = regions[arrays] = (
-                    b",%d"
-                    * (2 * len(table.shape))
-                    % (
-                        *table.start[0].tolist(),
-                        *table.stop[0].tolist(),
-                    )
-                )
+                bounds = table.start[0].tolist() + table.stop[0].tolist()
+                region = regions[arrays] = b"".join([b",%d" % bound for bound in bounds])
             chunks = b"[%d,%d,%d,%d,%d%b]" % (*table.places[0].tolist(), region)
         else:
-            numbers = np.hstack((table.places, table.start, table.stop)).ravel()
-            chunks = _encode_chunks(numbers.tolist(), len(table.shape))
+            chunks = _encode_chunks(np.hstack((table.places, table.start, table.stop)))
         members.append(encode_tensor(table.name, table.dtype, table.shape, table.path, chunks))
     return b"{%b}" % b",".join(members)
 
 
-def _encode_chunks(numbers: Sequence[int], num_dims: int) -> bytes:
-    """Encode the chunks of a tensor with `num_dims` dims in `manifest.json`.
-
-    `numbers` has, for each chunk: index of its file, offset and bytes of its item, offset of its
-    data, index of its first block, then start and stop along each dim.
-    """
-    # `numbers` is flat: with a list per chunk, the garbage collector would track a million lists.
-    size = NUM_PLACES + 2 * num_dims
-    return _rows_format(size, len(numbers) // size) % tuple(numbers)
+def _encode_chunks(rows: Ints) -> bytes:
+    """Encode the chunks of a tensor in `manifest.json`. `rows`: for each chunk, its place, then its
+    start and stop along each dim."""
+    # Flat: with a list per chunk, the garbage collector would track a million lists.
+    numbers: list[int] = rows.ravel().tolist()
+    return _rows_format(rows.shape[1], len(rows)) % tuple(numbers)
 
 
 @lru_cache(maxsize=64)
@@ -178,7 +169,8 @@ class StockIndex:
         """Encoded metadata of tensors, by dtype, shape and chunks."""
 
         self._of_layout: dict[tuple[object, ...], bytes] = {}
-        """The same by the `id()` of the arrays of the chunks, which tensors of one layout share."""
+        """The same by the `id()` of the arrays of the chunks, which tensors of one layout share.
+        `tables` keeps the arrays, so that no two have the same."""
 
         self._before_offset: dict[tuple[int, int], bytes] = {}
         """Part of the position of an only chunk, by the `id()` of the array `start` and the index
@@ -223,6 +215,7 @@ class StockIndex:
             # Thousands of small parts would take longer to write than one.
             stored = [b"".join(stored)]
         self._fixed = [*self._large, out.take(), *stored]
+        # An `id()` is valid only while `tables` lives.
         for cache in (self._of_content, self._of_layout, self._before_offset):
             cache.clear()
 

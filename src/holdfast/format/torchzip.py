@@ -76,14 +76,15 @@ def frame(
 
 
 def align_of(nbytes: int) -> int:
-    """Return the number of bytes after which possible places of `nbytes` of data repeat."""
+    """Return the alignment of `nbytes` of data: they start `phase` bytes after a multiple of it."""
     return PAGE_BYTES if nbytes >= LARGE_BYTES else PHASE_BYTES
 
 
 def frame_at(
     dtype: str, shape: tuple[int, ...], align: int, position: int, phase: int = PHASE_BYTES
 ) -> tuple[bytes, bytes]:
-    """Return the same as `frame`, faster. `align`: result of `align_of`."""
+    """Return the same as `frame`. `align`: result of `align_of`, which a caller with many tensors
+    of one size computes once."""
     # The frame depends only on this remainder. Passing just the remainder lets tensors of one shape
     # share a few cached frames.
     return _frame(dtype, shape, align, (position - phase) % align)

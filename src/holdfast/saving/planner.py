@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from holdfast.planning.write_plan import (
 )
 from holdfast.saving.digests import Digests, Replicas, SharedNames, digests_of, shared_names
 from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
-from holdfast.state.tree import FlatState, Leaf, Path
+from holdfast.state.tree import FlatState, Leaf, Path, dotted
 from holdfast.state.values import Containers
 
 
@@ -304,7 +304,7 @@ def _regions_of(rank: int, write_plan: GlobalPlan) -> Iterator[tuple[str, str, R
 def _local_plans(
     known: Mapping[str, KnownTensor],
     aliases: Mapping[str, tuple[str, Path]],
-    values: Iterable[Mapping[str, Path]],
+    values: Sequence[Mapping[str, Path]],
     state: FlatState,
 ) -> dict[str, LocalPlan]:
     """Make the local plan of each component."""
@@ -318,7 +318,7 @@ def _local_plans(
             local_plan = local_plans[component] = LocalPlan()
         return local_plan
 
-    nodes = [".".join(map(str, path)) for path in (*state.structure, *state.unions)]
+    nodes = [*map(dotted, (*state.structure, *state.unions))]
     _check_text([*known, *(name for names in values for name in names), *nodes])
     for name, tensor in known.items():
         if name in aliases:
@@ -328,11 +328,11 @@ def _local_plans(
     for names in values:
         plan_of(next(iter(names))).values.update(names)
     for path, node in state.structure.items():
-        plan_of(".".join(map(str, path))).structure[path] = node
+        plan_of(dotted(path)).structure[path] = node
     for path, kind in state.unions.items():
         # `plan_of` takes the keys before the first dot as the component. The dot at the end lets it
         # return the plan of the entries below the path, even if the path has a single key.
-        plan_of(f"{'.'.join(map(str, path))}.").unions[path] = kind
+        plan_of(f"{dotted(path)}.").unions[path] = kind
     return local_plans
 
 
@@ -345,4 +345,4 @@ def _check_text(names: Sequence[str]) -> None:
         raise UsageError(
             f"the name {name!r} holds half of a character: {error.reason}",
             hint="such text comes from file names that are not UTF-8: rename the key",
-        ) from error
+        ) from None

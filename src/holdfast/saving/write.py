@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,77 +199,90 @@ class _Stream:
         self._writer = writer
         self._pace = pace
         self._parts: list[Buffer] = []
-        self._joiner = _Joiner(nbytes)
         self._offset = 0
         self._pending = 0
+        self._pool = _Pool(min(HUGE_PAGE_BYTES, PAGE_BYTES + nbytes))
+        self._memory = _NO_MEMORY
+        """Memory that small parts are copied to."""
+
+        self._joined: int | None = None
+        """Start in memory of small parts that are not in `_parts` yet; None if there are none."""
 
     def put(self, part: Buffer) -> None:
         nbytes = len(part)
         if nbytes < JOINED_BYTES_MAX:
             self.put_small((part,), nbytes)
             return
-        self._parts += self._joiner.take()
+        self._end_joined()
         self._parts.append(part)
-        self._count(nbytes)
+        self._pending += nbytes
+        if self._pending >= WINDOW_BYTES:
+            self.flush()
 
     def put_small(self, parts: Sequence[Buffer], nbytes: int) -> None:
         """Put several parts. `nbytes`: their total size, less than `JOINED_BYTES_MAX`."""
-        if not self._joiner.add(parts, nbytes):
-            self._parts += self._joiner.take()
-            self._joiner.begin(parts, nbytes, self._offset + self._pending)
-        self._count(nbytes)
+        memory = self._memory
+        if self._joined is None or memory.tell() + nbytes > len(memory):
+            memory = self._begin_joined(nbytes)
+        for part in parts:
+            memory.write(part)
+        self._pending += nbytes
+        if self._pending >= WINDOW_BYTES:
+            self.flush()
 
     def flush(self) -> None:
-        self._parts += self._joiner.take()
+        self._end_joined()
         self._writer.write(self._offset, self._parts)
         self._offset += self._pending
         self._pace.wait(self._pending)
         self._parts, self._pending = [], 0
 
-    def _count(self, nbytes: int) -> None:
-        self._pending += nbytes
-        if self._pending >= WINDOW_BYTES:
+    def _begin_joined(self, nbytes: int) -> mmap.mmap:
+        """Return memory with room for `nbytes` at its position."""
+        if self._joined is not None:
+            # Memory is full. So the next parts begin a window, which they fill.
             self.flush()
+        # At the same distance from a page as in the file, so that the store need not copy it.
+        place = self._offset + self._pending
+        start = self._memory.tell()
+        start += (place - start) % PAGE_BYTES
+        if start + nbytes > len(self._memory):
+            self._memory, start = self._pool.take(), place % PAGE_BYTES
+        self._memory.seek(start)
+        self._joined = start
+        return self._memory
+
+    def _end_joined(self) -> None:
+        if self._joined is not None:
+            self._parts.append(self._pool.view(self._joined, self._memory.tell()))
+            self._joined = None
 
 
-class _Joiner:
-    """Copies consecutive small parts into one."""
+_NO_MEMORY = mmap.mmap(-1, 1)
+
+
+class _Pool:
+    """Memory for joined parts. Once the store has read it, it is used again: the system would have
+    to clear new memory."""
 
     def __init__(self, nbytes: int) -> None:
-        """`nbytes`: most bytes to join in all."""
-        self._memory_bytes = min(HUGE_PAGE_BYTES, JOINED_BYTES_MAX + nbytes)
-        self._memory: mmap.mmap | None = None
-        self._start: int | None = None
-        """Start in memory of the parts that are joined now; None if there are none."""
+        """`nbytes`: size of the memory that `take` returns, or a little less."""
+        self._nbytes = nbytes
+        self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
+        self._taken = np.empty(0, np.uint8)
 
-    def add(self, parts: Sequence[Buffer], nbytes: int) -> bool:
-        """Join parts of `nbytes` to the ones before. Returns False, and does nothing, if there are
-        none before, or if memory is full."""
-        memory = self._memory
-        if memory is None or self._start is None or memory.tell() + nbytes > len(memory):
-            return False
-        for part in parts:
-            memory.write(part)
-        return True
+    def take(self) -> mmap.mmap:
+        """Return memory to which no view refers."""
+        # The array of the memory before now lives only until the last view of it ends.
+        self._taken = np.empty(0, np.uint8)
+        try:
+            memory = self._free.get_nowait()
+        except Empty:
+            memory = huge_memory(self._nbytes)
+        self._taken = np.frombuffer(memory, np.uint8)
+        finalize(self._taken, self._free.put, memory).atexit = False
+        return memory
 
-    def begin(self, parts: Sequence[Buffer], nbytes: int, place: int) -> None:
-        """Begin with parts of `nbytes`, which are at offset `place` of the file. Call `take` before
-        this."""
-        # At the same distance from a page as in the file, so that the store need not copy it.
-        start = 0 if self._memory is None else self._memory.tell()
-        start += (place - start) % PAGE_BYTES
-        if self._memory is None or start + nbytes > len(self._memory):
-            start = place % PAGE_BYTES
-            # New memory, since the store may still read the old one.
-            self._memory = huge_memory(self._memory_bytes)
-        self._memory.seek(start)
-        self._start = start
-        self.add(parts, nbytes)
-
-    def take(self) -> list[memoryview]:
-        """Return the joined parts as one, if there are any. Call this before `begin`."""
-        if self._memory is None or self._start is None:
-            return []
-        joined = memoryview(self._memory)[self._start : self._memory.tell()]
-        self._start = None
-        return [joined]
+    def view(self, start: int, stop: int) -> memoryview:
+        """Return a view of the memory that was taken last."""
+        return self._taken[start:stop].data

@@ -36,8 +36,8 @@ IN_PLACE_BYTES_MAX = 4 << 20
 """Maximum bytes of one write without a copy."""
 
 _COPIED_BY_NUMPY_MAX = 8
-"""Maximum number of parts of a window that numpy copies. It lets other threads run meanwhile, but
-takes more time for small parts."""
+"""Maximum number of parts of a window that numpy copies. Other threads run while numpy copies, but
+it takes more time for each part."""
 
 _BUFFERS_A_CALL = 512
 """Maximum number of buffers that are passed to one pwritev. Linux takes at most 1024."""
@@ -225,6 +225,7 @@ class _Threads:
             except BaseException as error:  # noqa: BLE001 - raised by the next call
                 self._error = self._error or error
             finally:
+                del job  # With it, the memory of its parts would stay until the next job.
                 self._tokens.put(None)
 
     def _raise_error(self) -> None:
