@@ -8,7 +8,7 @@ once, and later saves use them again.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -200,15 +200,7 @@ class StockIndex:
             paths.append((out.put_text(text), text, path))
             out.put(Instance(_VALUE, None))
         out.raw(b"u")
-        out.put("planner_data")
-        out.raw(b"}(")
-        for name, text, path in paths:
-            if path == (text,):
-                out.raw(b"%b%b\x85" % (name, name))
-            else:
-                out.raw(name)
-                out.put(path)
-        out.raw(b"u")
+        self._put_paths(paths)
         out.put("storage_data")
         out.raw(b"}(")
         if len(stored) > 1 and sum(map(len, stored)) < _JOINED_BYTES_MAX:
@@ -232,6 +224,20 @@ class StockIndex:
             out.put(constant)
         out.raw(b"ub.")
         return [*self._fixed, out.take()]
+
+    def _put_paths(self, paths: Iterable[tuple[bytes, str, Path]]) -> None:
+        """Write the path of each entry. `paths`: the opcode that pushes its name, its name, and its
+        path."""
+        out = self._out
+        out.put("planner_data")
+        out.raw(b"}(")
+        for name, text, path in paths:
+            if path == (text,):
+                out.raw(b"%b%b\x85" % (name, name))
+            else:
+                out.raw(name)
+                out.put(path)
+        out.raw(b"u")
 
     def _put_tensor(self, table: TensorTable) -> None:
         """Write the metadata of a tensor. Tensors of equal dtype, shape and chunks share the bytes
