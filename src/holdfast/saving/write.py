@@ -202,8 +202,8 @@ class _Stream:
         self._offset = 0
         self._pending = 0
         self._pool = _Pool(min(HUGE_PAGE_BYTES, PAGE_BYTES + nbytes))
-        self._memory = _NO_MEMORY
-        """Memory that small parts are copied to."""
+        self._memory: mmap.mmap | None = None
+        """Memory that small parts are copied to; None before the first."""
 
         self._joined: int | None = None
         """Start in memory of small parts that are not in `_parts` yet; None if there are none."""
@@ -222,7 +222,7 @@ class _Stream:
     def put_small(self, parts: Sequence[Buffer], nbytes: int) -> None:
         """Put several parts. `nbytes`: their total size, less than `JOINED_BYTES_MAX`."""
         memory = self._memory
-        if self._joined is None or memory.tell() + nbytes > len(memory):
+        if memory is None or self._joined is None or memory.tell() + nbytes > len(memory):
             memory = self._begin_joined(nbytes)
         for part in parts:
             memory.write(part)
@@ -243,22 +243,19 @@ class _Stream:
             # Memory is full. So the next parts begin a window, which they fill.
             self.flush()
         # At the same distance from a page as in the file, so that the store need not copy it.
-        place = self._offset + self._pending
-        start = self._memory.tell()
+        place, memory = self._offset + self._pending, self._memory
+        start = 0 if memory is None else memory.tell()
         start += (place - start) % PAGE_BYTES
-        if start + nbytes > len(self._memory):
-            self._memory, start = self._pool.take(), place % PAGE_BYTES
-        self._memory.seek(start)
-        self._joined = start
-        return self._memory
+        if memory is None or start + nbytes > len(memory):
+            memory, start = self._pool.take(), place % PAGE_BYTES
+        memory.seek(start)
+        self._memory, self._joined = memory, start
+        return memory
 
     def _end_joined(self) -> None:
-        if self._joined is not None:
+        if self._memory is not None and self._joined is not None:
             self._parts.append(self._pool.view(self._joined, self._memory.tell()))
             self._joined = None
-
-
-_NO_MEMORY = mmap.mmap(-1, 1)
 
 
 class _Pool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from direct_files import copies, skip_without_direct
@@ -21,6 +23,7 @@ from holdfast.saving.write import WINDOW_BYTES, write
 from holdfast.state.layout import box_of
 from holdfast.storage.direct import IN_PLACE_BYTES_MIN, huge_memory
 from holdfast.storage.local import LocalStore
+from holdfast.storage.store import Buffer, FileWriter
 from memory import extra_mib
 
 LIMIT_MIB = 64
@@ -153,33 +156,63 @@ def test_small_tensors_are_joined_and_not_copied_again(
         assert written[item.item.offset : item.item.stop] == item.prefix + data + item.suffix
 
 
+class SlowStore:
+    """Store that reads every other window only when the file's context ends."""
+
+    def __init__(self) -> None:
+        self.file = bytearray()
+        self._later: list[tuple[int, Sequence[Buffer]]] = []
+        self._num_windows = 0
+
+    @contextmanager
+    def create(self, _: str, nbytes: int) -> Iterator[FileWriter]:
+        self.file = bytearray(nbytes)
+        yield self
+        for offset, parts in self._later:
+            self._put(offset, parts)
+
+    def write(self, offset: int, parts: Sequence[Buffer]) -> None:
+        self._num_windows += 1
+        if self._num_windows % 2:
+            self._later.append((offset, parts))
+        else:
+            self._put(offset, parts)
+
+    def _put(self, offset: int, parts: Sequence[Buffer]) -> None:
+        data = b"".join(parts)
+        self.file[offset : offset + len(data)] = data
+
+
+@example(sizes=[], container=b"v", joined=64, memory=6000, window=500)
+@example(sizes=[700] * 4, container=b"v", joined=5000, memory=6000, window=500)
 @given(
     sizes=st.lists(st.integers(0, 700), max_size=60),
+    container=st.binary(min_size=1, max_size=20),
     joined=st.sampled_from([64, 300, 5000]),
     memory=st.sampled_from([6000, 9000]),
     window=st.sampled_from([500, 2000, 1 << 20]),
 )
 def test_parts_of_any_size_are_written_in_order(
     sizes: list[int],
+    container: bytes,
     joined: int,
     memory: int,
     window: int,
-    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Method: tensors of random bytes, with little memory for joined parts; the whole file."""
+    """Method: tensors of random bytes, with little memory for joined parts, and a store that reads
+    some windows at once and others last; the whole file."""
     tensors = {f"t{n}": torch.randint(256, (size,)).byte() for n, size in enumerate(sizes)}
     layout = lay_out_file(
         0,
         lay_out([(n, "uint8", Region.whole(tuple(t.shape))) for n, t in tensors.items()]),
-        [(["v"], b"value")],
+        [(["v"], container)],
     )
-    folder = tmp_path_factory.mktemp("parts")
+    store = SlowStore()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("holdfast.saving.write.JOINED_BYTES_MAX", joined)
         patched.setattr("holdfast.saving.write.HUGE_PAGE_BYTES", memory)
         patched.setattr("holdfast.saving.write.WINDOW_BYTES", window)
         patched.setattr("holdfast.saving.write.huge_memory", lambda nbytes: mmap.mmap(-1, nbytes))
-        write(LocalStore(folder), ".", layout, lambda item: [tensors[item.name].numpy().data])
+        write(store, ".", layout, lambda item: [tensors[item.name].numpy().data])
     parts = [i.prefix + tensors[i.name].numpy().tobytes() + i.suffix for i in layout.tensors]
-    written = (folder / layout.name).read_bytes()
-    assert written[: layout.table_offset] == b"".join(parts) + b"value"
+    assert store.file[: layout.table_offset] == b"".join(parts) + container
