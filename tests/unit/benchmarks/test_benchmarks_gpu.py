@@ -32,9 +32,11 @@ def test_the_benchmark_of_an_accelerator_runs_on_the_cpu(
     assert "| device to host, pageable |" in page
     figures = stored["figures"]
     assert "holdfast, async_with_pinned_mem" in figures
-    # A torch for CUDA cannot pin memory without a GPU: the benchmark leaves this system out.
-    pins = torch.version.cuda is None or torch.cuda.is_available()
+    # Some versions of torch for CUDA cannot pin memory without a GPU. The page says so.
+    pins = "dcp.async_save, pinned: " not in page
     assert ("dcp.async_save, pinned" in figures) == pins
+    if torch.version.cuda is None or torch.cuda.is_available():
+        assert pins
     (ours,) = figures["holdfast, async_with_pinned_mem"]
     assert 0 < ours["blocked_s"] <= ours["durable_s"]
     assert ours["copy_gb_per_s"] > 0
