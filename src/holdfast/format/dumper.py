@@ -78,15 +78,8 @@ class Dumper:
             self.parts.append(b"0")
 
     def put_text(self, text: str) -> bytes:
-        """Append a string: faster than `put`. Returns the opcode that pushes the string again."""
-        index = self._memo.get(text)
-        if index is None:
-            index = self._memo[text] = len(self._memo)
-            self.parts.append(_pickled_text(text) + b"\x94")
-            return _get(index)
-        opcode = _get(index)
-        self.parts.append(opcode)
-        return opcode
+        """Append a string. Returns the opcode that pushes it again."""
+        return self._once(text, self._put_str)
 
     def put(self, value: Any) -> None:
         match value:
@@ -99,7 +92,7 @@ class Dumper:
             case str():
                 self.put_text(value)
             case FileName():
-                self._once(value, lambda file: self.parts.append(_pickled_text(file.name)))
+                self._once(value, lambda file: self._put_str(file.name))
             case tuple():
                 self._put_tuple(value)
             case list():
@@ -121,13 +114,22 @@ class Dumper:
             case _:
                 raise TypeError(f"no plain value: {type(value)}")
 
-    def _once(self, value: Any, put: Any) -> None:
-        if value in self._memo:
-            self.parts.append(self.get(value))
-        else:
-            put(value)
-            self._memo[value] = len(self._memo)
-            self.parts.append(b"\x94")
+    def _once(self, value: Any, put: Any) -> bytes:
+        """Append a value that is memoized. Returns the opcode that pushes it again."""
+        index = self._memo.get(value)
+        if index is not None:
+            opcode = _get(index)
+            self.parts.append(opcode)
+            return opcode
+        put(value)
+        self.parts.append(b"\x94")
+        index = self._memo[value] = len(self._memo)
+        return _get(index)
+
+    def _put_str(self, text: str) -> None:
+        data = text.encode()
+        length = b"\x8c%c" % len(data) if len(data) < 256 else b"X" + _u32(len(data))
+        self.parts.append(length + data)
 
     def _put_global(self, value: Global) -> None:
         self.put_text(value.module)
@@ -147,12 +149,6 @@ class Dumper:
         for member in members:
             self.put(member)
         self.parts.append(tail)
-
-
-def _pickled_text(text: str) -> bytes:
-    """Pickle a string with its shortest opcode."""
-    data = text.encode()
-    return (b"\x8c%c%b" % (len(data), data)) if len(data) < 256 else b"X" + _u32(len(data)) + data
 
 
 def _get(index: int) -> bytes:

@@ -378,29 +378,26 @@ def _rows(count: int, *parts: _Part) -> bytearray:
             numbers, opcode, code = _opcode(part)
             template += opcode
             columns.append((len(template), code, numbers))
-            template += bytes(struct.calcsize(f"<{code}"))
+            template += bytes(struct.calcsize(code))
     rows = template * count
     for offset, code, numbers in columns:
         # Write column by column: a structured array of all parts would take three times as long.
-        np.ndarray(count, f"<{code}", rows, offset, len(template))[:] = numbers
+        np.ndarray(count, code, rows, offset, len(template))[:] = numbers
     return rows
 
 
 def _opcode(part: Ints | _MemoIndices) -> tuple[Ints, bytes, str]:
     """Return the numbers, the opcode before each number, and the `struct` code of all numbers."""
     if isinstance(part, _MemoIndices):
-        return part.indices, b"j", "I"
+        return part.indices, b"j", "<I"
     return part, *_width(int(part.max()) if len(part) else 0)
 
 
-_INT32 = struct.Struct("<ci")
-"""Opcode and value of most offsets: such an object packs faster than `struct.pack`."""
-
 _WIDTHS = (
-    (b"K", "B", 1 << 8),
-    (b"M", "H", 1 << 16),
-    (b"J", "i", 1 << 31),
-    (b"\x8a\x08", "q", 1 << 63),
+    (b"K", "<B", 1 << 8),
+    (b"M", "<H", 1 << 16),
+    (b"J", "<i", 1 << 31),
+    (b"\x8a\x08", "<q", 1 << 63),
 )
 
 
@@ -414,7 +411,5 @@ def _width(largest: int) -> tuple[bytes, str]:
 
 def _packed(number: int) -> bytes:
     """Encode an int that is not negative, with its opcode."""
-    if 1 << 16 <= number < 1 << 31:
-        return _INT32.pack(b"J", number)
     opcode, code = _width(number)
-    return opcode + struct.pack(f"<{code}", number)
+    return opcode + struct.pack(code, number)

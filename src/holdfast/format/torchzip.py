@@ -72,22 +72,17 @@ def frame(
     """Return the bytes of an item before and after the raw data of its tensor. The item is at
     `position` of a file. `phase`: distance of large data from the start of a page. It was 0 in
     older versions of Holdfast."""
-    return frame_at(dtype, shape, align_of(prod(shape) * dtype_of(dtype).itemsize), position, phase)
-
-
-def align_of(nbytes: int) -> int:
-    """Return the alignment of `nbytes` of data: they start `phase` bytes after a multiple of it."""
-    return PAGE_BYTES if nbytes >= LARGE_BYTES else PHASE_BYTES
-
-
-def frame_at(
-    dtype: str, shape: tuple[int, ...], align: int, position: int, phase: int = PHASE_BYTES
-) -> tuple[bytes, bytes]:
-    """Return the same as `frame`. `align`: result of `align_of`, which a caller with many tensors
-    of one size computes once."""
+    align = _align(dtype, shape)
     # The frame depends only on this remainder. Passing just the remainder lets tensors of one shape
     # share a few cached frames.
     return _frame(dtype, shape, align, (position - phase) % align)
+
+
+@lru_cache(maxsize=1024)
+def _align(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the alignment of a tensor's data: they start `phase` bytes after a multiple of it."""
+    large = prod(shape) * dtype_of(dtype).itemsize >= LARGE_BYTES
+    return PAGE_BYTES if large else PHASE_BYTES
 
 
 @lru_cache(maxsize=1024)

@@ -54,16 +54,15 @@ def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...
     and dtype of the tensor, and the region."""
     items, position, block = [], 0, 0
     # Thousands of tensors have the same region, as one object.
-    sizes: dict[tuple[str, int], tuple[tuple[int, ...], int, int, int]] = {}
+    sizes: dict[tuple[str, int], tuple[tuple[int, ...], int, int]] = {}
     for name, dtype, region in regions:
         known = sizes.get((dtype, id(region)))
         if known is None:
             shape = region.shape
             nbytes = prod(shape) * dtype_of(dtype).itemsize
-            num_blocks, align = checksum.num_blocks(nbytes), torchzip.align_of(nbytes)
-            known = sizes[dtype, id(region)] = (shape, nbytes, num_blocks, align)
-        shape, nbytes, num_blocks, align = known
-        prefix, suffix = torchzip.frame_at(dtype, shape, align, position)
+            known = sizes[dtype, id(region)] = (shape, nbytes, checksum.num_blocks(nbytes))
+        shape, nbytes, num_blocks = known
+        prefix, suffix = torchzip.frame(dtype, shape, position)
         start = position + len(prefix)
         stop = start + nbytes + len(suffix)
         item, data = Span(position, stop - position), Span(start, nbytes)

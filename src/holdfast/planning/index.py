@@ -4,7 +4,7 @@ the plan: everything except checksums and the places of values."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -69,21 +69,17 @@ class Index:
             return self._encoded
 
     @cached_property
-    def keys(self) -> Collection[str | int]:
-        """Top-level names of all tensors."""
-        # A tied tensor is stored under its first name, but has other names too.
-        tied = {path[0] for _, path in self.plan.aliases.values()}
-        return {chunks.tensor.path[0] for chunks in self.plan.tensors} | tied
-
-    @cached_property
     def nbytes(self) -> Mapping[str | int, int]:
         """Bytes of all tensors below each top-level name, over all ranks."""
         nbytes: dict[str | int, int] = {}
         for chunks in self.plan.tensors:
             tensor = chunks.tensor
             nbytes[tensor.path[0]] = nbytes.get(tensor.path[0], 0) + tensor.nbytes
-        # The further names of tied tensors add no bytes.
-        return {**dict.fromkeys(self.keys, 0), **nbytes}
+        # A tied tensor is stored under its first name. Its other names add no bytes, but the result
+        # must have their top-level names too.
+        for _, path in self.plan.aliases.values():
+            nbytes.setdefault(path[0], 0)
+        return nbytes
 
     def variant(self, key: Hashable, make: Callable[[], Index]) -> Index:
         """Return the `Index` of the same state if it is stored in other files. `key`: identifies

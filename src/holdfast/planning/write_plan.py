@@ -145,17 +145,15 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
             if name in aliases:
                 continue
             tensor = holders[0].local_plan.tensors[name]
-            placements = [tensor.placement]
-            # Compare by identity: equal placements share one object, and comparing large meshes is
-            # slow.
-            key: tuple[object, ...] = (tensor.shape, id(tensor.placement), id(holders[0]))
             if len(holders) > 1:
                 wrong += _conflicting_shapes(name, holders)
-                placements = [shared.local_plan.tensors[name].placement for shared in holders]
-                key = (tensor.shape, *map(id, placements), *map(id, holders))
-            regions = known.get(key)
-            if regions is None:
-                regions = known[key] = _held_regions(tensor.shape, placements, holders)
+            placements = [shared.local_plan.tensors[name].placement for shared in holders]
+            # Compare by identity: equal placements share one object, and comparing large meshes is
+            # slow.
+            key = (tensor.shape, *map(id, placements), *map(id, holders))
+            if key not in known:
+                known[key] = _held_regions(tensor.shape, placements, holders)
+            regions = known[key]
             held.append((name, tensor, regions))
             if not regions.is_whole:
                 wrong.append(

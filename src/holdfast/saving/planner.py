@@ -318,8 +318,9 @@ def _local_plans(
             local_plan = local_plans[component] = LocalPlan()
         return local_plan
 
-    nodes = [*map(dotted, (*state.structure, *state.unions))]
-    _check_text([*known, *(name for names in values for name in names), *nodes])
+    names_of_values = [name for names in values for name in names]
+    paths_of_nodes = [dotted(path) for path in (*state.structure, *state.unions)]
+    _check_text([*known, *names_of_values, *paths_of_nodes])
     for name, tensor in known.items():
         if name in aliases:
             plan_of(name).aliases[name] = aliases[name]

@@ -309,14 +309,14 @@ def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
 
 def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
     """Return the elements of the item's region, as a view of this rank's training tensor."""
-    layout, region = held.known[item.name].layout, item.region
-    piece, tensor = layout.pieces[0], held.tensors[item.name]
+    pieces, region = held.known[item.name].layout.pieces, item.region
+    piece, tensor = pieces[0], held.tensors[item.name]
     if tensor.requires_grad:
         tensor = tensor.detach()
     # Most tensors are written as a whole by the rank that holds them.
     if piece.region == region:
-        return tensor if layout.placement is None else box_of(tensor, piece.local)
-    piece = next(p for p in layout.pieces if p.region & region == region)
+        return box_of(tensor, piece.local)
+    piece = next(p for p in pieces if p.region & region == region)
     return box_of(tensor, piece.local_of(region))
 
 

@@ -220,7 +220,7 @@ class Flattener:
 
 def dotted(path: Path) -> str:
     """Return the keys of a path joined by dots."""
-    return str(path[0]) if len(path) == 1 else ".".join(map(str, path))
+    return ".".join(map(str, path))
 
 
 def type_name(value: object) -> str:
