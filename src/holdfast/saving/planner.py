@@ -30,7 +30,14 @@ from holdfast.planning.write_plan import (
     plan,
 )
 from holdfast.saving.digests import Digests, Replicas, SharedNames, digests_of, shared_names
-from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
+from holdfast.state.layout import (
+    Layout,
+    Layouts,
+    address_of,
+    dtype_name,
+    local_of,
+    same_memory,
+)
 from holdfast.state.tree import FlatState, Leaf, Path, dotted
 from holdfast.state.values import Containers
 
@@ -129,7 +136,7 @@ class Planner:
             if tensor is None or not tensor.describes(leaf, local, dtype):
                 tensor = self._describe(name, leaf, local, dtype)
             known[name] = tensor
-            address = local.data_ptr()
+            address = local.data_ptr() or address_of(name, local)
             first = first_at.setdefault(address, name)
             if first is not name and local.numel():
                 # Few tensors share an address, so only these are compared in full.

@@ -259,6 +259,18 @@ def test_tensors_without_plain_elements_are_refused(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_tensor_whose_memory_was_freed_is_refused(tmp_path: Path) -> None:
+    """Method: saved, and loaded into."""
+    freed = torch.ones(3)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(CheckpointException, match="`w` has 3 elements, but its memory was freed"):
+        dcp_save({"w": freed}, storage_writer=Writer(tmp_path / "a"))
+    assert not any(tmp_path.iterdir())
+    dcp_save({"w": torch.ones(3)}, storage_writer=Writer(tmp_path / "a"))
+    with pytest.raises(CheckpointException, match="`w` has 3 elements, but its memory was freed"):
+        dcp_load({"w": freed}, storage_reader=Reader(tmp_path / "a"))
+
+
 def test_a_load_into_another_dtype_says_where_it_does_not_fit(tmp_path: Path) -> None:
     dcp_save({"w": torch.tensor([1.5, 1e30])}, storage_writer=Writer(tmp_path / "a"))
     state = {"w": torch.zeros(2, dtype=torch.float64)}

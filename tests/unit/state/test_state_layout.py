@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import holdfast
+from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.errors import UsageError
-from holdfast.state.layout import Layouts, local_of, same_memory
+from holdfast.format.dtypes import BY_NAME
+from holdfast.state.layout import Layouts, bytes_of, local_of, same_memory
 
 
 def test_views_are_tied_only_if_they_have_the_same_elements(tmp_path: Path) -> None:
@@ -72,3 +74,55 @@ def test_tensors_without_plain_elements_are_refused_by_name() -> None:
     ):
         with pytest.raises(UsageError, match="`the name`"):
             Layouts().of("the name", tensor, local_of(tensor))
+
+
+def freed(shape: tuple[int, ...] = (10,)) -> torch.Tensor:
+    """A tensor whose memory was freed, as sharding frameworks free it between steps."""
+    tensor = torch.ones(shape)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def test_a_tensor_whose_memory_was_freed_is_refused(tmp_path: Path) -> None:
+    """G6. Method: a tensor in a list, and a parameter whose memory is freed after a first save, so
+    that its layout is known; saved and loaded into. Once it has memory again, all works."""
+    with pytest.raises(UsageError, match=r"`l\.0` has 10 elements, but its memory was freed"):
+        holdfast.save(tmp_path / "one", {"l": [freed()], "t": torch.ones(3)})
+    assert not [*tmp_path.iterdir()]
+    model = torch.nn.Linear(3, 3)
+    config = CheckpointConfig(enable=True, interval=1, keep_latest_k=0)
+    with CheckpointManager(tmp_path / "run", model=model, config=config) as manager:
+        assert manager.save(1)
+        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        storage = model.weight.data.untyped_storage()
+        storage.resize_(0)
+        torch.nn.init.zeros_(model.bias)
+        for call in (lambda: manager.save(2), manager.load):
+            with pytest.raises(UsageError, match="`weight` has 9 elements, but its memory was"):
+                call()
+        assert not model.bias.any()
+        storage.resize_(9 * 4)
+        assert manager.load()
+        assert manager.save(3)
+    checkpoint = holdfast.open(tmp_path / "run" / "step-3")
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("dtype", BY_NAME)
+def test_the_bytes_of_a_tensor_are_its_memory(dtype: str) -> None:
+    """G6. Method: tensors of 0 to 2 dims, one element of a strided tensor, and a slice, as bytes:
+    equal to numpy's, and writable. They stay valid once nothing else refers to the tensor."""
+    kind: torch.dtype = getattr(torch, dtype)
+    numbers = torch.randint(0, 2, (4, 6 * kind.itemsize), dtype=torch.uint8).view(kind)
+    for tensor in (numbers, numbers[1:3], numbers[0, 0], numbers[:1, ::2][:, :1], numbers[:0]):
+        data = bytes_of(tensor)
+        elements = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+        assert bytes(data) == elements.numpy().tobytes()
+        if len(data):
+            data[0] ^= 1
+            assert elements[0] == data[0]
+    nbytes = 8 << 20
+    data = bytes_of(torch.ones(nbytes, dtype=torch.uint8).view(kind))
+    others = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(4)]
+    assert bytes(data) == b"\1" * nbytes
+    assert len(others) == 4
