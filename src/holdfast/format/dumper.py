@@ -39,6 +39,9 @@ class Instance:
     state: Any
 
 
+_LONG_GET = struct.Struct("<cI").pack
+
+
 class Dumper:
     """Writes a pickle (protocol 4) of plain values, `Global`, `FileName`, `Call` and `Instance`.
 
@@ -153,7 +156,7 @@ class Dumper:
 
 def _get(index: int) -> bytes:
     """Return the opcode that pushes a memoized object."""
-    return b"h%c" % index if index < 256 else b"j" + _u32(index)
+    return b"h%c" % index if index < 256 else _LONG_GET(b"j", index)
 
 
 def pickled_int(value: int) -> bytes:
@@ -173,5 +176,4 @@ def pickled_str(text: str) -> bytes:
     return b"X" + _u32(len(text.encode())) + text.encode()
 
 
-def _u32(value: int) -> bytes:
-    return struct.pack("<I", value)
+_u32 = struct.Struct("<I").pack

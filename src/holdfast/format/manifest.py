@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from json.encoder import encode_basestring
 from typing import Any, Literal, cast
 
 from holdfast.errors import DamagedError, FormatError
@@ -169,7 +170,7 @@ def encode_tensor_with_rows(
 
 def _start(name: str, dtype: str, shape: tuple[int, ...], path: Path) -> bytes:
     """Encode a tensor's name, and its entry without the last member, which lists the chunks."""
-    start = b"%b:%b" % (_json(name), _head(dtype, shape))
+    start = b"%b:%b" % (encode_basestring(name).encode(), _head(dtype, shape))
     return start if path == (name,) else start + b',"path":' + _json(path)
 
 

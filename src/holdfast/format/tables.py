@@ -24,6 +24,9 @@ from holdfast.format.manifest import Path, encode_tensor, encode_tensor_with_row
 
 Ints = NDArray[np.int64]
 
+Places = Ints | Sequence[Sequence[int]]
+"""Positions of chunks. Lists take less time than an array if there are few chunks."""
+
 _LARGE_CHUNKS_MIN = 512
 """Number of chunks from which a tensor is large: its encoded metadata is then never copied into one
 string with that of other tensors."""
@@ -61,7 +64,7 @@ class TensorTable(NamedTuple):
     stop: Ints
     """One past the last element of each chunk, shape (chunks, dims)."""
 
-    places: Ints
+    places: Places
     """Position of each chunk, shape (chunks, 5): index of its file, offset and bytes of its item,
     offset of its raw elements, index of its first checksum in the file's table."""
 
@@ -71,18 +74,18 @@ def encode_tensors(tables: Sequence[TensorTable]) -> bytes:
     members: list[bytes] = []
     # By the `id()` of the arrays: `tables` keeps them, so that no two have the same.
     regions: dict[tuple[int, int], bytes] = {}
-    for table in tables:
-        if len(table.places) == 1:
+    for name, dtype, shape, path, start, stop, places in tables:
+        if len(places) == 1:
             # numpy is slower for a single chunk, and thousands of small tensors have only one.
-            arrays = id(table.start), id(table.stop)
-            region = regions.get(arrays)
+            region = regions.get((id(start), id(stop)))
             if region is None:
-                bounds = table.start[0].tolist() + table.stop[0].tolist()
-                region = regions[arrays] = b"".join([b",%d" % bound for bound in bounds])
-            chunks = b"[%d,%d,%d,%d,%d%b]" % (*table.places[0].tolist(), region)
+                bounds = start[0].tolist() + stop[0].tolist()
+                region = b"".join([b",%d" % bound for bound in bounds])
+                regions[id(start), id(stop)] = region
+            chunks = b"[%d,%d,%d,%d,%d%b]" % (*places[0], region)
         else:
-            chunks = _encode_chunks(np.hstack((table.places, table.start, table.stop)))
-        members.append(encode_tensor(table.name, table.dtype, table.shape, table.path, chunks))
+            chunks = _encode_chunks(np.hstack((places, start, stop)))
+        members.append(encode_tensor(name, dtype, shape, path, chunks))
     return b"{%b}" % b",".join(members)
 
 
@@ -120,7 +123,7 @@ def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
     numbers = np.empty(sum(sizes), "<i8")
     orders: dict[int, tuple[Ints | None, Ints, list[int]]] = {}
     members, position, size = [], 0, 0
-    places: Ints | None = None
+    places: Places | None = None
     for table, next_size in zip(tables, sizes, strict=True):
         # A tied tensor has several names, all of which refer to the same rows.
         if table.places is not places:
@@ -129,7 +132,7 @@ def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
                 orders[id(table.start)] = _sorted_regions(table)
             order, regions, longest = orders[id(table.start)]
             rows = numbers[position : position + size].reshape(len(places), -1)
-            rows[:, :NUM_PLACES] = places if order is None else places[order]
+            rows[:, :NUM_PLACES] = places if order is None else np.asarray(places)[order]
             rows[:, NUM_PLACES:] = regions
         member = (position * numbers.itemsize, len(table.places), *longest)
         members.append(
@@ -172,9 +175,9 @@ class StockIndex:
         """The same by the `id()` of the arrays of the chunks, which tensors of one layout share.
         `tables` keeps the arrays, so that no two have the same."""
 
-        self._before_offset: dict[tuple[int, int], bytes] = {}
-        """Part of the position of an only chunk, by the `id()` of the array `start` and the index
-        of the file."""
+        self._around_offset: dict[tuple[int, int, int], tuple[bytes, bytes]] = {}
+        """Parts of the position of an only chunk before and after the offset of its item, by the
+        `id()` of the array `start`, the index of the file, and the bytes of the item."""
 
         self._large: list[bytes | bytearray] = []
         """Encoded bytes up to the last large tensor. They are never copied."""
@@ -190,12 +193,12 @@ class StockIndex:
         out.raw(b"}(")
         paths: list[tuple[bytes, str, Path]] = []
         stored = []
-        for table in tables:
-            name = out.put_text(table.name)
-            self._put_tensor(table)
-            place = self._place if len(table.start) == 1 else self._places
-            stored.append(place(table, name, file_memo))
-            paths.append((name, table.name, table.path))
+        for text, dtype, shape, path, start, stop, places in tables:
+            name = out.put_text(text)
+            self._put_tensor(dtype, shape, start, stop)
+            put_places = self._place if len(places) == 1 else self._places
+            stored.append(put_places(name, start, places, file_memo))
+            paths.append((name, text, path))
         for text, path in values.items():
             paths.append((out.put_text(text), text, path))
             out.put(Instance(_VALUE, None))
@@ -208,7 +211,7 @@ class StockIndex:
             stored = [b"".join(stored)]
         self._fixed = [*self._large, out.take(), *stored]
         # An `id()` is valid only while `tables` lives.
-        for cache in (self._of_content, self._of_layout, self._before_offset):
+        for cache in (self._of_content, self._of_layout, self._around_offset):
             cache.clear()
 
     def encode(self, values: Mapping[str, tuple[str, Span]]) -> list[bytes | bytearray]:
@@ -239,18 +242,18 @@ class StockIndex:
                 out.put(path)
         out.raw(b"u")
 
-    def _put_tensor(self, table: TensorTable) -> None:
+    def _put_tensor(self, dtype: str, shape: tuple[int, ...], start: Ints, stop: Ints) -> None:
         """Write the metadata of a tensor. Tensors of equal dtype, shape and chunks share the bytes
         of their metadata."""
         out = self._out
-        layout = (table.dtype, table.shape, id(table.start), id(table.stop))
+        layout = (dtype, shape, id(start), id(stop))
         encoded = self._of_layout.get(layout)
         if encoded is None:
             num_parts, num_memoized = len(out.parts), out.num_memoized
-            content = (table.dtype, table.shape, table.start.tobytes(), table.stop.tobytes())
+            content = (dtype, shape, start.tobytes(), stop.tobytes())
             encoded = self._of_content.get(content)
             if encoded is None:
-                self._put_new_tensor(table)
+                self._put_new_tensor(dtype, shape, start, stop)
                 if out.num_memoized != num_memoized:
                     # These bytes memoize a new object, so they cannot be used again: the next
                     # tensor must refer to that object instead.
@@ -259,25 +262,25 @@ class StockIndex:
                 del out.parts[num_parts:]
                 self._of_content[content] = encoded
             self._of_layout[layout] = encoded
-        if len(table.start) >= _LARGE_CHUNKS_MIN:
+        if len(start) >= _LARGE_CHUNKS_MIN:
             self._large += [out.take(), encoded]
         else:
             out.raw(encoded)
 
-    def _put_new_tensor(self, table: TensorTable) -> None:
+    def _put_new_tensor(self, dtype: str, shape: tuple[int, ...], start: Ints, stop: Ints) -> None:
         out = self._out
         out.raw(out.get(_TENSOR) + b")\x81}(" + out.get("properties"))
-        out.raw(self._properties(table.dtype))
+        out.raw(self._properties(dtype))
         out.put("size")
-        out.put(Call(_SIZE, (table.shape,)))
+        out.put(Call(_SIZE, (shape,)))
         out.raw(out.get("chunks") + b"](")
         out.raw(
             _rows(
-                len(table.start),
+                len(start),
                 out.get(_CHUNK) + b")\x81}(" + out.get("offsets"),
-                *self._size(table.start),
+                *self._size(start),
                 out.get("sizes"),
-                *self._size(table.stop - table.start),
+                *self._size(stop - start),
                 b"ub",
             )
         )
@@ -298,17 +301,19 @@ class StockIndex:
             out.raw(before + memoized)
         return self._properties_of[dtype]
 
-    def _places(self, table: TensorTable, name: bytes, file_memo: Ints) -> bytes | bytearray:
+    def _places(
+        self, name: bytes, start: Ints, places: Places, file_memo: Ints
+    ) -> bytes | bytearray:
         """Encode the positions of a tensor's chunks. `name`: opcode that pushes the tensor's name.
         `file_memo`: memo index of each file name."""
         out = self._out
-        file, offset, nbytes = table.places.T[:3]
+        file, offset, nbytes = np.asarray(places).T[:3]
         return _rows(
-            len(table.start),
+            len(start),
             self._index + name + out.get("index"),
-            np.arange(len(table.start)),
+            np.arange(len(start)),
             out.get("offset"),
-            *self._size(table.start),
+            *self._size(start),
             b"ub" + out.get(_INFO) + b")\x81}(" + out.get("relative_path"),
             _MemoIndices(file_memo[file]),
             out.get("offset"),
@@ -318,26 +323,27 @@ class StockIndex:
             b"ub",
         )
 
-    def _place(self, table: TensorTable, name: bytes, file_memo: Ints) -> bytes:
+    def _place(self, name: bytes, start: Ints, places: Places, file_memo: Ints) -> bytes:
         """Encode the position of the only chunk of a tensor, like `_places` but faster."""
         out = self._out
-        file, offset, nbytes, _, _ = table.places[0].tolist()
-        key = id(table.start), file
-        before = self._before_offset.get(key)
-        if before is None:
+        file, offset, nbytes, _, _ = places[0]
+        key = id(start), file, nbytes
+        around = self._around_offset.get(key)
+        if around is None:
             row = _rows(
                 1,
                 out.get("index"),
                 np.zeros(1, np.int64),
                 out.get("offset"),
-                *self._size(table.start),
+                *self._size(start),
                 b"ub" + out.get(_INFO) + b")\x81}(" + out.get("relative_path"),
                 _MemoIndices(file_memo[[file]]),
                 out.get("offset"),
             )
-            before = self._before_offset[key] = bytes(row)
-        parts = (self._index, name, before, _packed(offset), self._length, _packed(nbytes), b"ub")
-        return b"".join(parts)
+            after = self._length + _packed(nbytes) + b"ub"
+            around = self._around_offset[key] = bytes(row), after
+        before, after = around
+        return b"%b%b%b%b%b" % (self._index, name, before, _packed(offset), after)
 
     def _value_place(self, file: str, item: Span) -> bytes:
         """Encode the position of a value. The bytes follow the value's name in `.metadata`. A value
@@ -390,26 +396,20 @@ def _opcode(part: Ints | _MemoIndices) -> tuple[Ints, bytes, str]:
     """Return the numbers, the opcode before each number, and the `struct` code of all numbers."""
     if isinstance(part, _MemoIndices):
         return part.indices, b"j", "<I"
-    return part, *_width(int(part.max()) if len(part) else 0)
+    opcode, code = _OPCODES[int(part.max(initial=0)).bit_length()]
+    return part, opcode, code
 
 
-_WIDTHS = (
-    (b"K", "<B", 1 << 8),
-    (b"M", "<H", 1 << 16),
-    (b"J", "<i", 1 << 31),
-    (b"\x8a\x08", "<q", 1 << 63),
-)
-
-
-def _width(largest: int) -> tuple[bytes, str]:
-    """Return the opcode and the `struct` code for ints from 0 to `largest`."""
-    for opcode, code, limit in _WIDTHS:
-        if largest < limit:
-            return opcode, code
-    raise OverflowError(f"{largest} is more than 63 bits")
+_OPCODES = [
+    *[(b"K", "<B")] * (1 + 8),
+    *[(b"M", "<H")] * 8,
+    *[(b"J", "<i")] * 15,
+    *[(b"\x8a\x08", "<q")] * 32,
+]
+"""For ints of 0 to 63 bits, the opcode, and the `struct` code of the number after it."""
 
 
 def _packed(number: int) -> bytes:
     """Encode an int that is not negative, with its opcode."""
-    opcode, code = _width(number)
+    opcode, code = _OPCODES[int(number).bit_length()]
     return opcode + struct.pack(code, number)

@@ -14,6 +14,7 @@ from holdfast.format.manifest import Path
 from holdfast.format.names import data_file
 from holdfast.format.tables import (
     EncodedRows,
+    Places,
     StockIndex,
     TensorTable,
     encode_rows,
@@ -73,8 +74,8 @@ class Index:
         """Bytes of all tensors below each top-level name, over all ranks."""
         nbytes: dict[str | int, int] = {}
         for chunks in self.plan.tensors:
-            tensor = chunks.tensor
-            nbytes[tensor.path[0]] = nbytes.get(tensor.path[0], 0) + tensor.nbytes
+            key = chunks.tensor.path[0]
+            nbytes[key] = nbytes.get(key, 0) + chunks.tensor.nbytes
         # A tied tensor is stored under its first name. Its other names add no bytes, but the result
         # must have their top-level names too.
         for _, path in self.plan.aliases.values():
@@ -110,7 +111,9 @@ class Encoded:
 def columns(items: Sequence[TensorItem]) -> Ints:
     """Return an array with one row per item: the offset and size of the item, the offset of its
     data, and the number of its first block."""
-    rows = [(i.item.offset, i.item.nbytes, i.data.offset, i.first_block) for i in items]
+    rows = [
+        (item.offset, item.nbytes, data.offset, block) for _, _, _, item, data, _, _, block in items
+    ]
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
 
@@ -141,26 +144,20 @@ def _tables(
     places_in_files: Sequence[TensorPlace] | None,
 ) -> Iterator[TensorTable]:
     """Yield every tensor under each of its names, with the places of its chunks."""
-    places = _places(plan.tensors, layouts, files, places_in_files)
+    in_files = _places(plan.tensors, layouts, files, places_in_files)
+    places: Places = in_files.tolist() if len(in_files) <= LISTED_CHUNKS_MAX else in_files
     aliases: dict[str, list[tuple[str, Path]]] = {}
     for alias, (first, path) in plan.aliases.items():
         aliases.setdefault(first, []).append((alias, path))
     first_row = 0
-    for chunks in plan.tensors:
-        tensor, stop_row = chunks.tensor, first_row + len(chunks.rank)
-        table = TensorTable(
-            name=chunks.name,
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            path=tensor.path,
-            start=chunks.start,
-            stop=chunks.stop,
-            places=places[first_row:stop_row],
-        )
+    for name, (dtype, shape, path, _, _), start, stop, rank in plan.tensors:
+        stop_row = first_row + len(rank)
+        rows = places[first_row:stop_row]
+        table = TensorTable(name, dtype, shape, path, start, stop, rows)
         first_row = stop_row
         yield table
-        for alias, path in aliases.get(chunks.name, ()):
-            yield table._replace(name=alias, path=path)
+        for alias, alias_path in aliases.get(name, ()):
+            yield table._replace(name=alias, path=alias_path)
 
 
 def _places(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -48,7 +49,13 @@ class LocalTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * dtype_of(self.dtype).itemsize
+        return _nbytes(self.dtype, self.shape)
+
+
+@lru_cache(maxsize=1024)
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    # Cached: thousands of tensors have the same dtype and shape.
+    return prod(shape) * dtype_of(dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +158,9 @@ def plan(all_plans: AllPlans) -> GlobalPlan:
             # Compare by identity: equal placements share one object, and comparing large meshes is
             # slow.
             key = (tensor.shape, *map(id, placements), *map(id, holders))
-            if key not in known:
-                known[key] = _held_regions(tensor.shape, placements, holders)
-            regions = known[key]
+            regions = known.get(key)
+            if regions is None:
+                regions = known[key] = _held_regions(tensor.shape, placements, holders)
             held.append((name, tensor, regions))
             if not regions.is_whole:
                 wrong.append(
@@ -288,21 +295,15 @@ def _holders_by_name(
 def _chunks(held: Sequence[tuple[str, LocalTensor, _HeldRegions]]) -> Iterator[TensorChunks]:
     """Yield the chunks of each tensor: the regions that ranks hold, divided between the ranks that
     hold the same region, so that each writes about the same number of bytes."""
-    known: dict[tuple[str, tuple[int, ...]], int] = {}
-    sizes: list[int] = []
-    for _, tensor, _ in held:
-        described = tensor.dtype, tensor.shape
-        if described not in known:
-            known[described] = tensor.nbytes
-        sizes.append(known[described])
     total: dict[bytes, int] = {}
-    for (_, tensor, regions), nbytes in zip(held, sizes, strict=True):
-        total[regions.key] = total.get(regions.key, 0) + nbytes * tensor.is_shared
+    for _, tensor, regions in held:
+        if tensor.is_shared and regions.num_replicas > 1:
+            total[regions.key] = total.get(regions.key, 0) + tensor.nbytes
     before = dict.fromkeys(total, 0)
     # Tensors whose chunks have the same writers share one array, so that it is searched once.
     ranks_of: dict[tuple[int, int], Ints] = {}
-    for (name, tensor, regions), nbytes in zip(held, sizes, strict=True):
-        num_replicas = regions.ranks.shape[1]
+    for name, tensor, regions in held:
+        nbytes, num_replicas = tensor.nbytes, regions.num_replicas
         stretches = [(0, nbytes, 0)]
         if tensor.is_shared and num_replicas > 1:
             offset, row_bytes = before[regions.key], total[regions.key]
@@ -373,6 +374,9 @@ class _HeldRegions:
     """Ranks that hold each region. Short rows repeat their ranks, so that all rows are equally
     long."""
 
+    num_replicas: int
+    """Length of the rows of `ranks`."""
+
     num_elements: int
     is_whole: bool
     """Whether the regions have each element of the tensor exactly once."""
@@ -411,6 +415,7 @@ def _held_regions(
         start=np.array([r.start for r in regions], np.int64).reshape(dims),
         stop=np.array([r.stop for r in regions], np.int64).reshape(dims),
         ranks=ranks_of,
+        num_replicas=num_ranks,
         num_elements=num_elements,
         is_whole=num_elements == prod(shape) and not overlap,
         key=repr(dims[0]).encode() + ranks_of.tobytes(),

@@ -50,7 +50,7 @@ class LocalState:
     """Local elements of each tensor."""
 
     known: dict[str, KnownTensor]
-    """Description of each tensor."""
+    """Layout and description of each tensor."""
 
     values: list[tuple[Mapping[str, Path], Any]]
     """Each value, with the path of each of its names."""
@@ -62,20 +62,8 @@ class LocalState:
     """Function that returns the names of the tensors that change only when an optimizer steps."""
 
 
-class KnownTensor(NamedTuple):
-    """Description of a tensor, reused by later saves while the tensor's layout stays the same."""
-
-    layout: Layout
-    local_tensor: LocalTensor
-    dtype: torch.dtype | None
-    """Requested dtype; None for the tensor's own."""
-
-    def describes(self, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None) -> bool:
-        return (
-            dtype is self.dtype
-            and self.layout.is_of(leaf.value, local)
-            and self.local_tensor.path == leaf.path
-        )
+KnownTensor = tuple[Layout, LocalTensor]
+"""Layout and description of a tensor, reused by later saves while its layout stays the same."""
 
 
 class Planner:
@@ -87,7 +75,7 @@ class Planner:
         self.ranks = ranks
         self._hosts = hosts
         self._layouts = Layouts()
-        self._previous = _Previous({}, [], {}, {}, {}, {})
+        self._previous = _Previous(None, {}, [], {}, {}, {}, {})
         self._containers = Containers()
         self._agreed: LocalPlans | None = None
         """Local plans that the current plan was made from."""
@@ -120,6 +108,7 @@ class Planner:
         """Describe the state that this rank holds. `dtype`: dtype in which floating-point tensors
         are stored; None for their own."""
         previous, leaves = self._previous, state.leaves
+        reusable = previous.known if previous.dtype is dtype else {}
         tensors: dict[str, torch.Tensor] = {}
         known: dict[str, KnownTensor] = {}
         values: list[tuple[Mapping[str, Path], Any]] = []
@@ -127,15 +116,15 @@ class Planner:
         first_at: dict[int, str] = {}
         untied_at: dict[int, list[str]] = {}
         for name, leaf in leaves.items():
-            value = leaf.value
+            path, value, names_of_value = leaf
             if not isinstance(value, torch.Tensor):
-                values.append((leaf.names or {name: leaf.path}, value))
+                values.append((names_of_value or {name: path}, value))
                 continue
             local = tensors[name] = local_of(value)
-            tensor = previous.known.get(name)
-            if tensor is None or not tensor.describes(leaf, local, dtype):
-                tensor = self._describe(name, leaf, local, dtype)
-            known[name] = tensor
+            found = reusable.get(name)
+            if found is None or not found[0].is_of(value, local) or found[1].path != path:
+                found = self._describe(name, leaf, local, dtype)
+            known[name] = found
             address = local.data_ptr() or address_of(name, local)
             first = first_at.setdefault(address, name)
             if first is not name and local.numel():
@@ -143,12 +132,14 @@ class Planner:
                 others = untied_at.setdefault(address, [first])
                 tied = [other for other in others if same_memory(value, leaves[other].value)]
                 if tied:
-                    aliases[name] = (tied[0], leaf.path)
+                    aliases[name] = (tied[0], path)
                 else:
                     others.append(name)
         names = [names for names, _ in values]
         local_plans = previous.local_plans
-        current = _Previous(known, names, aliases, state.structure, state.unions, local_plans)
+        current = _Previous(
+            dtype, known, names, aliases, state.structure, state.unions, local_plans
+        )
         if current != previous:
             local_plans = _local_plans(known, aliases, names, state)
             current = current._replace(local_plans=local_plans)
@@ -163,13 +154,13 @@ class Planner:
         if dtype is not None and local.is_floating_point():
             stored_as = dtype_name(dtype)
         tensor = LocalTensor(
-            dtype=stored_as,
-            shape=layout.shape,
-            path=leaf.path,
+            stored_as,
+            layout.shape,
+            leaf.path,
             placement=layout.placement,
             is_shared=name not in self._different,
         )
-        return KnownTensor(layout, tensor, dtype)
+        return layout, tensor
 
     def agree(self, held: LocalState | HoldfastError) -> LocalState:
         """Make a plan, unless the plan of the previous save still holds on all ranks. Returns
@@ -288,6 +279,9 @@ class Planner:
 class _Previous(NamedTuple):
     """Description of the state in the last call of `hold`, without its tensors and values."""
 
+    dtype: torch.dtype | None
+    """Requested dtype; None for the tensors' own."""
+
     known: Mapping[str, KnownTensor]
     names: Sequence[Mapping[str, Path]]
     aliases: Mapping[str, tuple[str, Path]]
@@ -301,11 +295,12 @@ def _regions_of(rank: int, write_plan: GlobalPlan) -> Iterator[tuple[str, str, R
     # Tensors of one layout share their arrays, which have a row per rank. Search each array once.
     known: dict[tuple[int, int, int], list[Region]] = {}
     for chunks in write_plan.tensors:
-        key = id(chunks.start), id(chunks.stop), id(chunks.rank)
+        name, tensor, start, stop, ranks = chunks
+        key = id(start), id(stop), id(ranks)
         if key not in known:
             known[key] = [*chunks.regions_of(rank)]
         for region in known[key]:
-            yield chunks.name, chunks.tensor.dtype, region
+            yield name, tensor.dtype, region
 
 
 def _local_plans(
@@ -328,11 +323,11 @@ def _local_plans(
     names_of_values = [name for names in values for name in names]
     paths_of_nodes = [dotted(path) for path in (*state.structure, *state.unions)]
     _check_text([*known, *names_of_values, *paths_of_nodes])
-    for name, tensor in known.items():
+    for name, (_, tensor) in known.items():
         if name in aliases:
             plan_of(name).aliases[name] = aliases[name]
         else:
-            plan_of(name).tensors[name] = tensor.local_tensor
+            plan_of(name).tensors[name] = tensor
     for names in values:
         plan_of(next(iter(names))).values.update(names)
     for path, node in state.structure.items():

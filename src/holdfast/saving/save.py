@@ -309,14 +309,15 @@ def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
 
 def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
     """Return the elements of the item's region, as a view of this rank's training tensor."""
-    pieces, region = held.known[item.name].layout.pieces, item.region
-    piece, tensor = pieces[0], held.tensors[item.name]
+    name, region = item.name, item.region
+    tensor, (layout, _) = held.tensors[name], held.known[name]
     if tensor.requires_grad:
         tensor = tensor.detach()
     # Most tensors are written as a whole by the rank that holds them.
-    if piece.region == region:
-        return box_of(tensor, piece.local)
-    piece = next(p for p in pieces if p.region & region == region)
+    own = layout.pieces[0].region
+    if len(layout.pieces) == 1 and own.stop == region.stop and own.start == region.start:
+        return tensor
+    piece = next(p for p in layout.pieces if p.region & region == region)
     return box_of(tensor, piece.local_of(region))
 
 

@@ -135,7 +135,8 @@ class Flattener:
         if name in leaves:
             raise named_twice(name, leaves[name].path, path)
         leaves[name] = Leaf(path, value, names)
-        self._num_values += not isinstance(value, torch.Tensor)
+        if not isinstance(value, torch.Tensor):
+            self._num_values += 1
 
     def put(self, path: Path, value: Any, *, rebuilt: bool = False) -> None:
         """Add `value` and everything in it, below one path. `rebuilt`: whether a load creates the
