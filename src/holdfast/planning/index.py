@@ -69,17 +69,21 @@ class Index:
                 self._layouts = ()
             return self._encoded
 
+    @property
+    def top_names(self) -> set[str | int]:
+        """Top-level names of all tensors, under each name of tied ones."""
+        paths = [chunks.tensor.path for chunks in self.plan.tensors]
+        paths += [path for _, path in self.plan.aliases.values()]
+        return {path[0] for path in paths}
+
     @cached_property
     def nbytes(self) -> Mapping[str | int, int]:
-        """Bytes of all tensors below each top-level name, over all ranks."""
+        """Bytes of all tensors below each top-level name, over all ranks. A tied tensor is counted
+        under its first name."""
         nbytes: dict[str | int, int] = {}
         for chunks in self.plan.tensors:
             key = chunks.tensor.path[0]
             nbytes[key] = nbytes.get(key, 0) + chunks.tensor.nbytes
-        # A tied tensor is stored under its first name. Its other names add no bytes, but the result
-        # must have their top-level names too.
-        for _, path in self.plan.aliases.values():
-            nbytes.setdefault(path[0], 0)
         return nbytes
 
     def variant(self, key: Hashable, make: Callable[[], Index]) -> Index:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -261,7 +262,7 @@ class Planner:
     def _shared_by_name(self, held: LocalState) -> dict[str, list[SharedNames]]:
         if self._shared_of is not held.local_plans:
             groups = {n: group for n, group in self._groups.items() if n not in self._different}
-            entries = [*([name] for name in held.tensors), *(names for names, _ in held.values)]
+            entries = chain(([name] for name in held.tensors), (names for names, _ in held.values))
             self._shared = shared_names(entries, groups) if groups else {}
             self._shared_of = held.local_plans
         return self._shared

@@ -75,7 +75,7 @@ def _index_files(
         shared={file.name: file.num_links for file in data if file.num_links}
         if any(result.places is not None for result in results)
         else None,
-        kind=facts.kind or kind_with(index.nbytes),
+        kind=facts.kind or kind_with(index.top_names),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         timings=over_ranks([result.seconds for result in results]),
         structure=index.plan.structure,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 
 import torch
 
@@ -59,6 +60,7 @@ def _copied_windows(tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[memory
         yield bytes_of(window)
 
 
+@cache
 def _dtype(name: str) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name)
     return dtype

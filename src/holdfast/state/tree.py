@@ -152,7 +152,10 @@ class Flattener:
             self.add(path, value)
             return None
         if isinstance(value, torch.Tensor):
-            return self._tensor(path, value, rebuilt=rebuilt)
+            if is_plain_tensor(value):
+                self.add(path, value)
+                return self._where(path, value) if rebuilt else None
+            return self._subclass(path, value, rebuilt=rebuilt)
         component = self._component_of(path, value)
         if component is not None:
             return {"object": component.flatten(self, path)}
@@ -169,12 +172,8 @@ class Flattener:
         self.add(path, plain)
         return {"types": types} if types else None
 
-    def _tensor(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
-        if not is_plain_tensor(tensor):
-            return self._subclass(path, tensor, rebuilt=rebuilt)
-        self.add(path, tensor)
-        if not rebuilt:
-            return None
+    def _where(self, path: Path, tensor: torch.Tensor) -> Node:
+        """Return the node of a tensor that a load creates: its device or placement."""
         where = {}
         if isinstance(tensor, DTensor):
             like = self._placed_like(path, tensor)
