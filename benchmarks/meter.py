@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 Figure = dict[str, float]
 """Measurements of one run by column: `seconds`, `cpu_s`, `extra_mib`, `read_mb`."""
@@ -65,7 +66,10 @@ def run_rounds(systems: Mapping[str, Callable[[], Figure]], rounds: int) -> dict
     return figures
 
 
-def round_order(names: list[str], number: int) -> list[str]:
+T = TypeVar("T")
+
+
+def round_order(names: list[T], number: int) -> list[T]:
     """Return the order of round `number`, so that no name always follows the same other.
 
     >>> round_order(["a", "b", "c"], 0), round_order(["a", "b", "c"], 1)

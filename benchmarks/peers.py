@@ -38,8 +38,8 @@ class System:
     """One way to save and load."""
 
     name: str
-    save: Callable[[Path, State], object]
-    """Save into an empty folder; `save_and_sync` syncs it."""
+    save: Callable[[Path, State], object] | None
+    """Save into an empty folder; `save_and_sync` syncs it. None: not measured."""
 
     load: Callable[[Path, State], object] | None
     """Load from that folder into the tensors of a state; None: not measured."""
@@ -47,27 +47,36 @@ class System:
     sharded: bool = True
     """Whether several ranks can save and load together."""
 
-    saved_by: str = ""
+    reads: str = ""
     """Name of the system whose save this one loads; empty: its own."""
 
     @property
     def folder_name(self) -> str:
         """Name of the folder to load from."""
-        return self.saved_by or self.name
+        return self.reads or self.name
 
 
 def systems(ways: Ways | None = None) -> dict[str, System]:
-    """Return the installed systems by name; `raw` is the limit of disk and memory, in these
-    ways."""
+    """Return the installed systems by name; `raw` is the limit of disk and memory, in these ways.
+    It reads Holdfast's files."""
     ways = ways or Ways()
-    raw_saved = partial(raw_save, way=ways.write)
     raw_read_past_cache = partial(raw_load_direct, way=ways.read_direct)
     installed = [
-        System("raw", raw_saved, partial(raw_load, way=ways.read)),
-        System("raw, direct", raw_saved, raw_read_past_cache, saved_by="raw"),
+        System(
+            "raw",
+            partial(raw_save, way=ways.write),
+            partial(raw_load, way=ways.read),
+            reads="holdfast",
+        ),
+        System("raw, direct", None, raw_read_past_cache, reads="holdfast"),
         System("raw, from memory", partial(raw_save_memory, way=ways.write_memory), None),
         System("holdfast", _holdfast_save, _holdfast_load),
-        System("holdfast, unchecked", _unchecked(_holdfast_save), _unchecked(_holdfast_load)),
+        System(
+            "holdfast, unchecked",
+            _unchecked(_holdfast_save),
+            _unchecked(_holdfast_load),
+            reads="holdfast",
+        ),
         System("dcp", _dcp_save(1), _dcp_load),
         System("dcp, 2 threads", _dcp_save(2), None),
         System("dcp, holdfast", _dcp_save_holdfast, _dcp_load_holdfast),
@@ -81,6 +90,7 @@ def systems(ways: Ways | None = None) -> dict[str, System]:
 
 def save_and_sync(system: System, folder: Path, state: State) -> None:
     """Save, and return once every byte is on the disk. Collective."""
+    assert system.save is not None, system.name
     system.save(folder, state)
     if dist.is_initialized():
         dist.barrier()
@@ -99,13 +109,18 @@ def raw_save_memory(folder: Path, state: State, way: Way) -> None:
 
 
 def raw_load(folder: Path, state: State, way: Way) -> None:
-    """Read them into the tensors."""
-    raw_read(folder / f"raw-{rank()}", _views(state), way)
+    """Read the first bytes of this rank's file into the tensors."""
+    raw_read(_data_file(folder), _views(state), way)
 
 
 def raw_load_direct(folder: Path, state: State, way: Way) -> None:
-    """Read them past the page cache, and drop them."""
-    raw_read_direct(folder / f"raw-{rank()}", local_bytes(state), way)
+    """Read as many bytes past the page cache, and drop them."""
+    raw_read_direct(_data_file(folder), local_bytes(state), way)
+
+
+def _data_file(folder: Path) -> Path:
+    """Return the file that Holdfast wrote on this rank."""
+    return folder / "step" / f"__{rank()}_0.distcp"
 
 
 def _views(state: State) -> list[memoryview]:

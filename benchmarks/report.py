@@ -55,10 +55,10 @@ depend on the machine and its load.
   maximum.
 * **Saves** are synced.
 * **`raw`** is the limit of the machine: as many bytes, written with O_DIRECT and synced, or read
-  into the same memory. It writes one buffer of 32 MiB again and again, which stays in the CPU
-  cache; **`raw, from memory`** writes the state itself. Before the rounds, the fastest of 1, 2 and
-  4 threads and of windows of 1, 8 and 32 MiB is chosen. Tables that do not name it are of two
-  threads and 8 MiB.
+  from Holdfast's files into the same memory. It writes one buffer of 32 MiB again and again, which
+  stays in the CPU cache; **`raw, from memory`** writes the state itself. Before the rounds, the
+  fastest of 1, 2 and 4 threads and of windows of 1, 8 and 32 MiB is chosen. Tables that do not name
+  it are of two threads and 8 MiB.
 * **CPU, s per GB** is per GB of the state, or of the part that a rank needs.
 * **Method.** The module of each part in `benchmarks/` describes its method.
 

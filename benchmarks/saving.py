@@ -2,11 +2,11 @@
 
 A save ends when every file and folder is synced. Before each save, the disk is idle. Before a warm
 load, the page cache has all files; before a cold load, it has none. Both are checked. `raw` is the
-limit of the disk: threads write as many bytes past the page cache, or read them into the same
-memory without further work. `raw` writes one buffer of 32 MiB again and again, which stays in the
-CPU cache; `raw, from memory` writes the state itself. `raw, direct` reads past the page cache and
-drops the bytes. Before the rounds, each chooses the fastest number of threads and bytes of a call:
-see `benchmarks.raw`.
+limit of the disk: threads write as many bytes past the page cache, or read them from Holdfast's
+file into the same memory without further work. `raw` writes one buffer of 32 MiB again and again,
+which stays in the CPU cache; `raw, from memory` writes the state itself. `raw, direct` reads past
+the page cache and drops the bytes. Before the rounds, each chooses the fastest number of threads
+and bytes of a call: see `benchmarks.raw`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.disk import cool_cache, drop_cache, warm_cache
-from benchmarks.meter import Figure, measure, run_rounds
+from benchmarks.meter import Figure, measure, round_order, run_rounds
 from benchmarks.options import BenchmarkOptions
 from benchmarks.peers import (
     System,
@@ -33,7 +32,7 @@ from benchmarks.peers import (
     save_dcp_cached_plan,
     systems,
 )
-from benchmarks.raw import Way, Ways, fastest
+from benchmarks.raw import Ways, fastest
 from benchmarks.results import Section, measure_parts
 from benchmarks.states import State, llama_like, local_bytes, same_bits, small_tensors
 from holdfast import CheckpointConfig, CheckpointManager
@@ -46,7 +45,7 @@ def saving(options: BenchmarkOptions, folder: Path) -> Section:
     saves = {
         name: partial(save, system, folder / name, state)
         for name, system in systems(ways).items()
-        if not system.saved_by
+        if system.save is not None
     }
     figures = run_rounds(saves, options.rounds)
     return _section("saving", "Saving", state, figures, noted_writes(ways))
@@ -104,31 +103,61 @@ def _loads(
     """Save with each system, check that its load gives the same bits, then measure the loads."""
     state = llama_like(options.nbytes)
     target = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-    ways = ways_to_read(folder / "raw", target, prepare)
-    loads = {}
+    chosen = {name: system for name, system in systems().items() if name in names}
+    for system in chosen.values():
+        if not system.reads:
+            renew(folder / system.name)
+            save_and_sync(system, folder / system.name, state)
+    ways = ways_to_read(folder / "holdfast", target, prepare)
+    loads: Loads = {}
     for system in systems(ways).values():
-        if system.name not in names or system.load is None:
+        if system.name not in chosen or system.load is None:
             continue
         saved = folder / system.folder_name
-        if not system.saved_by:
-            renew(saved)
-            save_and_sync(system, saved, state)
         system.load(saved, target)
         assert same_bits(state, target) or system.name.startswith("raw"), system.name
-        loads[system.name] = partial(_load, prepare, saved, system.load, target)
-    figures = run_rounds(loads, options.rounds)
+        loads.setdefault(saved, {})[system.name] = partial(system.load, saved, target)
+    figures = run_loads(loads, options.rounds, prepare, drop_cache, measure)
     return _section(name, title, state, figures, noted_reads(ways))
 
 
+Loads = dict[Path, dict[str, Callable[[], object]]]
+"""Function that loads with each system, by the folder that it reads and its name."""
+
+
+def run_loads(
+    loads: Loads,
+    rounds: int,
+    prepare: Callable[[Path], None],
+    end: Callable[[Path], None],
+    meter: Callable[[Callable[[], object]], Figure],
+) -> dict[str, list[Figure]]:
+    """Run every load once a round, in changing order, after a round that is not counted.
+
+    Loads from one folder run one after the other: how fast pages of the page cache are depends on
+    where in memory they are, which changes when they are read again from the disk. So loads are
+    compared on the same pages.
+
+    `prepare(folder)` runs before each load, `end(folder)` after the loads from a folder.
+    """
+    figures: dict[str, list[Figure]] = {name: [] for group in loads.values() for name in group}
+    for number in range(rounds + 1):
+        for folder in round_order([*loads], number):
+            for name in round_order([*loads[folder]], number):
+                prepare(folder)
+                figure = meter(loads[folder][name])
+                if number:
+                    figures[name].append(figure)
+            end(folder)
+    return figures
+
+
 def ways_to_read(folder: Path, target: State, prepare: Callable[[Path], None]) -> Ways:
-    """Return the fastest ways of raw reads into `target`, which is on this rank. Collective.
+    """Return the fastest ways of raw reads of Holdfast's save in `folder` into `target`, which is
+    on this rank. Collective.
 
     `prepare(folder)` runs on each rank before each read.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    raw_save(folder, target, Way())
-    if dist.is_initialized():
-        dist.barrier()
     before = partial(prepare, folder)
     return Ways(
         read=fastest(partial(raw_load, folder, target), before),
@@ -139,18 +168,6 @@ def ways_to_read(folder: Path, target: State, prepare: Callable[[Path], None]) -
 def noted_reads(ways: Ways) -> str:
     """Describe the ways of raw reads, for the method of a section."""
     return f"`raw`: {ways.read}. `raw, direct`: {ways.read_direct}."
-
-
-def _load(
-    prepare: Callable[[Path], None],
-    folder: Path,
-    load: Callable[[Path, State], object],
-    target: State,
-) -> Figure:
-    prepare(folder)
-    figure = measure(lambda: load(folder, target))
-    drop_cache(folder)
-    return figure
 
 
 def _section(

@@ -2,8 +2,8 @@
 
 The ranks are processes on gloo with one thread each. Tensors are sharded by rows, as FSDP does.
 Times run from one barrier to the next, and include the sync of all files. `raw`: every rank writes
-or reads its bytes in its own file, as one process does in `benchmarks.saving`, in the way that is
-the fastest for all ranks together.
+its bytes into its own file, or reads them from Holdfast's, as one process does in
+`benchmarks.saving`, in the way that is the fastest for all ranks together.
 
 Resharding: a checkpoint of four ranks, sharded by rows, is loaded by two ranks, by one, and by four
 that shard by columns. A checkpoint of one process is loaded by one rank of eight, which reads an
@@ -27,7 +27,15 @@ from benchmarks.options import BenchmarkOptions
 from benchmarks.peers import System, save_and_sync, systems
 from benchmarks.ranks import run_on_ranks
 from benchmarks.results import Section, measure_parts
-from benchmarks.saving import noted_reads, noted_writes, renew, ways_to_read, ways_to_write
+from benchmarks.saving import (
+    Loads,
+    noted_reads,
+    noted_writes,
+    renew,
+    run_loads,
+    ways_to_read,
+    ways_to_write,
+)
 from benchmarks.states import (
     State,
     llama_like,
@@ -106,7 +114,7 @@ def _saves(options: BenchmarkOptions, folder: Path) -> tuple[Figures, str]:
     saves = {
         name: partial(_save, system, folder / name, state)
         for name, system in systems(ways).items()
-        if system.sharded and not system.saved_by
+        if system.sharded and system.save is not None
     }
     return run_rounds(saves, options.rounds), f"Each rank: {noted_writes(ways)}"
 
@@ -128,27 +136,30 @@ def _loads(
     """Returns the figures, and a note on the ways of raw reads."""
     state = sharded(options.nbytes, mesh_of(SIZE))
     target = sharded(options.nbytes, mesh_of(SIZE), torch.zeros)
-    ways = ways_to_read(folder / "raw", target, partial(_on_rank_0, prepare))
-    loads = {}
+    chosen = {n: one for n, one in systems().items() if one.sharded and one.load is not None}
+    for system in chosen.values():
+        if not system.reads:
+            _save(system, folder / system.name, state)
+    ways = ways_to_read(folder / "holdfast", target, partial(_on_rank_0, prepare))
+    loads: Loads = {}
     for name, system in systems(ways).items():
-        if not system.sharded or system.load is None:
+        if name not in chosen or system.load is None:
             continue
         saved = folder / system.folder_name
-        if not system.saved_by:
-            _save(system, saved, state)
         system.load(saved, target)
         assert same_bits(state, target) or name.startswith("raw"), name
-        loads[name] = partial(_load, system.load, saved, target, prepare)
-    return run_rounds(loads, options.rounds), f"Each rank: {noted_reads(ways)}"
+        loads.setdefault(saved, {})[name] = partial(system.load, saved, target)
+    before, after = partial(_on_rank_0, prepare), partial(_on_rank_0, drop_cache)
+    figures = run_loads(loads, options.rounds, before, after, measure_ranks)
+    return figures, f"Each rank: {noted_reads(ways)}"
 
 
 def _load(
     load: Callable[[Path, State], object],
     folder: Path,
     target: State,
-    prepare: Callable[[Path], None] = warm_cache,
 ) -> Figure:
-    _on_rank_0(prepare, folder)
+    _on_rank_0(warm_cache, folder)
     figure = measure_ranks(lambda: load(folder, target))
     _on_rank_0(drop_cache, folder)
     return figure
