@@ -45,8 +45,7 @@ class Span(NamedTuple):
         return self.offset + self.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A region of a tensor, stored contiguously."""
 
     region: Region
@@ -120,9 +119,7 @@ def item_of(number: int, offset: int, nbytes: int, files: Sequence[DataFile]) ->
     return item
 
 
-@sent_by_fields
-@dataclass(frozen=True, slots=True)
-class ChunkDecoder:
+class ChunkDecoder(NamedTuple):
     """Decodes a tensor's chunks, and checks them against the tensor's shape and the data files."""
 
     name: str

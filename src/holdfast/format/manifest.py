@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from json.encoder import encode_basestring
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum, timings
@@ -33,11 +33,11 @@ from holdfast.format.components import OPTIMIZER
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.names import ROWS
 from holdfast.format.region import Region
-from holdfast.format.sending import sent_by_fields
 from holdfast.format.structure import Node, check_node, members_of, with_classes
 from holdfast.format.timings import Stage
 from holdfast.format.untrusted import (
     count_of,
+    counts_of,
     json_of,
     names_of,
     number_of,
@@ -51,9 +51,7 @@ Kind = Literal["full", "model"]
 Path = tuple[str | int, ...]
 
 
-@sent_by_fields
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """A tensor: its dtype, its global shape, and the chunks that together hold its elements."""
 
     dtype: str
@@ -456,15 +454,16 @@ def _tensor(
     block_bytes: int,
     rows: RowFile | None,
 ) -> TensorEntry:
-    shape = tuple(map(count_of, entry["shape"]))
+    shape = counts_of(entry["shape"])
     itemsize = dtype_of(entry["dtype"]).itemsize
     decoder = ChunkDecoder(name, shape, itemsize, files, block_bytes)
     chunks: Sequence[Chunk]
     if rows is None:
-        chunks = tuple(decoder.decode([*map(count_of, stored)]) for stored in entry["chunks"])
+        chunks = tuple([decoder.decode(counts_of(stored)) for stored in entry["chunks"]])
     else:
         chunks = rows_of(entry["rows"], rows, decoder)
-    return TensorEntry(entry["dtype"], shape, chunks, path_of(entry.get("path", [name])))
+    path = path_of(entry["path"]) if "path" in entry else (name,)
+    return TensorEntry(entry["dtype"], shape, chunks, path)
 
 
 def _values(stored: dict[str, Any], files: list[DataFile]) -> Iterator[tuple[str, ValueEntry]]:

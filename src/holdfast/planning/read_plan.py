@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from holdfast.errors import DamagedError
 from holdfast.format.checksum import BLOCK_BYTES
@@ -23,8 +24,7 @@ blocks more than the run has. A box with shorter runs counts as a box of columns
 the rows around it, for all ranks that want columns of these rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReadItem:
+class ReadItem(NamedTuple):
     """Box of elements to read from one chunk."""
 
     chunk: Chunk

@@ -68,7 +68,7 @@ def in_order(manifest: Manifest) -> Manifest:
     """The manifest with the chunks of each tensor as a tuple, sorted by their start."""
 
     def entry(of: TensorEntry) -> TensorEntry:
-        return replace(of, chunks=tuple(sorted(of.chunks, key=lambda chunk: chunk.region.start)))
+        return of._replace(chunks=tuple(sorted(of.chunks, key=lambda chunk: chunk.region.start)))
 
     tensors = {name: entry(tensor) for name, tensor in manifest.tensors.items()}
     return replace(manifest, tensors=tensors, rows=None)

@@ -38,7 +38,7 @@ def stored(kind: str, folder: Path, state: dict[str, Any]) -> Source:
     if kind == "pathless":
         manifest = replace(
             manifest,
-            tensors={n: replace(e, path=(n,)) for n, e in manifest.tensors.items()},
+            tensors={n: e._replace(path=(n,)) for n, e in manifest.tensors.items()},
             values={n: replace(e, path=(n,)) for n, e in manifest.values.items()},
         )
     return Source(LocalStore(folder), "one", manifest)
