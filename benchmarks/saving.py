@@ -103,15 +103,15 @@ def _loads(
     """Save with each system, check that its load gives the same bits, then measure the loads."""
     state = llama_like(options.nbytes)
     target = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-    chosen = {name: system for name, system in systems().items() if name in names}
-    for system in chosen.values():
+    loading = {n: one for n, one in systems().items() if n in names and one.load is not None}
+    for system in loading.values():
         if not system.reads:
             renew(folder / system.name)
             save_and_sync(system, folder / system.name, state)
     ways = ways_to_read(folder / "holdfast", target, prepare)
     loads: Loads = {}
     for system in systems(ways).values():
-        if system.name not in chosen or system.load is None:
+        if system.name not in loading or system.load is None:
             continue
         saved = folder / system.folder_name
         system.load(saved, target)

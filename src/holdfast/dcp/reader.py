@@ -31,7 +31,7 @@ from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.gc_pause import gc_paused
-from holdfast.state.layout import address_of
+from holdfast.state.layout import check_kind, check_memory
 from holdfast.state.shard import Piece
 from holdfast.storage.opening import is_url
 from holdfast.storage.store import ReadStore
@@ -230,7 +230,8 @@ def _read_batch(
                 f"`{name}`: the plan reads {list(region.shape)}, the planner gave a tensor of "
                 f"shape {list(target.shape)}"
             )
-        address_of(name, target)
+        check_kind(name, target)
+        check_memory(name, target)
         targets.append(target)
         if region.num_elements:
             wanted.append(Wanted(name, [Piece(region, Region.whole(region.shape))], target))

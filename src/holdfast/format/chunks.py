@@ -34,8 +34,14 @@ _BATCH_ROWS = 256
 """Number of rows that an iteration over `ChunkRows` decodes at a time."""
 
 
-class Span(NamedTuple):
-    """Contiguous bytes of a file."""
+@sent_by_fields
+@dataclass(slots=True, unsafe_hash=True)
+class Span:
+    """Contiguous bytes of a file.
+
+    Do not change one. It is not frozen, since a save makes thousands of spans, and a frozen one
+    takes four times as long to make.
+    """
 
     offset: int
     nbytes: int

@@ -11,7 +11,6 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +50,9 @@ _CONSTANTS = (_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, *_FIELDS, *_MEMBERS)
 """Globals and strings that are memoized first, so that every row can refer to them by index."""
 
 
-class TensorTable(NamedTuple):
-    """A tensor, and arrays with one row per chunk."""
+@dataclass(slots=True, eq=False)
+class TensorTable:
+    """A tensor, and arrays with one row per chunk. Do not change one: see `Span`."""
 
     name: str
     dtype: str
@@ -74,7 +74,8 @@ def encode_tensors(tables: Sequence[TensorTable]) -> bytes:
     members: list[bytes] = []
     # By the `id()` of the arrays: `tables` keeps them, so that no two have the same.
     regions: dict[tuple[int, int], bytes] = {}
-    for name, dtype, shape, path, start, stop, places in tables:
+    for table in tables:
+        start, stop, places = table.start, table.stop, table.places
         if len(places) == 1:
             # numpy is slower for a single chunk, and thousands of small tensors have only one.
             region = regions.get((id(start), id(stop)))
@@ -84,9 +85,13 @@ def encode_tensors(tables: Sequence[TensorTable]) -> bytes:
                 regions[id(start), id(stop)] = region
             chunks = b"[%d,%d,%d,%d,%d%b]" % (*places[0], region)
         else:
-            chunks = _encode_chunks(np.hstack((places, start, stop)))
-        members.append(encode_tensor(name, dtype, shape, path, chunks))
+            chunks = _encode_chunks(np.hstack((_array(places), start, stop)))
+        members.append(encode_tensor(table.name, table.dtype, table.shape, table.path, chunks))
     return b"{%b}" % b",".join(members)
+
+
+def _array(places: Places) -> Ints:
+    return np.asarray(places, np.int64).reshape(len(places), NUM_PLACES)
 
 
 def _encode_chunks(rows: Ints) -> bytes:
@@ -131,8 +136,9 @@ def encode_rows(tables: Sequence[TensorTable]) -> EncodedRows:
             if id(table.start) not in orders:
                 orders[id(table.start)] = _sorted_regions(table)
             order, regions, longest = orders[id(table.start)]
-            rows = numbers[position : position + size].reshape(len(places), -1)
-            rows[:, :NUM_PLACES] = places if order is None else np.asarray(places)[order]
+            in_order, width = _array(places), NUM_PLACES + 2 * len(table.shape)
+            rows = numbers[position : position + size].reshape(len(in_order), width)
+            rows[:, :NUM_PLACES] = in_order if order is None else in_order[order]
             rows[:, NUM_PLACES:] = regions
         member = (position * numbers.itemsize, len(table.places), *longest)
         members.append(
@@ -193,12 +199,12 @@ class StockIndex:
         out.raw(b"}(")
         paths: list[tuple[bytes, str, Path]] = []
         stored = []
-        for text, dtype, shape, path, start, stop, places in tables:
-            name = out.put_text(text)
-            self._put_tensor(dtype, shape, start, stop)
-            put_places = self._place if len(places) == 1 else self._places
-            stored.append(put_places(name, start, places, file_memo))
-            paths.append((name, text, path))
+        for table in tables:
+            name = out.put_text(table.name)
+            self._put_tensor(table)
+            place = self._place if len(table.places) == 1 else self._places
+            stored.append(place(table, name, file_memo))
+            paths.append((name, table.name, table.path))
         for text, path in values.items():
             paths.append((out.put_text(text), text, path))
             out.put(Instance(_VALUE, None))
@@ -242,18 +248,18 @@ class StockIndex:
                 out.put(path)
         out.raw(b"u")
 
-    def _put_tensor(self, dtype: str, shape: tuple[int, ...], start: Ints, stop: Ints) -> None:
+    def _put_tensor(self, table: TensorTable) -> None:
         """Write the metadata of a tensor. Tensors of equal dtype, shape and chunks share the bytes
         of their metadata."""
-        out = self._out
-        layout = (dtype, shape, id(start), id(stop))
+        out, start, stop = self._out, table.start, table.stop
+        layout = (table.dtype, table.shape, id(start), id(stop))
         encoded = self._of_layout.get(layout)
         if encoded is None:
             num_parts, num_memoized = len(out.parts), out.num_memoized
-            content = (dtype, shape, start.tobytes(), stop.tobytes())
+            content = (table.dtype, table.shape, start.tobytes(), stop.tobytes())
             encoded = self._of_content.get(content)
             if encoded is None:
-                self._put_new_tensor(dtype, shape, start, stop)
+                self._put_new_tensor(table)
                 if out.num_memoized != num_memoized:
                     # These bytes memoize a new object, so they cannot be used again: the next
                     # tensor must refer to that object instead.
@@ -267,12 +273,12 @@ class StockIndex:
         else:
             out.raw(encoded)
 
-    def _put_new_tensor(self, dtype: str, shape: tuple[int, ...], start: Ints, stop: Ints) -> None:
-        out = self._out
+    def _put_new_tensor(self, table: TensorTable) -> None:
+        out, start, stop = self._out, table.start, table.stop
         out.raw(out.get(_TENSOR) + b")\x81}(" + out.get("properties"))
-        out.raw(self._properties(dtype))
+        out.raw(self._properties(table.dtype))
         out.put("size")
-        out.put(Call(_SIZE, (shape,)))
+        out.put(Call(_SIZE, (table.shape,)))
         out.raw(out.get("chunks") + b"](")
         out.raw(
             _rows(
@@ -301,13 +307,11 @@ class StockIndex:
             out.raw(before + memoized)
         return self._properties_of[dtype]
 
-    def _places(
-        self, name: bytes, start: Ints, places: Places, file_memo: Ints
-    ) -> bytes | bytearray:
+    def _places(self, table: TensorTable, name: bytes, file_memo: Ints) -> bytes | bytearray:
         """Encode the positions of a tensor's chunks. `name`: opcode that pushes the tensor's name.
         `file_memo`: memo index of each file name."""
-        out = self._out
-        file, offset, nbytes = np.asarray(places).T[:3]
+        out, start = self._out, table.start
+        file, offset, nbytes = _array(table.places).T[:3]
         return _rows(
             len(start),
             self._index + name + out.get("index"),
@@ -323,10 +327,10 @@ class StockIndex:
             b"ub",
         )
 
-    def _place(self, name: bytes, start: Ints, places: Places, file_memo: Ints) -> bytes:
+    def _place(self, table: TensorTable, name: bytes, file_memo: Ints) -> bytes:
         """Encode the position of the only chunk of a tensor, like `_places` but faster."""
-        out = self._out
-        file, offset, nbytes, _, _ = places[0]
+        out, start = self._out, table.start
+        file, offset, nbytes, _, _ = table.places[0]
         key = id(start), file, nbytes
         around = self._around_offset.get(key)
         if around is None:
@@ -386,7 +390,7 @@ def _rows(count: int, *parts: _Part) -> bytearray:
             columns.append((len(template), code, numbers))
             template += bytes(struct.calcsize(code))
     rows = template * count
-    for offset, code, numbers in columns:
+    for offset, code, numbers in columns if count else ():
         # Write column by column: a structured array of all parts would take three times as long.
         np.ndarray(count, code, rows, offset, len(template))[:] = numbers
     return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 from holdfast.format import checksum, torchzip
 from holdfast.format.dtypes import dtype_of
@@ -14,8 +13,9 @@ from holdfast.format.names import data_file
 from holdfast.format.region import Region
 
 
-class TensorItem(NamedTuple):
-    """Region of a tensor, and its place in the file."""
+@dataclass(slots=True, eq=False)
+class TensorItem:
+    """Region of a tensor, and its place in the file. Do not change one: see `Span`."""
 
     name: str
     region: Region

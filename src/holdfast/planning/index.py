@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -115,9 +115,7 @@ class Encoded:
 def columns(items: Sequence[TensorItem]) -> Ints:
     """Return an array with one row per item: the offset and size of the item, the offset of its
     data, and the number of its first block."""
-    rows = [
-        (item.offset, item.nbytes, data.offset, block) for _, _, _, item, data, _, _, block in items
-    ]
+    rows = [(i.item.offset, i.item.nbytes, i.data.offset, i.first_block) for i in items]
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
 
@@ -154,14 +152,14 @@ def _tables(
     for alias, (first, path) in plan.aliases.items():
         aliases.setdefault(first, []).append((alias, path))
     first_row = 0
-    for name, (dtype, shape, path, _, _), start, stop, rank in plan.tensors:
-        stop_row = first_row + len(rank)
+    for chunks in plan.tensors:
+        (dtype, shape, path, _, _), stop_row = chunks.tensor, first_row + len(chunks.rank)
         rows = places[first_row:stop_row]
-        table = TensorTable(name, dtype, shape, path, start, stop, rows)
+        table = TensorTable(chunks.name, dtype, shape, path, chunks.start, chunks.stop, rows)
         first_row = stop_row
         yield table
-        for alias, alias_path in aliases.get(name, ()):
-            yield table._replace(name=alias, path=alias_path)
+        for alias, alias_path in aliases.get(chunks.name, ()):
+            yield replace(table, name=alias, path=alias_path)
 
 
 def _places(

@@ -94,8 +94,9 @@ AllPlans = Mapping[str, Sequence[SharedPlan]]
 """Distinct local plans of several ranks, keyed by component."""
 
 
-class TensorChunks(NamedTuple):
-    """Chunks in which a tensor is written."""
+@dataclass(slots=True, eq=False)
+class TensorChunks:
+    """Chunks in which a tensor is written. Do not change one: see `Span`."""
 
     name: str
     tensor: LocalTensor

@@ -34,7 +34,7 @@ from holdfast.saving.digests import Digests, Replicas, SharedNames, digests_of, 
 from holdfast.state.layout import (
     Layout,
     Layouts,
-    address_of,
+    check_memory,
     dtype_name,
     local_of,
     same_memory,
@@ -117,16 +117,17 @@ class Planner:
         first_at: dict[int, str] = {}
         untied_at: dict[int, list[str]] = {}
         for name, leaf in leaves.items():
-            path, value, names_of_value = leaf
+            path, value = leaf.path, leaf.value
             if not isinstance(value, torch.Tensor):
-                values.append((names_of_value or {name: path}, value))
+                values.append((leaf.names or {name: path}, value))
                 continue
             local = tensors[name] = local_of(value)
             found = reusable.get(name)
             if found is None or not found[0].is_of(value, local) or found[1].path != path:
                 found = self._describe(name, leaf, local, dtype)
             known[name] = found
-            address = local.data_ptr() or address_of(name, local)
+            check_memory(name, local)
+            address = local.data_ptr()
             first = first_at.setdefault(address, name)
             if first is not name and local.numel():
                 # Few tensors share an address, so only these are compared in full.
@@ -296,12 +297,11 @@ def _regions_of(rank: int, write_plan: GlobalPlan) -> Iterator[tuple[str, str, R
     # Tensors of one layout share their arrays, which have a row per rank. Search each array once.
     known: dict[tuple[int, int, int], list[Region]] = {}
     for chunks in write_plan.tensors:
-        name, tensor, start, stop, ranks = chunks
-        key = id(start), id(stop), id(ranks)
+        key = id(chunks.start), id(chunks.stop), id(chunks.rank)
         if key not in known:
             known[key] = [*chunks.regions_of(rank)]
         for region in known[key]:
-            yield name, tensor.dtype, region
+            yield chunks.name, chunks.tensor.dtype, region
 
 
 def _local_plans(

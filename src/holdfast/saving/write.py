@@ -103,17 +103,17 @@ def _write_parts(
     checksums: list[int] = []
     stream = _Stream(writer, pace, layout.nbytes)
     for item in layout.tensors:
-        name, _, _, place, data_place, prefix, suffix, _ = item
-        if data_place.nbytes and place.nbytes < JOINED_BYTES_MAX:
+        nbytes = item.item.nbytes
+        if item.data.nbytes and nbytes < JOINED_BYTES_MAX:
             # For states of thousands of small tensors, this takes half as long as the other branch.
             (data,) = windows_of(item)
-            assert len(data) == data_place.nbytes, f"{name}: {len(data)} bytes, {data_place}"
+            assert len(data) == item.data.nbytes, f"{item.name}: {len(data)} bytes, {item.data}"
             checksums.append(checksum.checksum(data))
-            stream.put_small((prefix, data, suffix), place.nbytes)
+            stream.put_small((item.prefix, data, item.suffix), nbytes)
         else:
-            stream.put(prefix)
+            stream.put(item.prefix)
             checksums += _put_windows(stream, windows_of(item), item)
-            stream.put(suffix)
+            stream.put(item.suffix)
     for _, container in layout.containers:
         stream.put(container)
     packed = checksum.pack(checksums)

@@ -27,8 +27,8 @@ class Layout:
     """Shape of the whole tensor."""
 
     pieces: tuple[Piece, ...]
-    num_elements: int
-    """Elements in all pieces."""
+    local_shape: tuple[int, ...] | None
+    """Shape of the rank's own tensor; None if it has no elements."""
 
     placement: MeshPlacement | None
     """Placement on the mesh; None for a tensor that is whole on this rank."""
@@ -42,7 +42,12 @@ class Layout:
             return False
         if mesh is None:
             return local is tensor and not _odd_kind(tensor)
-        return local.numel() == self.num_elements and _mesh_of(tensor) == (mesh, placements)
+        return self.fits(local) and _mesh_of(tensor) == (mesh, placements)
+
+    def fits(self, local: torch.Tensor) -> bool:
+        """Return whether the rank's own tensor has the shape of this layout."""
+        shape = self.local_shape
+        return local.shape == shape if shape is not None else not local.numel()
 
 
 _Key = tuple[torch.dtype, DeviceMesh | None, tuple[Placement, ...]]
@@ -59,26 +64,19 @@ class Layouts:
     def of(self, name: str, tensor: torch.Tensor, local: torch.Tensor) -> Layout:
         """Return the layout of a DTensor on its mesh, or of any other tensor as a whole. `local`
         contains the rank's own elements."""
-        kind = _odd_kind(tensor)
-        if kind == "meta":
-            raise UsageError(
-                f"`{name}` is a meta tensor, which has no elements",
-                hint='allocate its module first: `module.to_empty(device="cpu")`, or "cuda"',
-            )
-        if kind:
-            raise UsageError(
-                f"`{name}` is a {kind} tensor, which has no plain elements to save",
-                hint="save its dense parts under names of their own",
-            )
+        if kind := _odd_kind(tensor):
+            raise _refusal(name, kind)
         mesh, placements = _mesh_of(tensor)
         shape, key = tensor.shape, (tensor.dtype, mesh, placements)
         layout = self._layouts.get((shape, key))
         if layout is None:
             layout = self._layouts[shape, key] = self._make(name, tuple(shape), key)
-        if mesh is not None and layout.num_elements != local.numel():
+        if mesh is not None and not layout.fits(local):
+            own = layout.local_shape
+            expected = "no elements" if own is None else f"shape {[*own]}"
             raise UsageError(
-                f"`{name}`: this rank's local tensor has {local.numel()} elements, expected "
-                f"{layout.num_elements} for the placements {placements}",
+                f"`{name}`: this rank's local tensor has shape {[*local.shape]}, expected "
+                f"{expected} for the placements {placements}",
                 hint="pass `shape` and `stride` of the whole tensor to `DTensor.from_local`",
             )
         return layout
@@ -97,8 +95,9 @@ class Layouts:
                 raise UsageError(f"`{name}`: this rank is not part of the tensor's mesh {mesh}")
             placement = self._mesh_placement(name, mesh, placements)
             pieces = pieces_of(shape, placement.splits_at(coordinate))
-        num_elements = sum(piece.region.num_elements for piece in pieces)
-        return Layout(dtype_name(dtype), shape, pieces, num_elements, placement, key)
+        own = [piece.local.stop for piece in pieces if piece.region.num_elements]
+        local_shape = tuple(map(max, zip(*own, strict=True))) if own else None
+        return Layout(dtype_name(dtype), shape, pieces, local_shape, placement, key)
 
     def _mesh_placement(
         self, name: str, mesh: DeviceMesh, placements: tuple[Placement, ...]
@@ -116,6 +115,40 @@ class Layouts:
 def _mesh_of(tensor: torch.Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
     """Return the mesh and the placements of a DTensor; of other tensors, None and ()."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
+
+
+def check_kind(name: str, tensor: torch.Tensor) -> None:
+    """Raise a UsageError if the memory of a tensor does not contain its plain elements."""
+    if kind := _odd_kind(tensor):
+        raise _refusal(name, kind)
+
+
+def _refusal(name: str, kind: str) -> UsageError:
+    if kind == "meta":
+        return UsageError(
+            f"`{name}` is a meta tensor, which has no elements",
+            hint='allocate its module first: `module.to_empty(device="cpu")`, or "cuda"',
+        )
+    return UsageError(
+        f"`{name}` is a {kind} tensor, which has no plain elements to save",
+        hint="save its dense parts under names of their own",
+    )
+
+
+def check_memory(name: str, local: torch.Tensor) -> None:
+    """Raise a UsageError if the memory of a rank's own elements was freed, or a part of it."""
+    found = local.untyped_storage().nbytes()
+    if found == local.nbytes and not local.storage_offset():
+        return  # As most tensors.
+    last = sum((size - 1) * step for size, step in zip(local.shape, local.stride(), strict=True))
+    expected = (local.storage_offset() + last + 1) * local.itemsize
+    if local.numel() and found < expected:
+        raise UsageError(
+            f"`{name}` has {local.numel()} elements, but its memory was freed: its storage has "
+            f"{found} bytes, expected {expected}",
+            hint="save or load before the memory is freed, or once the code that freed it has "
+            "restored it",
+        )
 
 
 def _odd_kind(tensor: torch.Tensor) -> str:
@@ -142,23 +175,6 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype as the file formats write it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
-
-
-def address_of(name: str, local: torch.Tensor) -> int:
-    """Return the address of the first element of a rank's own elements; 0 if there are none.
-
-    Raises:
-        UsageError: the memory of the elements was freed.
-    """
-    address = local.data_ptr()
-    if not address and local.numel():
-        raise UsageError(
-            f"`{name}` has {local.numel()} elements, but its memory was freed (its storage has "
-            f"{local.untyped_storage().nbytes()} bytes)",
-            hint="save or load before the memory is freed, or once the code that freed it has "
-            "restored it",
-        )
-    return address
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -199,10 +215,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     nbytes = tensor.nbytes
     if not nbytes:
         return memoryview(bytearray())
-    # By the address: for many small tensors, numpy takes two to four times as long, and it returns
-    # other memory for a tensor whose memory was freed.
-    address = tensor.data_ptr() or address_of("a tensor", tensor)
-    memory = _memory_type(nbytes).from_address(address)
+    # By the address, since numpy takes two to four times as long, which matters for many small
+    # tensors.
+    memory = _memory_type(nbytes).from_address(tensor.data_ptr())
     memory.tensor = tensor
     return memoryview(memory).cast("B")
 

@@ -259,13 +259,19 @@ def test_tensors_without_plain_elements_are_refused(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_a_tensor_whose_memory_was_freed_is_refused(tmp_path: Path) -> None:
-    """Method: saved, and loaded into."""
-    freed = torch.ones(3)
-    freed.untyped_storage().resize_(0)
-    with pytest.raises(CheckpointException, match="`w` has 3 elements, but its memory was freed"):
-        dcp_save({"w": freed}, storage_writer=Writer(tmp_path / "a"))
-    assert not any(tmp_path.iterdir())
+def test_tensors_without_memory_are_refused(tmp_path: Path) -> None:
+    """Method: a view of freed memory, saved and loaded into; a meta tensor, saved."""
+    buffer = torch.ones(6)
+    freed = buffer[3:]
+    buffer.untyped_storage().resize_(0)
+    cases = {
+        "`w` has 3 elements, but its memory was freed": freed,
+        "`w` is a meta tensor": torch.ones(3, device="meta"),
+    }
+    for found, tensor in cases.items():
+        with pytest.raises(CheckpointException, match=found):
+            dcp_save({"w": tensor}, storage_writer=Writer(tmp_path / "a"))
+        assert not any(tmp_path.iterdir())
     dcp_save({"w": torch.ones(3)}, storage_writer=Writer(tmp_path / "a"))
     with pytest.raises(CheckpointException, match="`w` has 3 elements, but its memory was freed"):
         dcp_load({"w": freed}, storage_reader=Reader(tmp_path / "a"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +35,30 @@ def some_tables() -> list[TensorTable]:
             [("float32", 9), ("float32", 1), ("float32", 9), ("int64", 9), ("float32", 700)]
         )
     ]
-    return made + [made[0]._replace(name=name, path=(name,)) for name in ("a", "b")]
+    return made + [replace(made[0], name=name, path=(name,)) for name in ("a", "b")]
 
 
 def encoded() -> list[bytes | bytearray]:
     return StockIndex(some_tables(), {"step": ("step",)}, FILES).encode(
         {"step": (FILES[0], Span(5, 100))}
     )
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_lists_of_places_give_the_bytes_of_arrays(count: int) -> None:
+    """Method: a tensor without chunks, with one and with three, with its places as an array and as
+    lists, in each of the three files."""
+
+    def encoded_with(one: TensorTable) -> list[bytes]:
+        rows = tables.encode_rows([one])
+        stock = StockIndex([one], {}, FILES).encode({})
+        members = tables.encode_tensors([one])
+        return [members, rows.tensors, b"".join(rows.parts), b"".join(stock)]
+
+    one = table("w", "float32", np.arange(count), 7)
+    assert isinstance(one.places, np.ndarray)
+    lists = replace(one, places=one.places.tolist())
+    assert encoded_with(lists) == encoded_with(one)
 
 
 def test_metadata_in_parts_has_the_bytes_of_metadata_in_one(

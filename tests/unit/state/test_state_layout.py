@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 import holdfast
 from holdfast import CheckpointConfig, CheckpointManager
@@ -76,22 +80,53 @@ def test_tensors_without_plain_elements_are_refused_by_name() -> None:
             Layouts().of("the name", tensor, local_of(tensor))
 
 
-def freed(shape: tuple[int, ...] = (10,)) -> torch.Tensor:
-    """A tensor whose memory was freed, as sharding frameworks free it between steps."""
-    tensor = torch.ones(shape)
-    tensor.untyped_storage().resize_(0)
-    return tensor
+@pytest.mark.parametrize("nbytes", [0, 4, 40, 76])
+@pytest.mark.parametrize("first", [0, 10])
+def test_views_of_freed_memory_are_refused(tmp_path: Path, nbytes: int, first: int) -> None:
+    """G6. Method: a buffer of 20 elements, freed or shrunk to `nbytes`, and a view of it from
+    element `first` on, in a list; saved, and loaded into."""
+    holdfast.save(tmp_path / "good", {"l": [torch.ones(20)[first:]], "t": torch.ones(3)})
+    buffer = torch.ones(20)
+    state: dict[str, Any] = {"l": [buffer[first:]], "t": torch.zeros(3)}
+    buffer.untyped_storage().resize_(nbytes)
+    found = rf"`l\.0` has {20 - first} elements, .* freed: its storage has {nbytes} bytes"
+    for call in (
+        lambda: holdfast.save(tmp_path / "one", state),
+        lambda: holdfast.load(tmp_path / "good", state),
+    ):
+        with pytest.raises(UsageError, match=f"{found}, expected 80"):
+            call()
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+    assert not state["t"].any()
 
 
-def test_a_tensor_whose_memory_was_freed_is_refused(tmp_path: Path) -> None:
-    """G6. Method: a tensor in a list, and a parameter whose memory is freed after a first save, so
-    that its layout is known; saved and loaded into. Once it has memory again, all works."""
-    with pytest.raises(UsageError, match=r"`l\.0` has 10 elements, but its memory was freed"):
-        holdfast.save(tmp_path / "one", {"l": [freed()], "t": torch.ones(3)})
-    assert not [*tmp_path.iterdir()]
+def test_views_of_whole_memory_are_not_refused(tmp_path: Path) -> None:
+    """G6. Method: views with an offset, strides, expanded or without elements, at the end of their
+    memory; an empty tensor whose memory was freed."""
+    base = torch.arange(12.0).view(3, 4)
+    freed = torch.ones(4)
+    freed.untyped_storage().resize_(0)
+    state = {
+        "row": base[2],
+        "last": base[2, 3],
+        "column": base[:, 3],
+        "transposed": base.T,
+        "expanded": base[2:].expand(5, 4),
+        "steps": base.view(12)[3::4],
+        "none": base[3:],
+        "freed": freed[4:],
+    }
+    holdfast.save(tmp_path / "one", state)
+    checkpoint = holdfast.open(tmp_path / "one")
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in state.items())
+
+
+def test_a_parameter_whose_memory_was_freed_is_refused_until_it_is_back(tmp_path: Path) -> None:
+    """G6. Method: the memory is freed after a first save, so that the layout is known; then it
+    comes back."""
     model = torch.nn.Linear(3, 3)
     config = CheckpointConfig(enable=True, interval=1, keep_latest_k=0)
-    with CheckpointManager(tmp_path / "run", model=model, config=config) as manager:
+    with CheckpointManager(tmp_path, model=model, config=config) as manager:
         assert manager.save(1)
         saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         storage = model.weight.data.untyped_storage()
@@ -104,8 +139,34 @@ def test_a_tensor_whose_memory_was_freed_is_refused(tmp_path: Path) -> None:
         storage.resize_(9 * 4)
         assert manager.load()
         assert manager.save(3)
-    checkpoint = holdfast.open(tmp_path / "run" / "step-3")
+    checkpoint = holdfast.open(tmp_path / "step-3")
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in saved.items())
+
+
+def test_a_local_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """G6. Method: a DTensor whose local tensor has as many elements as its placement says, in
+    another shape; then the right one."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        whole = DTensor.from_local(torch.zeros(4, 3), DeviceMesh("cpu", [0]), [Shard(0)])
+        right, wrong = (
+            DTensor.from_local(
+                torch.arange(12.0).view(shape),
+                whole.device_mesh,
+                [Shard(0)],
+                shape=whole.shape,
+                stride=whole.stride(),
+            )
+            for shape in ((4, 3), (3, 4))
+        )
+        with pytest.raises(UsageError, match=r"`w`: .* shape \[3, 4\], expected shape \[4, 3\]"):
+            holdfast.save(tmp_path / "one", {"w": wrong})
+        assert not [*tmp_path.iterdir()]
+        holdfast.save(tmp_path / "one", {"w": right})
+        with pytest.raises(UsageError, match=r"`w`: .* shape \[3, 4\], expected shape \[4, 3\]"):
+            holdfast.load(tmp_path / "one", {"w": wrong})
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", BY_NAME)
