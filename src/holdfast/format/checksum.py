@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from xxhash import xxh3_64, xxh3_64_intdigest
 
@@ -31,9 +31,8 @@ DIGITS = 16
 _HEX = re.compile(r"[0-9a-f]*")
 
 
-def checksum(data: bytes | bytearray | memoryview) -> int:
-    """Return the checksum of `data` as one block."""
-    return xxh3_64_intdigest(data)
+checksum: Callable[[bytes | bytearray | memoryview], int] = xxh3_64_intdigest
+"""`checksum(data)`: returns the checksum of `data` as one block."""
 
 
 def checksum_of_parts(parts: Iterable[bytes | bytearray | memoryview]) -> int:

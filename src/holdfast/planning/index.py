@@ -153,9 +153,16 @@ def _tables(
         aliases.setdefault(first, []).append((alias, path))
     first_row = 0
     for chunks in plan.tensors:
-        (dtype, shape, path, _, _), stop_row = chunks.tensor, first_row + len(chunks.rank)
-        rows = places[first_row:stop_row]
-        table = TensorTable(chunks.name, dtype, shape, path, chunks.start, chunks.stop, rows)
+        tensor, stop_row = chunks.tensor, first_row + len(chunks.rank)
+        table = TensorTable(
+            chunks.name,
+            tensor.dtype,
+            tensor.shape,
+            tensor.path,
+            chunks.start,
+            chunks.stop,
+            places[first_row:stop_row],
+        )
         first_row = stop_row
         yield table
         for alias, alias_path in aliases.get(chunks.name, ()):

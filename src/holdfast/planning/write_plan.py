@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from holdfast.errors import MismatchError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region, first_overlap
+from holdfast.format.sending import sent_by_fields
 from holdfast.format.structure import OPTIMIZERS, Node, with_optimizers
 from holdfast.state.shard import Mesh, MeshPlacement, pieces_of
 
@@ -34,8 +34,10 @@ STRETCH_BYTES_MIN = 1 << 20
 """Smallest stretch. If the tensors that the same ranks hold are smaller, one rank writes them."""
 
 
-class LocalTensor(NamedTuple):
-    """A tensor that a rank holds."""
+@sent_by_fields
+@dataclass(slots=True)
+class LocalTensor:
+    """A tensor that a rank holds. Do not change one: see `Span`."""
 
     dtype: str
     shape: tuple[int, ...]
