@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, Final, NamedTuple, overload
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum
@@ -39,12 +39,12 @@ _BATCH_ROWS = 256
 class Span:
     """Contiguous bytes of a file.
 
-    Do not change one. It is not frozen, since a save makes thousands of spans, and a frozen one
-    takes four times as long to make.
+    It is not frozen, since a save makes thousands of spans, and a frozen one takes four times as
+    long to make. Instead, type checkers refuse to change its final fields.
     """
 
-    offset: int
-    nbytes: int
+    offset: Final[int]
+    nbytes: Final[int]
 
     @property
     def stop(self) -> int:

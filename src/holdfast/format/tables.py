@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,19 +53,19 @@ _CONSTANTS = (_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, *_FIELDS, *_MEMBERS)
 
 @dataclass(slots=True, eq=False)
 class TensorTable:
-    """A tensor, and arrays with one row per chunk. Do not change one: see `Span`."""
+    """A tensor, and arrays with one row per chunk. Not frozen: see `Span`."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    start: Ints
+    name: Final[str]
+    dtype: Final[str]
+    shape: Final[tuple[int, ...]]
+    path: Final[Path]
+    start: Final[Ints]
     """First element of each chunk, shape (chunks, dims)."""
 
-    stop: Ints
+    stop: Final[Ints]
     """One past the last element of each chunk, shape (chunks, dims)."""
 
-    places: Places
+    places: Final[Places]
     """Position of each chunk, shape (chunks, 5): index of its file, offset and bytes of its item,
     offset of its raw elements, index of its first checksum in the file's table."""
 

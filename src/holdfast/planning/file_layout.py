@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Final
 
 from holdfast.format import checksum, torchzip
 from holdfast.format.dtypes import dtype_of
@@ -15,20 +16,20 @@ from holdfast.format.region import Region
 
 @dataclass(slots=True, eq=False)
 class TensorItem:
-    """Region of a tensor, and its place in the file. Do not change one: see `Span`."""
+    """Region of a tensor, and its place in the file. Not frozen: see `Span`."""
 
-    name: str
-    region: Region
-    dtype: str
-    item: Span
+    name: Final[str]
+    region: Final[Region]
+    dtype: Final[str]
+    item: Final[Span]
     """Place of the region as `torch.save` writes it: prefix, data, suffix."""
 
-    data: Span
+    data: Final[Span]
     """Place of the elements, within `item`."""
 
-    prefix: bytes
-    suffix: bytes
-    first_block: int
+    prefix: Final[bytes]
+    suffix: Final[bytes]
+    first_block: Final[int]
     """Number of the first block of the data, counted from the start of the file."""
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,6 @@ from holdfast.errors import MismatchError
 from holdfast.format.dtypes import dtype_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region, first_overlap
-from holdfast.format.sending import sent_by_fields
 from holdfast.format.structure import OPTIMIZERS, Node, with_optimizers
 from holdfast.state.shard import Mesh, MeshPlacement, pieces_of
 
@@ -34,10 +34,8 @@ STRETCH_BYTES_MIN = 1 << 20
 """Smallest stretch. If the tensors that the same ranks hold are smaller, one rank writes them."""
 
 
-@sent_by_fields
-@dataclass(slots=True)
-class LocalTensor:
-    """A tensor that a rank holds. Do not change one: see `Span`."""
+class LocalTensor(NamedTuple):
+    """A tensor that a rank holds."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -98,15 +96,15 @@ AllPlans = Mapping[str, Sequence[SharedPlan]]
 
 @dataclass(slots=True, eq=False)
 class TensorChunks:
-    """Chunks in which a tensor is written. Do not change one: see `Span`."""
+    """Chunks in which a tensor is written. Not frozen: see `Span`."""
 
-    name: str
-    tensor: LocalTensor
-    start: Ints
+    name: Final[str]
+    tensor: Final[LocalTensor]
+    start: Final[Ints]
     """First element of each chunk: one row per chunk, one column per dim."""
 
-    stop: Ints
-    rank: Ints
+    stop: Final[Ints]
+    rank: Final[Ints]
     """Rank that writes each chunk."""
 
     def regions_of(self, rank: int) -> Iterator[Region]:

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -46,11 +46,11 @@ class Stateful(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Leaf:
-    """A tensor or a plain value of the state. Do not change one: see `format.chunks.Span`."""
+    """A tensor or a plain value of the state. Not frozen: see `format.chunks.Span`."""
 
-    path: Path
-    value: Any
-    names: Mapping[str, Path]
+    path: Final[Path]
+    value: Final[Any]
+    names: Final[Mapping[str, Path]]
     """Paths of a value with several names, keyed by name, the leaf's own name first; else empty."""
 
 
