@@ -50,7 +50,7 @@ def _tables(manifest: Manifest, files: list[str]) -> list[TensorTable]:
     for name, entry in manifest.tensors.items():
         table = _table(name, entry, number)
         if tables and len(entry.chunks) and entry.chunks == chunks:
-            table = replace(table, places=tables[-1].places)  # Tied tensors share their rows.
+            table = table._replace(places=tables[-1].places)  # Tied tensors share their rows.
         tables.append(table)
         chunks = entry.chunks
     return tables

@@ -143,7 +143,7 @@ def test_nothing_unfinished_and_no_place_of_one_machine_is_left_in_the_code(path
 @of_each(SOURCES)
 def test_values_are_frozen_and_slotted(path: Path) -> None:
     """Method: the decorator of every dataclass has `slots=True`. It also has `frozen=True`, unless
-    every field is `Final`, or the class is private or in the list `written_to`."""
+    the class is private or in the list `written_to`."""
     written_to = {"CheckpointConfig", "Spans"}
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
@@ -154,9 +154,7 @@ def test_values_are_frozen_and_slotted(path: Path) -> None:
                 options = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords}
                 assert options.get("slots"), f"{node.name}: slots=True"
                 private = node.name.startswith("_") or node.name in written_to
-                fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-                final = all(ast.unparse(f.annotation).startswith("Final[") for f in fields)
-                assert options.get("frozen") or final or private, f"{node.name}: frozen=True"
+                assert options.get("frozen") or private, f"{node.name}: frozen=True"
 
 
 STORES = ("LocalStore", "RemoteStore", "ObjectStore", "CloudBucket")

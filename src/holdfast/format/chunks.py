@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from holdfast.errors import DamagedError, FormatError
 from holdfast.format import checksum
@@ -34,17 +34,11 @@ _BATCH_ROWS = 256
 """Number of rows that an iteration over `ChunkRows` decodes at a time."""
 
 
-@sent_by_fields
-@dataclass(slots=True, unsafe_hash=True)
-class Span:
-    """Contiguous bytes of a file.
+class Span(NamedTuple):
+    """Contiguous bytes of a file."""
 
-    It is not frozen, since a save makes thousands of spans, and a frozen one takes four times as
-    long to make. Instead, type checkers refuse to change its final fields.
-    """
-
-    offset: Final[int]
-    nbytes: Final[int]
+    offset: int
+    nbytes: int
 
     @property
     def stop(self) -> int:

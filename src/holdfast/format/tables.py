@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,21 +51,20 @@ _CONSTANTS = (_CHUNK, _INDEX, _INFO, _SIZE, _VALUE, *_FIELDS, *_MEMBERS)
 """Globals and strings that are memoized first, so that every row can refer to them by index."""
 
 
-@dataclass(slots=True, eq=False)
-class TensorTable:
-    """A tensor, and arrays with one row per chunk. Not frozen: see `Span`."""
+class TensorTable(NamedTuple):
+    """A tensor, and arrays with one row per chunk."""
 
-    name: Final[str]
-    dtype: Final[str]
-    shape: Final[tuple[int, ...]]
-    path: Final[Path]
-    start: Final[Ints]
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: Ints
     """First element of each chunk, shape (chunks, dims)."""
 
-    stop: Final[Ints]
+    stop: Ints
     """One past the last element of each chunk, shape (chunks, dims)."""
 
-    places: Final[Places]
+    places: Places
     """Position of each chunk, shape (chunks, 5): index of its file, offset and bytes of its item,
     offset of its raw elements, index of its first checksum in the file's table."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Final
+from typing import NamedTuple
 
 from holdfast.format import checksum, torchzip
 from holdfast.format.dtypes import dtype_of
@@ -14,22 +14,21 @@ from holdfast.format.names import data_file
 from holdfast.format.region import Region
 
 
-@dataclass(slots=True, eq=False)
-class TensorItem:
-    """Region of a tensor, and its place in the file. Not frozen: see `Span`."""
+class TensorItem(NamedTuple):
+    """Region of a tensor, and its place in the file."""
 
-    name: Final[str]
-    region: Final[Region]
-    dtype: Final[str]
-    item: Final[Span]
+    name: str
+    region: Region
+    dtype: str
+    item: Span
     """Place of the region as `torch.save` writes it: prefix, data, suffix."""
 
-    data: Final[Span]
+    data: Span
     """Place of the elements, within `item`."""
 
-    prefix: Final[bytes]
-    suffix: Final[bytes]
-    first_block: Final[int]
+    prefix: bytes
+    suffix: bytes
+    first_block: int
     """Number of the first block of the data, counted from the start of the file."""
 
 

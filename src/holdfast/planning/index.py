@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -166,7 +166,7 @@ def _tables(
         first_row = stop_row
         yield table
         for alias, alias_path in aliases.get(chunks.name, ()):
-            yield replace(table, name=alias, path=alias_path)
+            yield table._replace(name=alias, path=alias_path)
 
 
 def _places(

@@ -160,7 +160,7 @@ def _shared_index(
         for rank in written_by:
             in_files.append(file_of_item[rank][done[rank]])
             done[rank] += 1
-        tensors.append(replace(chunks, rank=np.array(in_files, np.int64)))
+        tensors.append(chunks._replace(rank=np.array(in_files, np.int64)))
     values = {
         name: (file_at[rank, values_in[rank]], path) for name, (rank, path) in plan.values.items()
     }

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,17 +94,16 @@ AllPlans = Mapping[str, Sequence[SharedPlan]]
 """Distinct local plans of several ranks, keyed by component."""
 
 
-@dataclass(slots=True, eq=False)
-class TensorChunks:
-    """Chunks in which a tensor is written. Not frozen: see `Span`."""
+class TensorChunks(NamedTuple):
+    """Chunks in which a tensor is written."""
 
-    name: Final[str]
-    tensor: Final[LocalTensor]
-    start: Final[Ints]
+    name: str
+    tensor: LocalTensor
+    start: Ints
     """First element of each chunk: one row per chunk, one column per dim."""
 
-    stop: Final[Ints]
-    rank: Final[Ints]
+    stop: Ints
+    rank: Ints
     """Rank that writes each chunk."""
 
     def regions_of(self, rank: int) -> Iterator[Region]:

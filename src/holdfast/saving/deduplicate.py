@@ -156,7 +156,7 @@ class Deduplicator:
         for one in layouts:
             items |= {
                 # Drop prefix and suffix, the bytes around the data: they are not needed again.
-                key_of(item): (one.name, replace(item, prefix=b"", suffix=b""))
+                key_of(item): (one.name, item._replace(prefix=b"", suffix=b""))
                 for item in one.tensors
             }
         results = [

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,13 +44,12 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
-@dataclass(slots=True, eq=False)
-class Leaf:
-    """A tensor or a plain value of the state. Not frozen: see `format.chunks.Span`."""
+class Leaf(NamedTuple):
+    """A tensor or a plain value of the state."""
 
-    path: Final[Path]
-    value: Final[Any]
-    names: Final[Mapping[str, Path]]
+    path: Path
+    value: Any
+    names: Mapping[str, Path] = MappingProxyType({})
     """Paths of a value with several names, keyed by name, the leaf's own name first; else empty."""
 
 

@@ -270,8 +270,8 @@ def test_tied_tensors_share_their_rows() -> None:
     """Method: two names of one table, and a tensor with equal numbers in a table of its own."""
     start = np.zeros((1, 1), np.int64)
     one = TensorTable("a", "uint8", (4,), ("a",), start, start + 4, [[0, 0, 9, 5, 0]])
-    other = replace(one, name="c", places=[[0, 0, 9, 5, 0]])
-    rows = encode_rows([one, replace(one, name="b"), other])
+    other = one._replace(name="c", places=[[0, 0, 9, 5, 0]])
+    rows = encode_rows([one, one._replace(name="b"), other])
     assert [member["rows"] for member in json.loads(rows.tensors).values()] == [
         [0, 1, 4],
         [0, 1, 4],

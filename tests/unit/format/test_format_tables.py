@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ def some_tables() -> list[TensorTable]:
             [("float32", 9), ("float32", 1), ("float32", 9), ("int64", 9), ("float32", 700)]
         )
     ]
-    return made + [replace(made[0], name=name, path=(name,)) for name in ("a", "b")]
+    return made + [made[0]._replace(name=name, path=(name,)) for name in ("a", "b")]
 
 
 def encoded() -> list[bytes | bytearray]:
@@ -57,7 +56,7 @@ def test_lists_of_places_give_the_bytes_of_arrays(count: int) -> None:
 
     one = table("w", "float32", np.arange(count), 7)
     assert isinstance(one.places, np.ndarray)
-    lists = replace(one, places=one.places.tolist())
+    lists = one._replace(places=one.places.tolist())
     assert encoded_with(lists) == encoded_with(one)
 
 

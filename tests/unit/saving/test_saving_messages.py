@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from holdfast import comm
 from holdfast.comm import _FIRST_BYTES, GroupRanks
-from holdfast.format.chunks import ChunkRows, Span, Table
+from holdfast.format.chunks import ChunkRows, Table
 from holdfast.saving.write import WriteResult
 from processes import run_processes
 
@@ -39,7 +39,7 @@ def test_messages_of_any_length_arrive() -> None:
     run_processes(SIZE, exchange)
 
 
-@pytest.mark.parametrize("cls", [WriteResult, ChunkRows, Span, Table])
+@pytest.mark.parametrize("cls", [WriteResult, ChunkRows, Table])
 def test_a_message_has_every_field(cls: Any) -> None:
     """Method: each class with a `__reduce__` of its own; each field has another value."""
     numbers = tuple(range(len(fields(cls))))
