@@ -31,7 +31,7 @@ from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.gc_pause import gc_paused
-from holdfast.state.layout import check_kind, check_memory
+from holdfast.state.layout import check_elements
 from holdfast.state.shard import Piece
 from holdfast.storage.opening import is_url
 from holdfast.storage.store import ReadStore
@@ -230,8 +230,7 @@ def _read_batch(
                 f"`{name}`: the plan reads {list(region.shape)}, the planner gave a tensor of "
                 f"shape {list(target.shape)}"
             )
-        check_kind(name, target)
-        check_memory(name, target)
+        check_elements(name, target)
         targets.append(target)
         if region.num_elements:
             wanted.append(Wanted(name, [Piece(region, Region.whole(region.shape))], target))

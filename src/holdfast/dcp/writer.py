@@ -39,7 +39,7 @@ from holdfast.saving.publish import publish
 from holdfast.saving.save import check_space, software_versions
 from holdfast.saving.stage import host_windows
 from holdfast.saving.write import write
-from holdfast.state.layout import check_kind, check_memory, dtype_name
+from holdfast.state.layout import check_elements, dtype_name
 from holdfast.state.subclass import is_plain_tensor
 from holdfast.storage.opening import is_url
 from holdfast.storage.store import Distant
@@ -351,8 +351,7 @@ def _resolved(write_item: WriteItem, item: TensorItem, planner: SavePlanner) -> 
             f"{tensor.layout}, which has no one array of elements",
             hint="save the plain tensors it consists of",
         )
-    check_kind(item.name, tensor)
-    check_memory(item.name, tensor)
+    check_elements(item.name, tensor)
     found = dtype_name(tensor.dtype), tuple(tensor.shape)
     if found != (item.dtype, item.region.shape):
         raise UsageError(

@@ -23,7 +23,7 @@ from holdfast.loading.read import Wanted, read_tensors
 from holdfast.loading.replicas import read_shared
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.spelling import listed
-from holdfast.state.layout import Layouts, check_memory, local_of
+from holdfast.state.layout import Layouts, local_of
 from holdfast.state.match import MadeValues, Match
 from holdfast.state.objects import StateTree
 from holdfast.state.values import decode_value
@@ -258,8 +258,7 @@ class _Reading:
         self.wanted: dict[str, Wanted] = {}
         for name, tensor in {**match.into, **self._made}.items():
             local = local_of(tensor).detach()
-            pieces = layouts.of(name, tensor, local_of(tensor)).pieces
-            check_memory(name, local)
+            pieces = layouts.of(name, tensor, local).pieces
             stored: torch.dtype = getattr(torch, tensors[name].dtype)
             narrowed = needs_check(stored, local.dtype)
             if narrowed or name in tied:

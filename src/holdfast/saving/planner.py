@@ -31,14 +31,7 @@ from holdfast.planning.write_plan import (
     plan,
 )
 from holdfast.saving.digests import Digests, Replicas, SharedNames, digests_of, shared_names
-from holdfast.state.layout import (
-    Layout,
-    Layouts,
-    check_memory,
-    dtype_name,
-    local_of,
-    same_memory,
-)
+from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
 from holdfast.state.tree import FlatState, Leaf, Path, dotted
 from holdfast.state.values import Containers
 
@@ -126,7 +119,6 @@ class Planner:
             if found is None or not found[0].is_of(value, local) or found[1].path != path:
                 found = self._describe(name, leaf, local, dtype)
             known[name] = found
-            check_memory(name, local)
             address = local.data_ptr()
             first = first_at.setdefault(address, name)
             if first is not name and local.numel():

@@ -38,10 +38,10 @@ class Layout:
     def is_of(self, tensor: torch.Tensor, local: torch.Tensor) -> bool:
         """Return whether `tensor` has this layout. `local` contains the rank's own elements."""
         dtype, mesh, placements = self.key
-        if tensor.dtype is not dtype or tensor.shape != self.shape:
+        if tensor.dtype is not dtype or tensor.shape != self.shape or _odd_kind(local):
             return False
         if mesh is None:
-            return local is tensor and not _odd_kind(tensor)
+            return local is tensor
         return self.fits(local) and _mesh_of(tensor) == (mesh, placements)
 
     def fits(self, local: torch.Tensor) -> bool:
@@ -64,8 +64,7 @@ class Layouts:
     def of(self, name: str, tensor: torch.Tensor, local: torch.Tensor) -> Layout:
         """Return the layout of a DTensor on its mesh, or of any other tensor as a whole. `local`
         contains the rank's own elements."""
-        if kind := _odd_kind(tensor):
-            raise _refusal(name, kind)
+        check_elements(name, local)
         mesh, placements = _mesh_of(tensor)
         shape, key = tensor.shape, (tensor.dtype, mesh, placements)
         layout = self._layouts.get((shape, key))
@@ -117,37 +116,26 @@ def _mesh_of(tensor: torch.Tensor) -> tuple[DeviceMesh | None, tuple[Placement, 
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
 
 
-def check_kind(name: str, tensor: torch.Tensor) -> None:
-    """Raise a UsageError if the memory of a tensor does not contain its plain elements."""
-    if kind := _odd_kind(tensor):
-        raise _refusal(name, kind)
-
-
-def _refusal(name: str, kind: str) -> UsageError:
+def check_elements(name: str, local: torch.Tensor) -> None:
+    """Raise a UsageError if the memory of a rank's own tensor does not contain its plain
+    elements."""
+    kind = _odd_kind(local)
     if kind == "meta":
-        return UsageError(
+        raise UsageError(
             f"`{name}` is a meta tensor, which has no elements",
             hint='allocate its module first: `module.to_empty(device="cpu")`, or "cuda"',
         )
-    return UsageError(
-        f"`{name}` is a {kind} tensor, which has no plain elements to save",
-        hint="save its dense parts under names of their own",
-    )
-
-
-def check_memory(name: str, local: torch.Tensor) -> None:
-    """Raise a UsageError if the memory of a rank's own elements was freed, or a part of it."""
-    found = local.untyped_storage().nbytes()
-    if found == local.nbytes and not local.storage_offset():
-        return  # As most tensors.
-    last = sum((size - 1) * step for size, step in zip(local.shape, local.stride(), strict=True))
-    expected = (local.storage_offset() + last + 1) * local.itemsize
-    if local.numel() and found < expected:
+    if kind == "freed":
         raise UsageError(
             f"`{name}` has {local.numel()} elements, but its memory was freed: its storage has "
-            f"{found} bytes, expected {expected}",
+            f"{local.untyped_storage().nbytes()} bytes, expected {_storage_bytes(local)}",
             hint="save or load before the memory is freed, or once the code that freed it has "
             "restored it",
+        )
+    if kind:
+        raise UsageError(
+            f"`{name}` is a {kind} tensor, which has no plain elements to save",
+            hint="save its dense parts under names of their own",
         )
 
 
@@ -160,7 +148,22 @@ def _odd_kind(tensor: torch.Tensor) -> str:
         return "quantized"
     if tensor.is_nested:
         return "nested"
-    return "" if tensor.layout is torch.strided else str(tensor.layout)
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout)
+    nbytes = tensor.untyped_storage().nbytes()
+    # Most tensors have a storage of their own.
+    is_own = nbytes == tensor.nbytes and not tensor.storage_offset()
+    return "" if is_own or nbytes >= _storage_bytes(tensor) else "freed"
+
+
+def _storage_bytes(tensor: torch.Tensor) -> int:
+    """Return how many bytes of storage the elements of a tensor need, from the start of the
+    storage on."""
+    if not tensor.numel():
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * step for size, step in steps)
+    return int(tensor.storage_offset() + last + 1) * tensor.itemsize
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
