@@ -39,9 +39,6 @@ class Instance:
     state: Any
 
 
-_LONG_GET = struct.Struct("<cI").pack
-
-
 class Dumper:
     """Writes a pickle (protocol 4) of plain values, `Global`, `FileName`, `Call` and `Instance`.
 
@@ -156,7 +153,7 @@ class Dumper:
 
 def _get(index: int) -> bytes:
     """Return the opcode that pushes a memoized object."""
-    return b"h%c" % index if index < 256 else _LONG_GET(b"j", index)
+    return b"h%c" % index if index < 256 else b"j" + _u32(index)
 
 
 def pickled_int(value: int) -> bytes:

@@ -204,9 +204,6 @@ class _Stream:
         self._joined: int | None = None
         """Start in memory of small parts that are not in `_parts` yet; None if there are none."""
 
-        self._room = 0
-        """Bytes of memory that are left for small parts after these; 0 if there are none."""
-
     def put(self, part: Buffer) -> None:
         nbytes = len(part)
         if nbytes < JOINED_BYTES_MAX:
@@ -221,11 +218,10 @@ class _Stream:
     def put_small(self, parts: Sequence[Buffer], nbytes: int) -> None:
         """Put several parts. `nbytes`: their total size, less than `JOINED_BYTES_MAX`."""
         memory = self._memory
-        if memory is None or nbytes > self._room:
+        if memory is None or self._joined is None or memory.tell() + nbytes > len(memory):
             memory = self._begin_joined(nbytes)
         for part in parts:
             memory.write(part)
-        self._room -= nbytes
         self._pending += nbytes
         if self._pending >= WINDOW_BYTES:
             self.flush()
@@ -249,13 +245,13 @@ class _Stream:
         if memory is None or start + nbytes > len(memory):
             memory, start = self._pool.take(), place % PAGE_BYTES
         memory.seek(start)
-        self._memory, self._joined, self._room = memory, start, len(memory) - start
+        self._memory, self._joined = memory, start
         return memory
 
     def _end_joined(self) -> None:
         if self._memory is not None and self._joined is not None:
             self._parts.append(self._pool.view(self._joined, self._memory.tell()))
-            self._joined, self._room = None, 0
+            self._joined = None
 
 
 class _Pool:
