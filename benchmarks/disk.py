@@ -33,7 +33,7 @@ def warm_cache(folder: Path) -> None:
     if resident_share(folder) == 1:
         return
     buffer = bytearray(WINDOW_BYTES)
-    for path in [*files_in(folder), *files_in(folder)]:
+    for path in files_in(folder) * 2:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass

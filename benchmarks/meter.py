@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+T = TypeVar("T")
+
 Figure = dict[str, float]
 """Measurements of one run by column: `seconds`, `cpu_s`, `extra_mib`, `read_mb`."""
 
@@ -64,9 +66,6 @@ def run_rounds(systems: Mapping[str, Callable[[], Figure]], rounds: int) -> dict
             if number:
                 figures[name].append(figure)
     return figures
-
-
-T = TypeVar("T")
 
 
 def round_order(names: list[T], number: int) -> list[T]:
