@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
 
 from holdfast.errors import FormatError
 
@@ -51,6 +53,16 @@ BY_NAME = {
 }
 
 BY_STORAGE = {dtype.storage: dtype for dtype in BY_NAME.values() if dtype.storage}
+
+
+@lru_cache(maxsize=1024)
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor's elements. Cached: thousands have the same dtype and shape.
+
+    Raises:
+        FormatError: see `dtype_of`.
+    """
+    return prod(shape) * dtype_of(dtype).itemsize
 
 
 def dtype_of(name: str) -> Dtype:

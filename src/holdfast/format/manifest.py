@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from json.encoder import encode_basestring
 from typing import Any, Literal, NamedTuple, cast
 
 from holdfast.errors import DamagedError, FormatError
@@ -30,7 +29,7 @@ from holdfast.format.chunks import (
 from holdfast.format.chunks import Span as Span
 from holdfast.format.chunks import Table as Table
 from holdfast.format.components import OPTIMIZER
-from holdfast.format.dtypes import dtype_of
+from holdfast.format.dtypes import dtype_of, nbytes_of
 from holdfast.format.names import ROWS
 from holdfast.format.region import Region
 from holdfast.format.structure import Node, check_node, members_of, with_classes
@@ -62,7 +61,7 @@ class TensorEntry(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize
+        return nbytes_of(self.dtype, self.shape)
 
     def chunks_in(self, region: Region) -> Iterable[Chunk]:
         """Return the chunks that hold elements of `region`, and perhaps others."""
@@ -168,7 +167,7 @@ def encode_tensor_with_rows(
 
 def _start(name: str, dtype: str, shape: tuple[int, ...], path: Path) -> bytes:
     """Encode a tensor's name, and its entry without the last member, which lists the chunks."""
-    start = b"%b:%b" % (encode_basestring(name).encode(), _head(dtype, shape))
+    start = b"%b:%b" % (_json(name), _head(dtype, shape))
     return start if path == (name,) else start + b',"path":' + _json(path)
 
 

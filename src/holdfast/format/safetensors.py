@@ -19,7 +19,7 @@ from typing import Any
 
 from holdfast.errors import FormatError
 from holdfast.format.archive import Fetch
-from holdfast.format.dtypes import dtype_of
+from holdfast.format.dtypes import dtype_of, nbytes_of
 from holdfast.format.git_lfs import check_no_pointer
 from holdfast.format.manifest import (
     Chunk,
@@ -109,7 +109,7 @@ def _tensors(
             raise ValueError(f"`{name[:200]}` has unknown dtype {str(entry['dtype'])[:40]!r}")
         shape, (first, last) = check_sizes(entry["shape"]), check_sizes(entry["data_offsets"])
         whole = Region.whole(shape)
-        if last - first != whole.num_elements * dtype_of(dtype).itemsize:
+        if last - first != nbytes_of(dtype, shape):
             raise ValueError(
                 f"`{name[:200]}`: {dtype} {list(shape)} does not fill bytes {first} to {last}"
             )

@@ -25,7 +25,7 @@ from holdfast.format.archive import (
     local_header,
     record_names,
 )
-from holdfast.format.dtypes import dtype_of
+from holdfast.format.dtypes import dtype_of, nbytes_of
 from holdfast.format.dumper import pickled_int, pickled_str
 from holdfast.format.git_lfs import check_no_pointer
 from holdfast.format.manifest import (
@@ -339,7 +339,7 @@ class NewTensor:
 
     @property
     def nbytes(self) -> int:
-        return Region.whole(self.shape).num_elements * dtype_of(self.dtype).itemsize
+        return nbytes_of(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from holdfast.format.archive import (
     read_records,
     windowed,
 )
-from holdfast.format.dtypes import BY_STORAGE, dtype_of
+from holdfast.format.dtypes import BY_STORAGE, dtype_of, nbytes_of
 from holdfast.format.dumper import pickled_int, pickled_str
 from holdfast.format.manifest import Span
 from holdfast.format.pickles import Plain, loads
@@ -72,23 +72,16 @@ def frame(
     """Return the bytes of an item before and after the raw data of its tensor. The item is at
     `position` of a file. `phase`: distance of large data from the start of a page. It was 0 in
     older versions of Holdfast."""
-    align = _align(dtype, shape)
+    align = PAGE_BYTES if nbytes_of(dtype, shape) >= LARGE_BYTES else PHASE_BYTES
     # The frame depends only on this remainder. Passing just the remainder lets tensors of one shape
     # share a few cached frames.
     return _frame(dtype, shape, align, (position - phase) % align)
 
 
 @lru_cache(maxsize=1024)
-def _align(dtype: str, shape: tuple[int, ...]) -> int:
-    """Return the alignment of a tensor's data: they start `phase` bytes after a multiple of it."""
-    large = prod(shape) * dtype_of(dtype).itemsize >= LARGE_BYTES
-    return PAGE_BYTES if large else PHASE_BYTES
-
-
-@lru_cache(maxsize=1024)
 def _frame(dtype: str, shape: tuple[int, ...], align: int, position: int) -> tuple[bytes, bytes]:
     """Return a frame whose data starts at a multiple of `align`, for an item at `position`."""
-    nbytes = prod(shape) * dtype_of(dtype).itemsize
+    nbytes = nbytes_of(dtype, shape)
     head, directory = _records(dtype, shape)
     name = b"archive/data/0"
     prefix = head + local_header(name, nbytes, position=position + len(head), align=align)
@@ -116,7 +109,7 @@ def pickled_tensor(dtype: str, shape: tuple[int, ...], key: str) -> bytes:
     The tensor consists of all elements of storage `key`.
     """
     storage = dtype_of(dtype).storage
-    numel = prod(shape) if storage else prod(shape) * dtype_of(dtype).itemsize
+    numel = prod(shape) if storage else nbytes_of(dtype, shape)
     return b"".join(
         (
             b"ctorch._utils\n",

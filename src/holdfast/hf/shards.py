@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 
-from holdfast.format.dtypes import dtype_of
+from holdfast.format.dtypes import nbytes_of
 from holdfast.format.safetensors import SUFFIX, SafetensorsLayout, encode_index, lay_out
 from holdfast.tensors.numbers import is_floating
 
@@ -46,7 +45,7 @@ def shard(
     groups: list[dict[str, DtypeAndShape]] = [{}]
     group_nbytes = 0
     for name, (dtype, shape) in tensors.items():
-        nbytes = prod(shape) * dtype_of(dtype).itemsize
+        nbytes = nbytes_of(dtype, shape)
         if groups[-1] and group_nbytes + nbytes > max_shard_bytes:
             groups.append({})
             group_nbytes = 0
@@ -76,5 +75,5 @@ def main_dtype(tensors: Iterable[DtypeAndShape]) -> str | None:
         # Count weights only: in small models, tables of indices may have more bytes than the
         # weights.
         if is_floating(dtype):
-            nbytes[dtype] = nbytes.get(dtype, 0) + prod(shape) * dtype_of(dtype).itemsize
+            nbytes[dtype] = nbytes.get(dtype, 0) + nbytes_of(dtype, shape)
     return max(nbytes, key=lambda dtype: nbytes[dtype], default=None)

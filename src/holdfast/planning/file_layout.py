@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
 from holdfast.format import checksum, torchzip
-from holdfast.format.dtypes import dtype_of
+from holdfast.format.dtypes import nbytes_of
 from holdfast.format.manifest import Span
 from holdfast.format.names import data_file
 from holdfast.format.region import Region
@@ -59,7 +58,7 @@ def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...
         known = sizes.get((dtype, id(region)))
         if known is None:
             shape = region.shape
-            nbytes = prod(shape) * dtype_of(dtype).itemsize
+            nbytes = nbytes_of(dtype, shape)
             known = sizes[dtype, id(region)] = (shape, nbytes, checksum.num_blocks(nbytes))
         shape, nbytes, num_blocks = known
         prefix, suffix = torchzip.frame(dtype, shape, position)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from holdfast.errors import MismatchError
-from holdfast.format.dtypes import dtype_of
+from holdfast.format.dtypes import nbytes_of
 from holdfast.format.manifest import Path
 from holdfast.format.region import Region, first_overlap
 from holdfast.format.structure import OPTIMIZERS, Node, with_optimizers
@@ -49,13 +48,7 @@ class LocalTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(self.dtype, self.shape)
-
-
-@lru_cache(maxsize=1024)
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    # Cached: thousands of tensors have the same dtype and shape.
-    return prod(shape) * dtype_of(dtype).itemsize
+        return nbytes_of(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
