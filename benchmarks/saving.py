@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -100,56 +100,68 @@ def _loads(
     names: Iterable[str],
     prepare: Callable[[Path], None],
 ) -> Section:
-    """Save with each system, check that its load gives the same bits, then measure the loads."""
+    """Measure the loads of these systems."""
     state = llama_like(options.nbytes)
     target = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-    loading = {n: one for n, one in systems().items() if n in names and one.load is not None}
-    for system in loading.values():
-        if not system.reads:
-            renew(folder / system.name)
-            save_and_sync(system, folder / system.name, state)
-    ways = ways_to_read(folder / "holdfast", target, prepare)
-    loads: Loads = {}
-    for system in systems(ways).values():
-        if system.name not in loading or system.load is None:
-            continue
-        saved = folder / system.folder_name
-        system.load(saved, target)
-        assert same_bits(state, target) or system.name.startswith("raw"), system.name
-        loads.setdefault(saved, {})[system.name] = partial(system.load, saved, target)
-    figures = run_loads(loads, options.rounds, prepare, drop_cache, measure)
-    return _section(name, title, state, figures, noted_reads(ways))
+    chosen = {name: system for name, system in systems().items() if name in names}
+    figures, note = measure_loads(
+        chosen,
+        state,
+        target,
+        folder,
+        options.rounds,
+        save=save,
+        prepare=prepare,
+        end=drop_cache,
+        meter=measure,
+    )
+    return _section(name, title, state, figures, note)
 
 
-Loads = dict[Path, dict[str, Callable[[], object]]]
-"""Function that loads with each system, by the folder that it reads and its name."""
-
-
-def run_loads(
-    loads: Loads,
+def measure_loads(
+    chosen: Mapping[str, System],
+    state: State,
+    target: State,
+    folder: Path,
     rounds: int,
+    *,
+    save: Callable[[System, Path, State], object],
     prepare: Callable[[Path], None],
     end: Callable[[Path], None],
     meter: Callable[[Callable[[], object]], Figure],
-) -> dict[str, list[Figure]]:
-    """Run every load once a round, in changing order, after a round that is not counted.
+) -> tuple[dict[str, list[Figure]], str]:
+    """Save with each system, check that its load gives the same bits, then measure the loads, in
+    changing order, after a round that is not counted. Returns the figures, and a note on the ways
+    of raw reads. Collective.
 
     Loads from one folder run one after the other: how fast pages of the page cache are depends on
     where in memory they are, which changes when they are read again from the disk. So loads are
     compared on the same pages.
 
-    `prepare(folder)` runs before each load, `end(folder)` after the loads from a folder.
+    `save(system, folder, state)` saves into a new folder. `prepare(folder)` runs before each load,
+    `end(folder)` after the loads from a folder.
     """
+    for name, system in chosen.items():
+        if system.load is not None and not system.reads:
+            save(system, folder / name, state)
+    ways = ways_to_read(folder / "holdfast", target, prepare)
+    loads: dict[Path, dict[str, Callable[[], object]]] = {}
+    for name, system in systems(ways).items():
+        if name in chosen and system.load is not None:
+            saved = folder / system.folder_name
+            system.load(saved, target)
+            assert same_bits(state, target) or name.startswith("raw"), name
+            loads.setdefault(saved, {})[name] = partial(system.load, saved, target)
     figures: dict[str, list[Figure]] = {name: [] for group in loads.values() for name in group}
     for number in range(rounds + 1):
-        for folder in round_order([*loads], number):
-            for name in round_order([*loads[folder]], number):
-                prepare(folder)
-                figure = meter(loads[folder][name])
+        for saved in round_order([*loads], number):
+            for name in round_order([*loads[saved]], number):
+                prepare(saved)
+                figure = meter(loads[saved][name])
                 if number:
                     figures[name].append(figure)
-            end(folder)
-    return figures
+            end(saved)
+    return figures, f"`raw`: {ways.read}. `raw, direct`: {ways.read_direct}."
 
 
 def ways_to_read(folder: Path, target: State, prepare: Callable[[Path], None]) -> Ways:
@@ -163,11 +175,6 @@ def ways_to_read(folder: Path, target: State, prepare: Callable[[Path], None]) -
         read=fastest(partial(raw_load, folder, target), before),
         read_direct=fastest(partial(raw_load_direct, folder, target), before),
     )
-
-
-def noted_reads(ways: Ways) -> str:
-    """Describe the ways of raw reads, for the method of a section."""
-    return f"`raw`: {ways.read}. `raw, direct`: {ways.read_direct}."
 
 
 def _section(

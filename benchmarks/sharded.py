@@ -28,12 +28,9 @@ from benchmarks.peers import System, save_and_sync, systems
 from benchmarks.ranks import run_on_ranks
 from benchmarks.results import Section, measure_parts
 from benchmarks.saving import (
-    Loads,
-    noted_reads,
+    measure_loads,
     noted_writes,
     renew,
-    run_loads,
-    ways_to_read,
     ways_to_write,
 )
 from benchmarks.states import (
@@ -136,22 +133,19 @@ def _loads(
     """Returns the figures, and a note on the ways of raw reads."""
     state = sharded(options.nbytes, mesh_of(SIZE))
     target = sharded(options.nbytes, mesh_of(SIZE), torch.zeros)
-    chosen = {n: one for n, one in systems().items() if one.sharded and one.load is not None}
-    for system in chosen.values():
-        if not system.reads:
-            _save(system, folder / system.name, state)
-    ways = ways_to_read(folder / "holdfast", target, partial(_on_rank_0, prepare))
-    loads: Loads = {}
-    for name, system in systems(ways).items():
-        if name not in chosen or system.load is None:
-            continue
-        saved = folder / system.folder_name
-        system.load(saved, target)
-        assert same_bits(state, target) or name.startswith("raw"), name
-        loads.setdefault(saved, {})[name] = partial(system.load, saved, target)
-    before, after = partial(_on_rank_0, prepare), partial(_on_rank_0, drop_cache)
-    figures = run_loads(loads, options.rounds, before, after, measure_ranks)
-    return figures, f"Each rank: {noted_reads(ways)}"
+    chosen = {name: system for name, system in systems().items() if system.sharded}
+    figures, note = measure_loads(
+        chosen,
+        state,
+        target,
+        folder,
+        options.rounds,
+        save=_save,
+        prepare=partial(_on_rank_0, prepare),
+        end=partial(_on_rank_0, drop_cache),
+        meter=measure_ranks,
+    )
+    return figures, f"Each rank: {note}"
 
 
 def _load(
