@@ -71,7 +71,7 @@ def has_streams(device: torch.device) -> bool:
 
 def devices_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
     """Return the devices that hold these tensors and have streams, sorted by index."""
-    devices = {tensor.device for tensor in tensors}
+    devices = {tensor.device for tensor in tensors if not tensor.is_cpu}
     return tuple(sorted(filter(has_streams, devices), key=lambda device: device.index))
 
 

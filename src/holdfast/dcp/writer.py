@@ -139,7 +139,7 @@ class Writer(StorageWriter):
             ExistsError: the checkpoint at `path` may not be replaced, or another save is writing.
             StorageError: the free space is less than the tensors need.
         """
-        nbytes = sum(items[-1].item.stop for items in layouts_of(plans) if items)
+        nbytes = sum(items[-1].stop for items in layouts_of(plans) if items)
         self._open = _Attempt.begin(self._path, nbytes=nbytes, overwrite=self._overwrite)
         # If another rank fails, DCP does not tell this writer. Then the finalizer deletes the
         # attempt.

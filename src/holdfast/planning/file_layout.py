@@ -19,16 +19,30 @@ class TensorItem(NamedTuple):
     name: str
     region: Region
     dtype: str
-    item: Span
-    """Place of the region as `torch.save` writes it: prefix, data, suffix."""
-
-    data: Span
-    """Place of the elements, within `item`."""
+    offset: int
+    """Offset in the file. From there on the region is stored as `torch.save` writes it: prefix,
+    elements, suffix."""
 
     prefix: bytes
+    nbytes: int
+    """Bytes of the elements."""
+
     suffix: bytes
     first_block: int
-    """Number of the first block of the data, counted from the start of the file."""
+    """Number of the first block of the elements, counted from the start of the file."""
+
+    @property
+    def data_offset(self) -> int:
+        """Offset of the elements in the file."""
+        return self.offset + len(self.prefix)
+
+    @property
+    def data_stop(self) -> int:
+        return self.data_offset + self.nbytes
+
+    @property
+    def stop(self) -> int:
+        return self.data_stop + len(self.suffix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +76,8 @@ def lay_out(regions: Sequence[tuple[str, str, Region]]) -> tuple[TensorItem, ...
             known = sizes[dtype, id(region)] = (shape, nbytes, checksum.num_blocks(nbytes))
         shape, nbytes, num_blocks = known
         prefix, suffix = torchzip.frame(dtype, shape, position)
-        start = position + len(prefix)
-        stop = start + nbytes + len(suffix)
-        item, data = Span(position, stop - position), Span(start, nbytes)
-        items.append(TensorItem(name, region, dtype, item, data, prefix, suffix, block))
-        position = stop
+        items.append(TensorItem(name, region, dtype, position, prefix, nbytes, suffix, block))
+        position += len(prefix) + nbytes + len(suffix)
         block += num_blocks
     return tuple(items)
 
@@ -80,7 +91,7 @@ def lay_out_file(
     """Lay out a file of `rank`: its tensors, then the containers of its values, then the
     checksums. `values`: names and container of each value. `number`: number in the file's name:
     see `data_file`."""
-    position = items[-1].item.stop if items else 0
+    position = items[-1].stop if items else 0
     placed: dict[bytes, Span] = {}
     spans = []
     for names, container in values:
@@ -88,7 +99,7 @@ def lay_out_file(
             placed[container] = Span(position, len(container))
             position += len(container)
         spans.append((names, placed[container]))
-    num_blocks = items[-1].first_block + checksum.num_blocks(items[-1].data.nbytes) if items else 0
+    num_blocks = items[-1].first_block + checksum.num_blocks(items[-1].nbytes) if items else 0
     return FileLayout(
         name=data_file(rank, number),
         nbytes=position + num_blocks * checksum.NBYTES,

@@ -88,7 +88,7 @@ def size_of(layout: FileLayout) -> PartSize:
 
 def tensors_stop(layout: FileLayout) -> int:
     """Return the offset at which the tensors of a file end and its values begin."""
-    return layout.tensors[-1].item.stop if layout.tensors else 0
+    return layout.tensors[-1].stop if layout.tensors else 0
 
 
 def place_tensors(hosts: Sequence[str], sizes: Sequence[PartSize]) -> list[TensorPlace]:

@@ -115,7 +115,7 @@ class Encoded:
 def columns(items: Sequence[TensorItem]) -> Ints:
     """Return an array with one row per item: the offset and size of the item, the offset of its
     data, and the number of its first block."""
-    rows = [(i.item.offset, i.item.nbytes, i.data.offset, i.first_block) for i in items]
+    rows = [(i.offset, i.stop - i.offset, i.data_offset, i.first_block) for i in items]
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
 

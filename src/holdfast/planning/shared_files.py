@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from xxhash import xxh3_128
 
-from holdfast.format.dtypes import dtype_of
-from holdfast.format.manifest import Manifest, Span, Table
+from holdfast.format.checksum import num_blocks
+from holdfast.format.dtypes import nbytes_of
+from holdfast.format.manifest import Manifest, Table
 from holdfast.format.names import data_file, rank_and_number
 from holdfast.format.region import Region
-from holdfast.planning.file_layout import TensorItem
+from holdfast.planning.file_layout import FileLayout, TensorItem
 from holdfast.planning.index import Index
 from holdfast.planning.write_plan import GlobalPlan, Ints
 
@@ -49,6 +51,21 @@ class StoredFile:
         return number_of(self.name)
 
 
+class StoredItem(NamedTuple):
+    """Place of an item in a data file."""
+
+    file: str
+    offset: int
+    nbytes: int
+    data_offset: int
+    """Offset of the elements in the file."""
+
+    first_block: int
+    """Number of the first block of the elements, counted from the start of the file."""
+
+    num_blocks: int
+
+
 @dataclass(frozen=True, slots=True)
 class RankFiles:
     """The data files of one rank in a checkpoint."""
@@ -57,8 +74,7 @@ class RankFiles:
     """Name of the checkpoint."""
 
     files: Mapping[str, StoredFile]
-    items: Mapping[ItemKey, tuple[str, TensorItem]]
-    """For each item, the name of its file, and its place there."""
+    items: Mapping[ItemKey, StoredItem]
 
 
 def number_of(file: str) -> int:
@@ -71,6 +87,21 @@ def key_of(item: TensorItem) -> ItemKey:
     return item.name, item.region, item.dtype
 
 
+def stored_items(layout: FileLayout) -> dict[ItemKey, StoredItem]:
+    """Return the places of all items in a file."""
+    return {
+        key_of(i): StoredItem(
+            layout.name,
+            i.offset,
+            i.stop - i.offset,
+            i.data_offset,
+            i.first_block,
+            num_blocks(i.nbytes),
+        )
+        for i in layout.tensors
+    }
+
+
 def files_of_rank(rank: int, checkpoint: str, manifest: Manifest) -> RankFiles:
     """Find the data files of `rank`, and the items in them, in a manifest of Holdfast."""
     shared = manifest.shared or {}
@@ -79,17 +110,19 @@ def files_of_rank(rank: int, checkpoint: str, manifest: Manifest) -> RankFiles:
         for name, nbytes in manifest.files.items()
         if name in manifest.tables and (rank_and_number(name) or (None,))[0] == rank
     }
-    items: dict[ItemKey, tuple[str, TensorItem]] = {}
+    items: dict[ItemKey, StoredItem] = {}
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
             if chunk.file not in files or chunk.data_offset is None or chunk.first_block is None:
                 continue
-            itemsize = dtype_of(entry.dtype).itemsize
-            data = Span(chunk.data_offset, chunk.region.num_elements * itemsize)
-            item = TensorItem(
-                name, chunk.region, entry.dtype, chunk.item, data, b"", b"", chunk.first_block
+            items[name, chunk.region, entry.dtype] = StoredItem(
+                chunk.file,
+                chunk.item.offset,
+                chunk.item.nbytes,
+                chunk.data_offset,
+                chunk.first_block,
+                num_blocks(nbytes_of(entry.dtype, chunk.region.shape)),
             )
-            items[key_of(item)] = (chunk.file, item)
     return RankFiles(checkpoint, files, items)
 
 
@@ -103,8 +136,8 @@ def linkable(
     live: dict[str, int] = {}
     for key in map(key_of, items):
         if key in unchanged:
-            file, item = earlier.items[key]
-            live[file] = live.get(file, 0) + item.item.nbytes
+            item = earlier.items[key]
+            live[item.file] = live.get(item.file, 0) + item.nbytes
     files = [
         name
         for name, nbytes in live.items()

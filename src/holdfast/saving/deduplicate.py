@@ -27,16 +27,17 @@ from holdfast.planning.file_layout import (
     lay_out,
     lay_out_file,
 )
-from holdfast.planning.index import columns
 from holdfast.planning.shared_files import (
     ItemKey,
     RankFiles,
     StoredFile,
+    StoredItem,
     files_of_rank,
     free_numbers,
     key_of,
     linkable,
     number_of,
+    stored_items,
 )
 from holdfast.saving.write import WINDOW_BYTES, Pace, WindowsOf, WriteResult, write
 from holdfast.storage.store import Copying, Linking
@@ -154,11 +155,7 @@ class Deduplicator:
         )
         check_space(sum(one.nbytes for one in layouts))
         for one in layouts:
-            items |= {
-                # Drop prefix and suffix, the bytes around the data: they are not needed again.
-                key_of(item): (one.name, item._replace(prefix=b"", suffix=b""))
-                for item in one.tensors
-            }
+            items |= stored_items(one)
         results = [
             write(
                 self._store,
@@ -228,9 +225,9 @@ class Deduplicator:
             for name, file in saved.files.items()
         }
         return {
-            key: table[item.first_block :][: checksum.num_blocks(item.data.nbytes)]
-            for key, (file, item) in saved.items.items()
-            if (table := tables[file]) is not None
+            key: table[item.first_block :][: item.num_blocks]
+            for key, item in saved.items.items()
+            if (table := tables[item.file]) is not None
         }
 
     def _table(self, key: str, file: StoredFile) -> tuple[int, ...] | None:
@@ -253,7 +250,7 @@ class Deduplicator:
         unchanged: Collection[ItemKey],
         *,
         taken: Collection[str],
-    ) -> tuple[dict[str, StoredFile], dict[ItemKey, tuple[str, TensorItem]]]:
+    ) -> tuple[dict[str, StoredFile], dict[ItemKey, StoredItem]]:
         """Link the files of `earlier` that hold enough unchanged items. Returns these files, and
         the places of the unchanged items in them.
 
@@ -271,7 +268,7 @@ class Deduplicator:
             if self._link(earlier.checkpoint, str(attempt), file, reads_all=is_due):
                 linked[name] = replace(file, num_links=1 if is_due else file.num_links + 1)
         places = {key: earlier.items[key] for key in unchanged}
-        return linked, {key: place for key, place in places.items() if place[0] in linked}
+        return linked, {key: place for key, place in places.items() if place.file in linked}
 
     def _identities(self, saved: RankFiles | None) -> set[str]:
         """Return the identities of all files in a checkpoint."""
@@ -362,11 +359,10 @@ def _matching(
     return matching
 
 
-def _places(items: Iterable[tuple[str, TensorItem]]) -> NDArray[np.int64]:
+def _places(items: Sequence[StoredItem]) -> NDArray[np.int64]:
     """Return an array with one row per item: the number of its file, and its `columns`."""
-    placed = list(items)
-    numbers = np.array([number_of(file) for file, _ in placed], np.int64).reshape(len(placed), 1)
-    return np.hstack((numbers, columns([item for _, item in placed])))
+    rows = [(number_of(i.file), i.offset, i.nbytes, i.data_offset, i.first_block) for i in items]
+    return np.array(rows, np.int64).reshape(len(rows), 5)
 
 
 def _no_links(url: str, why: str) -> UsageError:

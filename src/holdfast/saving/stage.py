@@ -132,7 +132,7 @@ class Snapshot:
     def copy(self, items: Sequence[TensorItem], tensor_of: TensorOf) -> None:
         """Copy each item's region into the snapshot, and wait for the copies. `tensor_of(item)`
         returns the tensor with the elements of that region. Call `reserve` first."""
-        boxes = ((self.tensor_of(item), tensor_of(item)) for item in items if item.data.nbytes)
+        boxes = ((self.tensor_of(item), tensor_of(item)) for item in items if item.nbytes)
         devices: set[torch.device] = set()
         for target, box in boxes:
             is_queued = accelerator.has_streams(box.device)
@@ -143,7 +143,7 @@ class Snapshot:
 
     def tensor_of(self, item: TensorItem) -> torch.Tensor:
         """Return the item's copy, as a contiguous tensor in the stored dtype."""
-        elements = self._memory.bytes[item.data.offset : item.data.stop].view(_dtype(item.dtype))
+        elements = self._memory.bytes[item.data_offset : item.data_stop].view(_dtype(item.dtype))
         return elements.view(item.region.shape)
 
     def memory(self, nbytes: int) -> memoryview:

@@ -103,17 +103,18 @@ def _write_parts(
     checksums: list[int] = []
     stream = _Stream(writer, pace, layout.nbytes)
     for item in layout.tensors:
-        nbytes = item.item.nbytes
-        if item.data.nbytes and nbytes < JOINED_BYTES_MAX:
+        prefix, suffix, num_data = item.prefix, item.suffix, item.nbytes
+        nbytes = len(prefix) + num_data + len(suffix)
+        if num_data and nbytes < JOINED_BYTES_MAX:
             # For states of thousands of small tensors, this takes half as long as the other branch.
             (data,) = windows_of(item)
-            assert len(data) == item.data.nbytes, f"{item.name}: {len(data)} bytes, {item.data}"
+            assert len(data) == num_data, f"{item.name}: {len(data)} bytes, {num_data} expected"
             checksums.append(checksum.checksum(data))
-            stream.put_small((item.prefix, data, item.suffix), nbytes)
+            stream.put_small((prefix, data, suffix), nbytes)
         else:
-            stream.put(item.prefix)
+            stream.put(prefix)
             checksums += _put_windows(stream, windows_of(item), item)
-            stream.put(item.suffix)
+            stream.put(suffix)
     for _, container in layout.containers:
         stream.put(container)
     packed = checksum.pack(checksums)
@@ -141,10 +142,10 @@ def _write_memory(writer: FileWriter, layout: FileLayout, memory: memoryview, pa
         written = stop
 
     for item in layout.tensors:
-        put(item.item.offset, item.prefix)
-        put(item.data.stop, item.suffix)
-        for start in range(item.data.offset, item.data.stop, WINDOW_BYTES):
-            stop = min(start + WINDOW_BYTES, item.data.stop)
+        put(item.offset, item.prefix)
+        put(item.data_stop, item.suffix)
+        for start in range(item.data_offset, item.data_stop, WINDOW_BYTES):
+            stop = min(start + WINDOW_BYTES, item.data_stop)
             checksums += checksum.block_checksums(memory[start:stop])
             if stop - written >= WINDOW_BYTES:
                 write_to(written + WINDOW_BYTES)
@@ -167,7 +168,7 @@ def _put_windows(stream: _Stream, windows: Iterable[memoryview], item: TensorIte
             checksums += checksum.block_checksums(window)
             stream.put(window)
         nbytes += len(data)
-    assert nbytes == item.data.nbytes, f"{item.name}: {nbytes} bytes for {item.data}"
+    assert nbytes == item.nbytes, f"{item.name}: {nbytes} bytes, {item.nbytes} expected"
     return checksums
 
 

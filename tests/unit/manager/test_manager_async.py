@@ -154,7 +154,7 @@ def test_a_snapshot_reuses_its_memory() -> None:
     copied, before = snapshot.tensor_of(image.tensors[0]), snapshot.nbytes
     weight.zero_()
     assert copied[7] == 7
-    assert copied.data_ptr() % 4096 == image.tensors[0].data.offset % 4096 == 64
+    assert copied.data_ptr() % 4096 == image.tensors[0].data_offset % 4096 == 64
     snapshot.reserve(image.nbytes)
     snapshot.copy(image.tensors, lambda *_: weight)
     assert copied[7] == 0

@@ -126,9 +126,9 @@ def test_a_large_tensor_is_written_without_a_copy_to_the_windows_of_the_store(
         layout,
         lambda item: host_windows(tensors[item.name], item.dtype),
     )
-    data = layout.tensors[1].data
-    assert 0 < sum(copied) <= 4 * PAGE_BYTES * -(-data.nbytes // WINDOW_BYTES)
-    written = (tmp_path / layout.name).read_bytes()[data.offset : data.stop]
+    item = layout.tensors[1]
+    assert 0 < sum(copied) <= 4 * PAGE_BYTES * -(-item.nbytes // WINDOW_BYTES)
+    written = (tmp_path / layout.name).read_bytes()[item.data_offset : item.data_stop]
     wanted = tensor.to(getattr(torch, stored)).contiguous()
     assert written == wanted.view(-1).view(torch.uint8).numpy().tobytes()
 
@@ -153,7 +153,7 @@ def test_small_tensors_are_joined_and_not_copied_again(
     written = (tmp_path / layout.name).read_bytes()
     for item in layout.tensors:
         data = tensors[item.name].numpy().tobytes()
-        assert written[item.item.offset : item.item.stop] == item.prefix + data + item.suffix
+        assert written[item.offset : item.stop] == item.prefix + data + item.suffix
 
 
 class SlowStore:
