@@ -358,9 +358,14 @@ class ChunkRows(Sequence[Chunk]):
     def _decoded(self, first: int, stop: int) -> list[Chunk]:
         row_bytes = self._row_bytes
         data = self.file.read(self.offset + first * row_bytes, self.offset + stop * row_bytes)
-        rows = struct.iter_unpack(f"<{row_bytes // _NUMBER.size}Q", data)
+        row_format = f"<{row_bytes // _NUMBER.size}Q"
         try:
-            return [self.decoder.decode(row) for row in rows]
+            # Not `iter_unpack`: Python 3.11 crashes once it collects the traceback of an error with
+            # the iterator.
+            return [
+                self.decoder.decode(struct.unpack_from(row_format, data, position))
+                for position in range(0, len(data), row_bytes)
+            ]
         except (ValueError, LookupError) as error:
             raise FormatError(f"`{self.file.where}` contradicts the manifest: {error}") from error
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +26,7 @@ from holdfast.catalog.source import Source
 from holdfast.catalog.verify import VerifyTarget, verify
 from holdfast.comm import Ranks, Solo
 from holdfast.errors import DamagedError
+from holdfast.format import checksum
 from holdfast.format.chunks import ChunkRows
 from holdfast.format.region import Region
 from holdfast.loading.checkpoint import Checkpoint
@@ -142,6 +147,41 @@ def test_damaged_rows_are_found_by_a_load_and_by_verify_and_named(tmp_path: Path
             assert (finding.concern, finding.file) == ("index", "index.bin")
         flip(path / "index.bin", position)
     assert verify(VerifyTarget(store, path.name)).good
+
+
+def forge_row(path: Path) -> None:
+    """Move the first item of `index.bin` outside of its file, under valid checksums."""
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    manifest.pop("checksum")
+    content = bytearray((path / "index.bin").read_bytes()[: manifest["index"][1]])
+    content[8:16] = struct.pack("<Q", 1 << 40)
+    table = checksum.pack(checksum.block_checksums(memoryview(content), 4096))
+    (path / "index.bin").write_bytes(content + table)
+    manifest["index"][2] = checksum.to_hex([checksum.checksum(table)])
+    text = json.dumps(manifest, separators=(",", ":")).encode()
+    end = f',"checksum":"{checksum.to_hex([checksum.checksum(text)])}"}}'.encode()
+    (path / "manifest.json").write_bytes(text[:-1] + end)
+
+
+def test_a_process_survives_a_row_that_contradicts_the_manifest(tmp_path: Path) -> None:
+    """G8. Method: a process of its own loads a forged row several times and collects garbage, since
+    an error that kept an iterator over the row's bytes would crash Python 3.11."""
+    holdfast.save(tmp_path / "one", {f"w{number}": torch.ones(4) for number in range(3)})
+    forge_row(tmp_path / "one")
+    script = """
+import gc, sys, torch, holdfast
+for _ in range(20):
+    try:
+        holdfast.load(sys.argv[1], {f"w{number}": torch.zeros(4) for number in range(3)})
+    except holdfast.FormatError as error:
+        assert "contradicts the manifest" in str(error), error
+    else:
+        raise AssertionError("loaded")
+    gc.collect()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "one")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "long"])
