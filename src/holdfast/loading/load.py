@@ -21,6 +21,7 @@ from holdfast.loading.items import Place
 from holdfast.loading.opening import read_on_all
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.loading.replicas import read_shared
+from holdfast.loading.shared_memory import Staged, conflicts, sharing_memory
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.spelling import listed
 from holdfast.state.layout import Layouts, local_of
@@ -236,11 +237,6 @@ def _apply(match: Match, values: MadeValues, ranks: Ranks) -> None:
         raise
 
 
-_Staged = tuple[torch.Tensor, torch.Tensor]
-"""A new tensor, into which an entry is read to be checked, and the tensor of the state to which
-it is copied then."""
-
-
 class _Reading:
     """All tensors and values that this rank reads in one load."""
 
@@ -249,10 +245,13 @@ class _Reading:
         self.source, self._match = source, match
         self._made = {name: make() for name, make in match.made.items()}
         tensors = source.manifest.tensors
-        self._staged: dict[str, _Staged] = {}
+        self._staged: dict[str, Staged] = {}
         self._narrowed: set[str] = set()
-        self._tied = _tied_here_only(match.into, tensors)
-        tied = {name for pair in self._tied for name in pair}
+        self._sharing = sharing_memory(
+            {name: local_of(tensor) for name, tensor in match.into.items()},
+            lambda one, other: _is_stored_once(tensors[one], tensors[other]),
+        )
+        sharing = {name for group in self._sharing for name in group}
         self._decoded: dict[Place, Any] = {}
         layouts = Layouts()
         self.wanted: dict[str, Wanted] = {}
@@ -261,7 +260,7 @@ class _Reading:
             pieces = layouts.of(name, tensor, local).pieces
             stored: torch.dtype = getattr(torch, tensors[name].dtype)
             narrowed = needs_check(stored, local.dtype)
-            if narrowed or name in tied:
+            if narrowed or name in sharing:
                 # The state must not change before all checks have passed.
                 staged = torch.empty_strided(
                     local.shape, local.stride(), dtype=stored, device=local.device
@@ -294,11 +293,8 @@ class _Reading:
             for name, (staged, local) in self._staged.items()
             if name in self._narrowed and not fits(staged, local.dtype)
         ]
-        wrong += [
-            f"`{first}` and `{name}` are one tensor here, and two that differ in the checkpoint"
-            for first, name in self._tied
-            if not _same_bytes(self._staged[first], self._staged[name])
-        ]
+        for group in self._sharing:
+            wrong += conflicts({name: self._staged[name] for name in group})
         checks = self._match.checks
         if checks:
             names = dict.fromkeys(name for names, _ in checks for name in names)
@@ -345,33 +341,6 @@ class _Reading:
         )
 
 
-def _tied_here_only(
-    into: Mapping[str, torch.Tensor], entries: Mapping[str, TensorEntry]
-) -> list[tuple[str, str]]:
-    """Return pairs of names that belong to one tensor in the state, but to two in the checkpoint:
-    weights that were not tied when saved, or that were stored twice."""
-    first_at: dict[tuple[object, ...], str] = {}
-    pairs = []
-    for name, tensor in into.items():
-        local = local_of(tensor)
-        memory = local.data_ptr(), local.numel(), local.dtype, local.device
-        if not memory[0] or not memory[1]:
-            continue
-        first = first_at.setdefault(memory, name)
-        chunks = entries[first].chunks
-        if first != name and not (chunks and chunks == entries[name].chunks):
-            pairs.append((first, name))
-    return pairs
-
-
-def _same_bytes(one: _Staged, other: _Staged) -> bool:
-    """Return whether copying either of two staged tensors into the state leaves the same bytes
-    there. Both have the same memory as target, but may view it with different strides."""
-    left = []
-    for staged, local in (one, other):
-        dims = zip(local.shape, local.stride(), strict=True)
-        num_elements = sum((size - 1) * stride for size, stride in dims) + 1
-        memory = torch.zeros(num_elements * local.itemsize, dtype=torch.uint8, device=local.device)
-        memory.view(local.dtype).as_strided(local.shape, local.stride()).copy_(staged)
-        left.append(memory)
-    return torch.equal(*left)
+def _is_stored_once(one: TensorEntry, other: TensorEntry) -> bool:
+    """Return whether two names belong to one tensor in the checkpoint."""
+    return bool(one.chunks) and one.chunks == other.chunks

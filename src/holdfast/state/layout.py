@@ -180,6 +180,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def address_of(tensor: torch.Tensor) -> int:
+    """Return the address of the rank's own elements; 0 if there are none."""
+    return local_of(tensor).data_ptr()
+
+
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two tensors are tied: the same view of the same memory, with elements."""
     elements = elements_of(one)

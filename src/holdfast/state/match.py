@@ -16,6 +16,7 @@ from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import Node, kind_of_node
 from holdfast.state.layout import dtype_name, local_of
 from holdfast.state.stored import Branch, Enter, Make, StoredState, Values, rebuilder
+from holdfast.state.strides import order_in, overlaps_itself
 from holdfast.state.subclass import is_plain_tensor
 from holdfast.state.tree import Path
 
@@ -27,6 +28,9 @@ returned device. If it returns None: on the kind of device that the saved tensor
 had; None for other tensors.
 """
 
+
+SHARES_MEMORY = "is an expanded tensor, or another whose elements share memory"
+"""Rest of the line about a tensor that a load cannot fill, after its name."""
 
 Check = Callable[[Values], str | None]
 """`check(values)` returns a line about a mismatch in entries that have been read, or None."""
@@ -88,8 +92,8 @@ class Match:
             self.mismatch(name, f"has shape {found} in the checkpoint, expected {expected}")
         elif not torch.can_cast(getattr(torch, entry.dtype), tensor.dtype):
             self.mismatch(name, f"is {entry.dtype} in the checkpoint, expected {tensor.dtype}")
-        elif is_expanded(local_of(tensor)):
-            self.mismatch(name, "is an expanded tensor, whose elements share memory: clone it")
+        elif overlaps_itself(local_of(tensor)):
+            self.mismatch(name, f"{SHARES_MEMORY}: clone it")
         else:
             self.into[name] = tensor
             return True
@@ -150,9 +154,13 @@ class Match:
         saved = node["tensor"] if isinstance(node, dict) and kind_of_node(node) == "tensor" else {}
         shape = entry.shape
         template = like(entry, saved.get("like"))
-        if isinstance(template, DTensor) and tuple(template.shape) == shape:
-            placed = template.detach()
-            return lambda: torch.empty_like(placed, dtype=dtype)
+        if isinstance(template, torch.Tensor) and tuple(template.shape) == shape:
+            is_placed = isinstance(template, DTensor)
+            if is_placed or (is_plain_tensor(template) and template.layout is torch.strided):
+                # With the strides of the template: a fused optimizer requires that its parameter
+                # and all slots lie in memory in the same order.
+                placed = template.detach()
+                return lambda: torch.empty_like(placed, dtype=dtype)
         if "like" in saved:
             what = "was a DTensor, and no parameter or tensor of this run gives it a placement"
             self.mismatch(name, what)
@@ -162,7 +170,8 @@ class Match:
             device = accelerator.device_for(saved.get("device", "cpu"))
         else:
             device = template.device
-        return lambda: torch.empty(shape, dtype=dtype, device=device)
+        order = order_in(saved, len(shape))
+        return lambda: torch.empty_permuted(shape, order, dtype=dtype, device=device)
 
     def check(self, names: Iterable[str], check: Check) -> None:
         """Plan to read these entries, and to check them before the state changes."""
@@ -178,13 +187,6 @@ class Match:
         once every rank has read all its entries."""
         for take in self._takes:
             take(values)
-
-
-def is_expanded(tensor: torch.Tensor) -> bool:
-    """Return whether several elements of a tensor share memory."""
-    return tensor.layout is torch.strided and any(
-        not stride and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
 
 
 class MadeValues:

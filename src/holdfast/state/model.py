@@ -15,10 +15,11 @@ from holdfast.errors import UsageError
 from holdfast.format.components import WRAPPERS
 from holdfast.format.structure import Node
 from holdfast.state.layout import same_memory
-from holdfast.state.match import Match
+from holdfast.state.match import SHARES_MEMORY, Match
 from holdfast.state.plain import match_inside
 from holdfast.state.stateful import hand_over
 from holdfast.state.stored import Values
+from holdfast.state.strides import overlaps_itself
 from holdfast.state.subclass import UNINITIALIZED, is_plain_tensor
 from holdfast.state.tree import Flattener, Path, dotted, type_name
 
@@ -193,6 +194,11 @@ class ModelState:
             flattener.state.unions[path] = "model"
         for name, value in self.state_dict().items():
             if type(value) in (torch.Tensor, nn.Parameter):
+                if not value.is_contiguous() and overlaps_itself(value):
+                    raise UsageError(
+                        f"`{above}{name}` {SHARES_MEMORY}; a resume could not fill it",
+                        hint="register a copy with memory of its own: `tensor.clone()`",
+                    )
                 flattener.add((*path, name), value, above + name)
             else:
                 flattener.put((*path, name), value)

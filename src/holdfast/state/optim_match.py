@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from holdfast.format.manifest import TensorEntry
 from holdfast.format.structure import children_of, kind_of_node
+from holdfast.state.layout import address_of
 from holdfast.state.match import Match
 from holdfast.state.optim import (
     EMPTY,
@@ -27,6 +29,9 @@ from holdfast.state.same import same
 from holdfast.state.stateful import hand_over
 from holdfast.state.stored import Branch, Make, Values
 from holdfast.state.tree import Path, dotted
+
+_OF_GROUP = frozenset({"params", "param_names"})
+"""Members of a group that say which parameters are in it. A load keeps those of this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +224,7 @@ class OptimizerMatch:
                 group = {**own, **(make(values) if make is not None else {})}
                 for n in numbers[:1]:
                     options = by_name.get(names[n], by_name.get(str(n), {}))
-                    group |= {k: v for k, v in options.items() if k != "params"}
+                    group |= {k: v for k, v in options.items() if k not in _OF_GROUP}
                 groups.append({**group, "params": numbers})
             return groups
 
@@ -229,7 +234,7 @@ class OptimizerMatch:
         """Return the names of the options that are stored for an optimizer's groups."""
         options = {str(option) for group in stored.groups for option in group.children}
         options.update(*(stored.options[name] for name in names if name in stored.options))
-        return options - {"params"}
+        return options - _OF_GROUP
 
     def _note_empty(self, optimizer: Optimizer, number: int) -> None:
         """Note for the log each group that was saved without parameters, and has some here or does
@@ -255,6 +260,9 @@ class OptimizerMatch:
         values = self._match.stored.manifest.values
         for name in names:
             for option, branch in stored.options.get(name, {}).items():
+                if option in _OF_GROUP:
+                    self._match.taken.update(branch.entries())
+                    continue
                 first = firsts.setdefault(option, branch)
                 value, first_value = values.get(branch.name or ""), values.get(first.name or "")
                 if first is branch:
@@ -318,8 +326,6 @@ class OptimizerMatch:
             yield
             return
         given: dict[str, Any] = {}
-        # Register it last, so that it sees the changes by all other hooks.
-        hook = optimizer.register_load_state_dict_pre_hook(lambda _, state: given.update(state))
         set_state = optimizer.__setstate__
         name_of = dict(zip(map(id, parameters_of(optimizer)), names, strict=True))
 
@@ -331,19 +337,34 @@ class OptimizerMatch:
                     cast[STATE][parameter] = _exact(given[STATE][number], cast[STATE][parameter])
             set_state(cast)
 
-        optimizer.__dict__["__setstate__"] = set_exact_state
+        hooks = optimizer._optimizer_load_state_dict_pre_hooks
+        known = {*hooks}
         try:
+            # Register it last, so that it sees the changes by all other hooks.
+            optimizer.register_load_state_dict_pre_hook(lambda _, state: given.update(state))
+            optimizer.__dict__["__setstate__"] = set_exact_state
             yield
         finally:
-            hook.remove()
+            for key in {*hooks} - known:
+                del hooks[key]
             optimizer.__dict__.pop("__setstate__", None)
 
     def _was_cast(self, name: str, parameter: torch.Tensor) -> bool:
         """Return whether the parameter has another dtype than in the checkpoint. If so, its slots
         are cast to the parameter's dtype too."""
-        tensors = self._match.stored.manifest.tensors
-        entry = tensors.get(name) or tensors.get(f"model.{name}")
+        stored = self._match.stored.manifest.tensors
+        # By memory, since several models may have parameters of this name.
+        entry_name = self._filled.get(address_of(parameter))
+        names = [entry_name] if entry_name is not None else [name, f"model.{name}"]
+        entry = next((stored[n] for n in names if n in stored), None)
         return entry is not None and f"torch.{entry.dtype}" != str(parameter.dtype)
+
+    @cached_property
+    def _filled(self) -> dict[int, str]:
+        """Name of the entry that each tensor of the state is filled from, by address."""
+        filled = {address_of(tensor): name for name, tensor in self._match.into.items()}
+        filled.pop(0, None)
+        return filled
 
 
 def _exact(given: Any, cast: Any) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
+from torch import nn
 
 from holdfast.errors import UsageError
 from holdfast.format.structure import MAPPINGS, SEQUENCES, Node, children_of, kind_of_node
@@ -71,6 +73,8 @@ class PlainMatch:
             expected = type(live).__name__
             what = f"is a tensor in the checkpoint, expected a {expected}"
             match.mismatch(dotted(path), what, branch)
+        elif type(live) is tuple and _has_parameters(live) and _is_value(branch, node):
+            self._fill_parameters(live, path, branch, node, put)
         elif (kept := _irreplaceable(live, path)) is not None:
             found = _described(branch, node)
             expected = f"a {type_name(live)} that contains a {type_name(kept)}"
@@ -78,6 +82,11 @@ class PlainMatch:
             match.mismatch(dotted(path), what, branch)
         else:
             make = match.request(branch, node, match.like_parameter)
+            if type(live) in (list, tuple) and any(isinstance(m, torch.Tensor) for m in live):
+                match.notes[
+                    f"`{dotted(path)}`: its tensors were replaced by new ones, since the saved "
+                    "ones differ from them in number, shape or dtype"
+                ] = None
             match.then(lambda values: _replace(live, make(values), put))
 
     def _absent(self, live: Any, path: Path) -> None:
@@ -112,11 +121,40 @@ class PlainMatch:
         if members is not live:
             self._match.then(renew)
 
+    def _fill_parameters(
+        self, live: tuple[Any, ...], path: Path, branch: Branch, node: Node, put: Put
+    ) -> None:
+        """Plan to copy the tensors of a stored tuple, which is one value, to the parameters in
+        `live`. Other members are replaced."""
+        make = self._match.request(branch, node)
+        expected = [_kind_of(member) for member in live]
+
+        def check(values: Values) -> str | None:
+            stored = make(values)
+            members = stored if isinstance(stored, tuple) else ()
+            found = [
+                _kind_of(member) if isinstance(own, nn.Parameter) else _kind_of(own)
+                for member, own in zip_longest(members, live)
+            ]
+            line = f"`{dotted(path)}` is {stored!r:.200} in the checkpoint, expected {expected}"
+            return None if found == expected else line
+
+        def fill(values: Values) -> None:
+            made = [
+                own.copy_(new) if isinstance(own, nn.Parameter) else new
+                for own, new in zip(live, make(values), strict=True)
+            ]
+            put(tuple(made))
+
+        self._match.check(branch.entries(), check)
+        self._match.then(torch.no_grad()(fill))
+
     def _keeps_members(
         self, live: list[Any] | tuple[Any, ...], path: Path, branch: Branch, node: Node
     ) -> bool:
-        """Return whether a list or tuple is filled member by member: if it contains an object, at
-        any depth, or if it is a list of tensors with the stored shapes and dtypes."""
+        """Return whether a list or tuple is filled member by member: if it contains an object or a
+        parameter of a module, at any depth, or if all members are tensors with the stored shapes
+        and dtypes."""
         count = _length(branch, node)
         if count is not None and _object_in(live, path) is not None:
             if count != len(live):
@@ -124,7 +162,7 @@ class PlainMatch:
                 self._match.mismatch(dotted(path), line)
             return True
         return (
-            type(live) is list
+            count is not None
             and count == len(live) > 0
             and all(self._match.is_alike(branch.child(n).name, live[n]) for n in range(count))
         )
@@ -169,6 +207,22 @@ def _is_mapping(branch: Branch, node: Node) -> bool:
     return bool(branch.children) and not any(type(key) is int for key in branch.children)
 
 
+def _has_parameters(live: tuple[Any, ...]) -> bool:
+    return any(isinstance(member, nn.Parameter) for member in live)
+
+
+def _is_value(branch: Branch, node: Node) -> bool:
+    """Return whether one plain value is stored."""
+    return branch.name is not None and kind_of_node(node) in (None, "types")
+
+
+def _kind_of(member: Any) -> str:
+    """Describe a member of a tuple: the shape of a tensor, else the type."""
+    if isinstance(member, torch.Tensor):
+        return f"a tensor of shape {[*member.shape]}"
+    return f"a {type_name(member)}"
+
+
 def _length(branch: Branch, node: Node) -> int | None:
     """Return the length of a stored list or tuple whose members are entries; None if something else
     is stored."""
@@ -191,13 +245,14 @@ def _described(branch: Branch, node: Node) -> str:
 
 
 def _object_in(live: Any, path: Path) -> Any:
-    """Return the first object in nested dicts, lists and tuples; None if there is none."""
+    """Return the first object or parameter in nested dicts, lists and tuples; None if there is
+    none."""
     check_depth(path)
     members = live.values() if isinstance(live, Mapping) else live
     if SCALARS.issuperset(map(type, members)):
         return None
     for number, member in enumerate(members):
-        if is_object(member):
+        if is_object(member) or isinstance(member, nn.Parameter):
             return member
         if isinstance(member, Mapping) or type(member) in (list, tuple):
             inner = _object_in(member, (*path, number))
@@ -208,7 +263,8 @@ def _object_in(live: Any, path: Path) -> Any:
 
 def _irreplaceable(live: Any, path: Path) -> Any:
     """Return what a load must not replace by a plain value: a tensor in the dict `live`, or an
-    object with state in the dict, list or tuple `live`. Return None if there is neither."""
+    object with state or a parameter in the dict, list or tuple `live`. Return None if there is
+    neither."""
     if isinstance(live, Mapping):
         tensor = next((v for v in live.values() if isinstance(v, torch.Tensor)), None)
         return _object_in(live, path) if tensor is None else tensor

@@ -17,16 +17,20 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from holdfast.errors import UsageError
+from holdfast.format.container import spelled
 from holdfast.format.structure import (
     ARRAY,
     EMPTY_BYTES,
     FACTORIES,
+    KEY_CHARS_MAX,
     MAPPINGS,
     NUMBERS,
     Node,
+    is_supported_key,
     key_text,
     mapping_node,
 )
+from holdfast.state.strides import order_of, order_text
 from holdfast.state.subclass import CONTEXT, is_plain_tensor, take_apart
 
 if TYPE_CHECKING:
@@ -82,6 +86,8 @@ MAPPING_TYPES: dict[str, type[dict[Any, Any]]] = {
 }
 _KIND_OF_MAPPING: dict[type, str] = {cls: kind for kind, cls in MAPPING_TYPES.items()}
 _KIND_OF_MAPPING[defaultdict] = "defaultdict"
+
+_GONE = object()
 
 DEPTH_MAX = 60
 """Most levels of nested containers. A checkpoint's paths have at most 64 keys."""
@@ -154,7 +160,8 @@ class Flattener:
         if isinstance(value, torch.Tensor):
             if is_plain_tensor(value):
                 self.add(path, value)
-                return self._where(path, value) if rebuilt else None
+                is_usual = not rebuilt and value.is_contiguous()
+                return None if is_usual else self._where(path, value, rebuilt=rebuilt)
             return self._subclass(path, value, rebuilt=rebuilt)
         component = self._component_of(path, value)
         if component is not None:
@@ -172,14 +179,18 @@ class Flattener:
         self.add(path, plain)
         return {"types": types} if types else None
 
-    def _where(self, path: Path, tensor: torch.Tensor) -> Node:
-        """Return the node of a tensor that a load creates: its device or placement."""
-        where = {}
+    def _where(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
+        """Return the node of a tensor: its order in memory, and if a load creates it, its device or
+        placement."""
+        where: dict[str, str] = {}
         if isinstance(tensor, DTensor):
-            like = self._placed_like(path, tensor)
-            where = {"like": like if like is not None else ""}
-        elif not tensor.is_cpu:
-            where = {"device": tensor.device.type}
+            if rebuilt:
+                where["like"] = self._placed_like(path, tensor) or ""
+            return {"tensor": where} if where else None
+        if rebuilt and not tensor.is_cpu:
+            where["device"] = tensor.device.type
+        if order := order_text(order_of(tensor)):
+            where["order"] = order
         return {"tensor": where} if where else None
 
     def _subclass(self, path: Path, tensor: torch.Tensor, *, rebuilt: bool) -> Node:
@@ -197,7 +208,15 @@ class Flattener:
         is_plain = kind == "dict" and bool(value)
         num_values_before = self._num_values
         for name, key in names_of(path, value).items():
-            node = self.walk((*path, name), value[key], rebuilt=rebuilt)
+            # Not `value[key]`: it would add a missing key to a defaultdict.
+            member = value.get(key, _GONE)
+            if member is _GONE:
+                raise UsageError(
+                    f"the dict `{dotted(path)}` changed during the save: its key {key!r} is gone",
+                    hint="another thread, or a `state_dict` method, changes it: save a copy that "
+                    "nothing else changes, or pause that thread during the save",
+                )
+            node = self.walk((*path, name), member, rebuilt=rebuilt)
             children.append((key, node))
             # A load finds the caller's own models and optimizers by their paths, so they need no
             # node. It finds the objects inside a rebuilt state only by their nodes.
@@ -302,8 +321,15 @@ def names_of(path: Path, value: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the keys of a dict, keyed by their text."""
     where = f"`{dotted(path)}`" if path else "the state"
     names: dict[str, Any] = {}
-    for key in value:
+    # A copy of the keys, since another thread may change the dict.
+    for key in list(value):
         if type(key) is not str and key_text(key) is None:
+            if is_supported_key(key):
+                raise UsageError(
+                    f"a key of {where} is too long: {spelled(key)[:100]}, expected at most "
+                    f"{KEY_CHARS_MAX:,} characters",
+                    hint="use a short key, and save the long one as text",
+                )
             raise UsageError(
                 f"{where} has the key {key!r}, a {type_name(key)}",
                 hint="use text, numbers, bytes, None, or tuples of these as keys",

@@ -145,3 +145,31 @@ def test_a_dict_class_with_a_state_dict_is_an_object(tmp_path: Path) -> None:
     top, inside, deep = Table(x=0), Table(), Table()
     holdfast.load(tmp_path / "one", {"t": top, "l": [inside], "o": Kept([deep])})
     assert (top, inside, deep) == ({"a": 1}, {"b": 2}, {"c": 3})
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_parameters_in_a_list_are_filled_in_place(kind: Any, tmp_path: Path) -> None:
+    """G6, G15. Method: `list(model.parameters())`, which nobody reads again after the load: with
+    another dtype the parameters are filled; another shape or number is refused."""
+    saved = torch.nn.Linear(2, 2)
+    holdfast.save(tmp_path / "one", {"p": kind(saved.parameters())})
+    model = torch.nn.Linear(2, 2).double()
+    loaded = holdfast.load(tmp_path / "one", {"p": kind(model.parameters())})
+    assert torch.equal(model.weight, saved.weight.double())
+    assert kind is tuple or loaded.converted == ("p.0", "p.1")
+    refused = r"expected \[3, 2\]|has 2 members|expected \['a tensor"
+    for other in (torch.nn.Linear(2, 3), torch.nn.Linear(2, 2, bias=False)):
+        before = other.weight.detach().clone()
+        with pytest.raises(MismatchError, match=refused):
+            holdfast.load(tmp_path / "one", {"p": kind(other.parameters())})
+        assert torch.equal(other.weight, before)
+
+
+def test_new_tensors_in_a_list_are_said(tmp_path: Path) -> None:
+    """G6. Method: a list of plain tensors, saved with another shape."""
+    holdfast.save(tmp_path / "one", {"history": [torch.ones(3)]})
+    state = {"history": [torch.zeros(2)]}
+    loaded = holdfast.load(tmp_path / "one", state)
+    assert same(state, {"history": [torch.ones(3)]})
+    assert any("`history`: its tensors were replaced" in note for note in loaded.notes)
+    assert not holdfast.load(tmp_path / "one", state).notes

@@ -193,3 +193,82 @@ def test_a_group_that_was_saved_empty_is_noted_and_parameters_keep_their_options
         assert "`o`: group 0 had no parameters when it was saved" in caplog.text
         for parameter in model.parameters():
             assert same(dict(fresh.state[parameter]), dict(optimizer.state[parameter]))
+
+
+class WideMomentum(Optimizer):
+    """An optimizer that keeps float32 moments and a counter beside parameters of any dtype."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def advance(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                zero = torch.zeros_like(parameter, dtype=torch.float32)
+                slots = self.state[parameter] or {"m": zero, "count": torch.tensor(2**40)}
+                moment = slots["m"] * 0.9 + parameter.grad.float() / 3
+                self.state[parameter] = {"m": moment, "count": slots["count"] + 1}
+
+
+@pytest.mark.parametrize("keys", [("model", "critic"), ("gen", "critic"), ("critic", "model")])
+def test_slots_keep_their_dtype_beside_another_model_of_other_dtype(
+    keys: tuple[str, str], tmp_path: Path
+) -> None:
+    """G15. Method: two models have parameters of the same names; the optimizer of the one in
+    bfloat16 has slots of other dtypes. Whether slots are cast depends on its own parameters."""
+
+    def made() -> tuple[dict[str, Any], WideMomentum]:
+        first, second = nn.Linear(2, 2), nn.Linear(2, 2).bfloat16()
+        optimizer = WideMomentum(second.parameters())
+        return {keys[0]: first, keys[1]: second, "o": optimizer}, optimizer
+
+    state, optimizer = made()
+    for parameter in state[keys[1]].parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.advance()
+    holdfast.save(tmp_path / "one", state)
+    fresh, resumed = made()
+    holdfast.load(tmp_path / "one", fresh)
+    assert same(resumed.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("key", ["model", "net"])
+def test_slots_follow_a_change_of_dtype_under_any_key(key: str, tmp_path: Path) -> None:
+    """G15. Method: a model is saved in bfloat16 and loaded in float32, as in torch's own load; the
+    optimizer makes a step after it."""
+    model = nn.Linear(2, 2).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    holdfast.save(tmp_path / "one", {key: model, "o": optimizer})
+    fresh = nn.Linear(2, 2)
+    resumed = torch.optim.AdamW(fresh.parameters())
+    holdfast.load(tmp_path / "one", {key: fresh, "o": resumed})
+    assert resumed.state[fresh.weight]["exp_avg"].dtype is torch.float32
+    fresh(torch.ones(1, 2)).sum().backward()
+    resumed.step()
+
+
+def test_names_of_parameters_in_groups_stay_those_of_this_run(tmp_path: Path) -> None:
+    """G15. Method: an optimizer that was given named parameters, loaded with them in another order,
+    split into two groups, and merged again."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    named = [*model.named_parameters()]
+    halves = [{"params": named[:2]}, {"params": named[2:]}]
+
+    def load_into(parameters: Any, name: str) -> Optimizer:
+        optimizer = torch.optim.AdamW(parameters)
+        holdfast.load(tmp_path / name, {"m": model, "o": optimizer})
+        names = {id(parameter): name for name, parameter in named}
+        for group in optimizer.param_groups:
+            assert group["param_names"] == [names[id(p)] for p in group["params"]]
+        return optimizer
+
+    holdfast.save(tmp_path / "whole", {"m": model, "o": torch.optim.AdamW(named)})
+    load_into(named[::-1], "whole")
+    split = load_into(halves, "whole")
+    holdfast.save(tmp_path / "split", {"m": model, "o": split})
+    load_into(named, "split")
+    unnamed = torch.optim.AdamW(model.parameters())
+    holdfast.load(tmp_path / "split", {"m": model, "o": unnamed})
+    assert "param_names" not in unnamed.param_groups[0]
