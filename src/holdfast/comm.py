@@ -361,8 +361,8 @@ def gather_and_run(ranks: Ranks, item: T | HoldfastError, work: Callable[[list[T
         else:
             outcome = capture(lambda: work(cast("list[T]", items)))
     result = ranks.broadcast(cast("U | HoldfastError", outcome))
-    if isinstance(item, HoldfastError):
-        _raise_interrupt(item)
+    _raise_interrupt(item)
+    _raise_interrupt(outcome)
     if isinstance(result, HoldfastError) and isinstance(item, HoldfastError):
         # A broadcast drops the cause of an error. If this rank sent the error, restore the cause.
         result.__cause__ = result.__cause__ or (
@@ -378,8 +378,7 @@ def run_on_rank_0(ranks: Ranks, work: Callable[[], T]) -> T:
     """
     outcome = capture(work) if ranks.rank == 0 else None
     result = ranks.broadcast(cast("T | HoldfastError", outcome))
-    if isinstance(outcome, HoldfastError):
-        _raise_interrupt(outcome)
+    _raise_interrupt(outcome)
     return _or_raise(result)
 
 
@@ -439,12 +438,12 @@ def capture(work: Callable[[], T]) -> T | HoldfastError:
         return interrupted
 
 
-def _raise_interrupt(error: HoldfastError) -> None:
-    """Raise the interrupt that caused `error`, if one did.
+def _raise_interrupt(outcome: object) -> None:
+    """Raise the interrupt of this rank, if `outcome` is an error that an interrupt caused.
 
-    A process that was told to end must end, even if its code catches `error`.
+    A process that was told to end must end, even if its code catches the error.
     """
-    cause = error.__cause__
+    cause = outcome.__cause__ if isinstance(outcome, HoldfastError) else None
     if cause is not None and not isinstance(cause, Exception):
         raise cause
 

@@ -74,8 +74,8 @@ class Lock:
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # When the interpreter ends, the globals of this module may be gone. The operating system
-        # then unlocks the file anyway.
-        if not is_finalizing():
+        # then unlocks the file anyway. A constructor that was interrupted has set no `_held`.
+        if not is_finalizing() and hasattr(self, "_held"):
             with suppress(OSError):
                 self.release()
 
