@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -29,16 +30,22 @@ from holdfast.dcp.values import for_planner
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
+from holdfast.loading.fit import fits, needs_check
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.gc_pause import gc_paused
-from holdfast.state.layout import check_elements
+from holdfast.spelling import counted, listed
+from holdfast.state.layout import check_elements, dtype_name
+from holdfast.state.match import SHARES_MEMORY
 from holdfast.state.shard import Piece
+from holdfast.state.strides import overlaps_itself
 from holdfast.storage.opening import is_url
 from holdfast.storage.store import ReadStore
 
 BATCH_BYTES = 1 << 30
 """About how many bytes of tensors are read before they are passed to the planner. This limits the
 memory that is needed if the planner gives temporary tensors to read into."""
+
+_LISTED_MAX = 50
 
 
 class Reader(StorageReader):
@@ -136,7 +143,13 @@ class Reader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read everything that the plan lists.
 
+        Calls `resolve_tensor` of the planner twice for each tensor item: to check whether the item
+        fits, before anything is changed, and to fill the tensor.
+
         Raises:
+            MismatchError: tensors do not fit. The message lists all of them, and this rank has
+                changed nothing. Or: a number is too large for a smaller float dtype. Then the state
+                is loaded in part.
             DamagedError: bytes are missing, or are not the bytes that were written. The message
                 names file, tensor and block.
             FormatError: reading a value would run code that the checkpoint names.
@@ -146,9 +159,10 @@ class Reader(StorageReader):
         store, opened = self._opened
         source = opened.source(store)
         try:
+            checked = _read_checked(source, plan, planner, self._threads)
             _read_values(source, plan, planner)
             for batch in _batches(source.manifest, plan):
-                _read_batch(source, batch, planner, self._threads)
+                _read_batch(source, batch, planner, self._threads, checked)
         except UNREADABLE as error:
             if opened.was_replaced(store):
                 raise NotFoundError(
@@ -187,6 +201,75 @@ def _tensor_metadata(entry: TensorEntry) -> TensorStorageMetadata:
     )
 
 
+def _read_checked(
+    source: Source, plan: LoadPlan, planner: LoadPlanner, threads: int | None
+) -> dict[int, torch.Tensor]:
+    """Check whether the tensor items of the plan fit the planner's tensors, as `holdfast.load`
+    does. Return new tensors with the elements of the items that had to be read for this check, by
+    the `id` of the item.
+
+    Raises:
+        MismatchError: tensors do not fit. The message lists all of them.
+    """
+    lines: dict[str, None] = {}
+    staged: list[tuple[ReadItem, torch.Tensor, torch.dtype]] = []
+    for item in plan.items:
+        if item.type == LoadItemType.BYTE_IO:
+            continue
+        target, name = _resolved(item, planner), item.storage_index.fqn
+        stored, wanted = _dtype(source.manifest, item), target.dtype
+        if not torch.can_cast(stored, wanted):
+            line = f"`{name}` is {dtype_name(stored)} in the checkpoint, expected {wanted}"
+            lines[line] = None
+        elif overlaps_itself(target) or _overlaps_elsewhere(item, planner):
+            lines[f"`{name}` {SHARES_MEMORY}: clone it"] = None
+        elif needs_check(stored, wanted) and target.numel():
+            made = torch.empty(target.shape, dtype=stored, device=target.device)
+            staged.append((item, made, wanted))
+    if not lines:
+        reads = [_wanted(item, made) for item, made, _ in staged]
+        read_tensors(source, reads, threads, num_local=_num_local())
+        for item, made, wanted in staged:
+            if not fits(made, wanted):
+                name = item.storage_index.fqn
+                line = f"`{name}` holds numbers in the checkpoint that {wanted} cannot represent"
+                lines[line] = None
+    if lines:
+        raise MismatchError(
+            f"`{source.url}` does not fit, {counted(len(lines), 'difference')}, this rank changed "
+            "nothing:" + listed([*lines], _LISTED_MAX),
+            hint="load into tensors of the dtypes that the checkpoint has, each with memory of its "
+            f"own: `holdfast show {source.url}` lists the dtypes",
+        )
+    return {id(item): made for item, made, _ in staged}
+
+
+def _overlaps_elsewhere(item: ReadItem, planner: LoadPlanner) -> bool:
+    """Return whether elements of the whole tensor that the item is a part of share memory. False if
+    the planner is not torch's, and only it knows the whole tensor."""
+    if not isinstance(planner, DefaultLoadPlanner):
+        return False
+    is_stock = type(planner).resolve_tensor is DefaultLoadPlanner.resolve_tensor
+    return is_stock and overlaps_itself(planner.lookup_tensor(item.dest_index))
+
+
+def _resolved(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
+    """Return the tensor of the planner that the item goes to.
+
+    Raises:
+        UsageError: it has another shape than the item, or no plain elements.
+    """
+    target = planner.resolve_tensor(item).detach()
+    name, shape = item.storage_index.fqn, tuple(item.lengths)
+    if tuple(target.shape) != shape:
+        raise UsageError(
+            f"`{name}`: the plan reads {list(shape)}, the planner gave a tensor of shape "
+            f"{list(target.shape)}"
+        )
+    check_elements(name, target)
+    return target
+
+
 def _read_values(source: Source, plan: LoadPlan, planner: LoadPlanner) -> None:
     for item in plan.items:
         if item.type == LoadItemType.BYTE_IO:
@@ -218,26 +301,32 @@ def _batches(manifest: Manifest, plan: LoadPlan) -> Iterator[list[ReadItem]]:
 
 
 def _read_batch(
-    source: Source, batch: Sequence[ReadItem], planner: LoadPlanner, threads: int | None
+    source: Source,
+    batch: Sequence[ReadItem],
+    planner: LoadPlanner,
+    threads: int | None,
+    checked: Mapping[int, torch.Tensor],
 ) -> None:
-    wanted: list[Wanted] = []
-    targets: list[torch.Tensor] = []
-    for item in batch:
-        target = planner.resolve_tensor(item).detach()
-        name, region = item.storage_index.fqn, _region_of(item)
-        if tuple(target.shape) != region.shape:
-            raise UsageError(
-                f"`{name}`: the plan reads {list(region.shape)}, the planner gave a tensor of "
-                f"shape {list(target.shape)}"
-            )
-        check_elements(name, target)
-        targets.append(target)
-        if region.num_elements:
-            wanted.append(Wanted(name, [Piece(region, Region.whole(region.shape))], target))
+    """Fill the planner's tensors for all items of a batch. `checked`: see `_read_checked`."""
+    targets = [_resolved(item, planner) for item in batch]
+    pairs = list(zip(batch, targets, strict=True))
+    wanted = [
+        _wanted(item, target)
+        for item, target in pairs
+        if target.numel() and id(item) not in checked
+    ]
     with torch.no_grad():
         read_tensors(source, wanted, threads, num_local=_num_local())
-    for item, target in zip(batch, targets, strict=True):
+        for item, target in pairs:
+            if id(item) in checked:
+                target.copy_(checked[id(item)])
+    for item, target in pairs:
         planner.commit_tensor(item, target)
+
+
+def _wanted(item: ReadItem, target: torch.Tensor) -> Wanted:
+    region = _region_of(item)
+    return Wanted(item.storage_index.fqn, [Piece(region, Region.whole(region.shape))], target)
 
 
 def _region_of(item: ReadItem) -> Region:
