@@ -23,6 +23,7 @@ from holdfast.convert.plan import ConvertOptions, plan
 from holdfast.errors import MismatchError
 from holdfast.format.components import MODEL
 from holdfast.format.manifest import Manifest
+from holdfast.format.structure import types_by_path
 from holdfast.hf.dialects import dialect_of, renamed
 from holdfast.spelling import counted
 from holdfast.tensors.stored import StoredTensors
@@ -131,7 +132,8 @@ def _converted(path: str, assets: str | None) -> dict[str, ComparedTensor]:
 
 
 def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str, str]:
-    """Compare the values of two checkpoints by their stored bytes.
+    """Compare the values of two checkpoints by their stored bytes and by their types, such as
+    `b""` and the dtypes of numpy scalars.
 
     Return name of the value -> `equal`, `differs`, `only in a` or `only in b`. The result is empty
     if one of the checkpoints is a file of `torch.save`, or has no values.
@@ -139,10 +141,13 @@ def _compared_values(opened: tuple[OpenCheckpoint, OpenCheckpoint]) -> dict[str,
     a, b = (checkpoint.manifest.values for checkpoint in opened)
     if opened[0].values or opened[1].values or not a or not b:
         return {}
+    types = [types_by_path(one.manifest.structure) for one in opened]
     states = {}
     for name in {**a, **b}:
         if name not in a or name not in b:
             states[name] = "only in b" if name not in a else "only in a"
+        elif types[0].get(a[name].path) != types[1].get(b[name].path):
+            states[name] = "differs"
         elif a[name].checksum is not None and a[name].checksum == b[name].checksum:
             states[name] = "equal"
         else:

@@ -10,6 +10,7 @@ from holdfast.catalog.source import read_value
 from holdfast.errors import FormatError
 from holdfast.format import container
 from holdfast.format.manifest import Span, ValueEntry
+from holdfast.format.structure import types_by_path, with_types
 
 MEMBERS_MAX = 100_000
 """Maximum number of members of one value to print as JSON."""
@@ -40,12 +41,14 @@ def as_json(value: object) -> Any:
 
 
 def read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """Yield each name with its value, or with the error that says why it cannot be decoded.
+    """Yield each name with its value, or with the error that says why it cannot be decoded. Numpy
+    scalars are numbers of Python.
 
     Raises:
         DamagedError: the bytes of a value do not match their checksum.
     """
     decoded: dict[tuple[str, Span], object] = {}
+    types = types_by_path(checkpoint.manifest.structure)
     for name in names:
         entry = checkpoint.manifest.values[name]
         key = entry.file, entry.item
@@ -55,7 +58,8 @@ def read(checkpoint: OpenCheckpoint, names: Sequence[str]) -> Iterator[tuple[str
         # Equal values share a container, so decode it once.
         if key not in decoded:
             decoded[key] = _read_one(checkpoint, name, entry)
-        yield name, decoded[key]
+        value = decoded[key]
+        yield name, with_types(value, types[entry.path]) if entry.path in types else value
 
 
 def _read_one(checkpoint: OpenCheckpoint, name: str, entry: ValueEntry) -> object:

@@ -3,6 +3,7 @@ torch."""
 
 from __future__ import annotations
 
+import codecs
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,15 @@ from holdfast.catalog.source import read_value
 from holdfast.convert.target import Values
 from holdfast.errors import FormatError, UsageError
 from holdfast.format.pickles import DtypeName, Other
+from holdfast.format.structure import types_by_path, with_types
 
 _HINT = "`--model-only` leaves out everything but the model"
 
 
 def encoded_values(checkpoint: OpenCheckpoint, *, pickled: bool) -> Values:
     """Return the path and the bytes of every value, by name. The bytes are a pickle if `pickled`,
-    else a container."""
+    else a container. A pickle has numbers of Python in place of numpy scalars, which `torch.load`
+    refuses by default."""
     entries, source = checkpoint.manifest.values, checkpoint.source
     if not checkpoint.values and not pickled:
         return {n: (e.path, read_value(source, n, e)) for n, e in entries.items()}
@@ -38,14 +41,40 @@ def encoded_values(checkpoint: OpenCheckpoint, *, pickled: bool) -> Values:
                 f"a value of `{checkpoint.where}` is nested too deep", hint=_HINT
             ) from error
     else:
+        types = types_by_path(checkpoint.manifest.structure)
         values = {
-            name: decode_value(
-                name, read_value(source, name, entry), where=f"{source.url}/{entry.file}"
+            name: with_types(
+                decode_value(
+                    name, read_value(source, name, entry), where=f"{source.url}/{entry.file}"
+                ),
+                types.get(entry.path, {}),
             )
             for name, entry in entries.items()
         }
     encode = _pickled if pickled else encode_value
-    return {name: (entries[name].path, encode(name, value)) for name, value in values.items()}
+    return {
+        name: (entries[name].path, encode(name, _with_empty_bytes(value)))
+        for name, value in values.items()
+    }
+
+
+class _EmptyBytes:
+    """Stand-in for `b""`. Pickle would write `b""` as a call of `bytes`, which `torch.load`
+    refuses. Both read this one as `b""`."""
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return codecs.encode, ("", "latin1")
+
+
+def _with_empty_bytes(value: Any) -> Any:
+    """Return a value with an `_EmptyBytes` in place of each `b""` in it."""
+    if value == b"" and type(value) is bytes:
+        return _EmptyBytes()
+    if type(value) in (list, tuple):
+        return type(value)(map(_with_empty_bytes, value))
+    if type(value) is dict:
+        return {key: _with_empty_bytes(member) for key, member in value.items()}
+    return value
 
 
 def _pickled(name: str, value: Any) -> bytes:

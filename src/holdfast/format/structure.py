@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Node = str | dict[str, Any] | None
@@ -38,6 +38,10 @@ NUMBERS = (*_INTEGERS, *_FLOATS, "str", "bytes")
 EMPTY_BYTES = "empty bytes"
 """Type name of `b""`, which is stored as an empty string: pickle would write a call of `bytes`."""
 
+Types = Mapping[tuple[str, ...], str]
+"""Types of the members of one value that are stored as another type, by the position of the member:
+the texts of the keys and indices that lead to it. The position of the value itself is ()."""
+
 OPTIMIZERS = "optimizers"
 """Key of the member of an object's node that lists the classes of the object's optimizers. A
 manifest stores this member apart from the node."""
@@ -45,7 +49,9 @@ manifest stores this member apart from the node."""
 DEPTH_MAX = 100
 """Maximum depth of nested nodes."""
 
-_KEY_CHARS_MAX = 4096
+KEY_CHARS_MAX = 4096
+"""Maximum length of the text of a dict key that is not a string."""
+
 _KEY_TYPES = (str, int, bool, float, bytes, type(None))
 
 
@@ -55,15 +61,19 @@ def key_text(key: object) -> str | None:
     >>> key_text(3), key_text((1, "a")), key_text(object())
     ('3', "(1, 'a')", None)
     """
-    if not _is_supported(key):
+    if not is_supported_key(key):
         return None
-    text = repr(key)
-    return text if len(text) <= _KEY_CHARS_MAX else None
+    try:
+        text = repr(key)
+    except ValueError:
+        return None  # Python does not format an int of more than 4,300 digits.
+    return text if len(text) <= KEY_CHARS_MAX else None
 
 
-def _is_supported(key: object) -> bool:
+def is_supported_key(key: object) -> bool:
+    """Return whether the format supports keys of this type. The text of the key may be too long."""
     if type(key) is tuple:
-        return all(map(_is_supported, key))
+        return all(map(is_supported_key, key))
     if type(key) is float:
         return math.isfinite(key)
     return type(key) in _KEY_TYPES
@@ -78,13 +88,13 @@ def key_of(text: str) -> Any:
     >>> key_of("3"), key_of("(1, 'a')")
     (3, (1, 'a'))
     """
-    if len(text) > _KEY_CHARS_MAX:
+    if len(text) > KEY_CHARS_MAX:
         raise ValueError("a key of too many characters")
     try:
         key = ast.literal_eval(text)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"no key: {text[:50]!r}") from error
-    if not _is_supported(key):
+    if not is_supported_key(key):
         raise ValueError(f"no key of a dict: {text[:50]!r}")
     return key
 
@@ -119,6 +129,71 @@ def kind_of_node(node: Node) -> str | None:
     ('list', 'array', None)
     """
     return next(iter(node)) if isinstance(node, dict) else node
+
+
+def types_in(node: Node) -> Types:
+    """Return the types that the node of a value states; empty if it states none.
+
+    >>> types_in({"types": [[[], "float32"]]}), types_in(None)
+    ({(): 'float32'}, {})
+    """
+    stated = node.get("types", ()) if isinstance(node, dict) else ()
+    return {tuple(keys): name for keys, name in stated}
+
+
+def types_by_path(structure: Mapping[Any, Node] | None) -> dict[tuple[str | int, ...], Types]:
+    """Return the types of all values with members that are stored as another type, by the path of
+    the value.
+
+    >>> types_by_path({("a",): {"dict": [["1", {"types": [[[], "empty bytes"]]}]]}})
+    {('a', '1'): {(): 'empty bytes'}}
+    """
+    found: dict[tuple[str | int, ...], Types] = {}
+    waiting = [(tuple(path), node) for path, node in (structure or {}).items()]
+    while waiting:
+        path, node = waiting.pop()
+        if types := types_in(node):
+            found[path] = types
+        elif isinstance(node, dict) and "object" in node:
+            waiting.append((path, node["object"]))
+        is_mapping = kind_of_node(node) in MAPPINGS
+        waiting += [
+            ((*path, str(key) if is_mapping else key), child)
+            for key, child in children_of(node) or ()
+        ]
+    return found
+
+
+def with_types(
+    value: Any,
+    types: Types,
+    made: Callable[[str, Any], Any] = lambda _, number: number,
+    keys: tuple[str, ...] = (),
+) -> Any:
+    """Return a value with the members that have the stated types in place of the stored ones.
+
+    `made(name, number)` returns the numpy scalar of dtype `name`; by default, the stored number.
+    `keys`: position of `value` in the whole value.
+
+    >>> with_types([1, ("", "a")], {("0",): "int8", ("1", "0"): "empty bytes"})
+    [1, (b'', 'a')]
+    """
+    if keys in types:
+        return b"" if types[keys] == EMPTY_BYTES else made(types[keys], value)
+    if not any(position[: len(keys)] == keys for position in types):
+        return value
+    if type(value) in (list, tuple):
+        members = (
+            with_types(member, types, made, (*keys, str(number)))
+            for number, member in enumerate(value)
+        )
+        return type(value)(members)
+    if isinstance(value, dict):
+        return type(value)(
+            (key, with_types(member, types, made, (*keys, key_text(key) or "")))
+            for key, member in value.items()
+        )
+    return value
 
 
 def mapping_node(kind: str, children: Sequence[tuple[Any, Node]], **more: object) -> Node:

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from html import escape
 from itertools import islice
 from typing import Any, TypeVar
@@ -21,11 +22,12 @@ from holdfast.catalog.steady import UNREADABLE
 from holdfast.errors import NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
+from holdfast.format.structure import Types, types_by_path, with_types
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.read_plan import read_items
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.state.shard import Piece
-from holdfast.state.stored import StoredState, rebuilder
+from holdfast.state.stored import StoredState, numpy_scalar, rebuilder
 from holdfast.state.values import decode_value
 from holdfast.uncompiled import uncompiled
 
@@ -121,7 +123,7 @@ class Checkpoint:
         stored = StoredState(self.manifest)
 
         def values(name: str) -> Any:
-            return self.read(name) if name in self.tensors else self.value(name)
+            return self.read(name) if name in self.tensors else self._stored_value(name)
 
         tops = [*stored.root.children, *(path[0] for path in stored.structure if len(path) == 1)]
         return {
@@ -154,16 +156,27 @@ class Checkpoint:
 
     @uncompiled
     def value(self, name: str) -> Any:
-        """Read the value `name`. Everything in a checkpoint that is not a tensor is a value.
+        """Read the value `name`, with the types that it was saved with. Everything in a checkpoint
+        that is not a tensor is a value.
 
         Raises:
             NotFoundError: there is no value of that name.
             DamagedError: bytes differ from those that were saved.
         """
-        entry = self._entry("value", name, self._source.manifest.values)
+        value = self._stored_value(name)
+        types = self._types.get(self.manifest.values[name].path)
+        return value if types is None else with_types(value, types, numpy_scalar)
+
+    def _stored_value(self, name: str) -> Any:
+        entry = self._entry("value", name, self.manifest.values)
         with self._unless_replaced():
             container = read_value(self._source, name, entry)
         return decode_value(name, container, where=f"{self._source.url}/{entry.file}")
+
+    @cached_property
+    def _types(self) -> Mapping[tuple[str | int, ...], Types]:
+        """Types of values that are stored as another type, by the path of the value."""
+        return types_by_path(self.manifest.structure)
 
     @contextmanager
     def _unless_replaced(self) -> Iterator[None]:

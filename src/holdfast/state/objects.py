@@ -187,7 +187,9 @@ def _modules(state: Any, path: Path) -> Iterator[tuple[Path, nn.Module]]:
     check_depth(path)
     if not isinstance(state, Mapping) and {int, float, str}.issuperset(map(type, state)):
         return
-    for key, value in state.items() if isinstance(state, Mapping) else enumerate(state):
+    # A copy, since another thread may change the dict.
+    members = list(state.items()) if isinstance(state, Mapping) else enumerate(state)
+    for key, value in members:
         if isinstance(value, torch.Tensor):
             continue  # Of thousands of members, most are tensors.
         if isinstance(value, nn.Module):

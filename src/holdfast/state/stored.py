@@ -16,14 +16,14 @@ from holdfast.errors import FormatError
 from holdfast.format.manifest import Manifest, TensorEntry, ValueEntry
 from holdfast.format.structure import (
     ARRAY,
-    EMPTY_BYTES,
     FACTORIES,
     MAPPINGS,
     Node,
     children_of,
     key_of,
-    key_text,
     kind_of_node,
+    types_in,
+    with_types,
 )
 from holdfast.state.subclass import CONTEXT, unflatten
 from holdfast.state.tree import MAPPING_TYPES, Path, dotted
@@ -219,25 +219,13 @@ def as_saved(value: Any, node: Node) -> Any:
     if node == ARRAY:
         assert isinstance(value, torch.Tensor)
         return value.numpy()
-    if isinstance(node, dict) and "types" in node:
-        return _typed(value, {tuple(path): name for path, name in node["types"]}, ())
-    return value
+    types = types_in(node)
+    return with_types(value, types, numpy_scalar) if types else value
 
 
-def _typed(value: Any, types: Mapping[tuple[str, ...], str], keys: tuple[str, ...]) -> Any:
-    if keys in types:
-        return b"" if types[keys] == EMPTY_BYTES else np.dtype(types[keys]).type(value)
-    if not any(path[: len(keys)] == keys for path in types):
-        return value
-    if type(value) in (list, tuple):
-        members = (_typed(member, types, (*keys, str(n))) for n, member in enumerate(value))
-        return type(value)(members)
-    if isinstance(value, dict):
-        return type(value)(
-            (key, _typed(member, types, (*keys, key_text(key) or "")))
-            for key, member in value.items()
-        )
-    return value
+def numpy_scalar(name: str, number: Any) -> Any:
+    """Return a number or text as a numpy scalar of the dtype `name`."""
+    return np.dtype(name).type(number)
 
 
 def keys_like(keys: Sequence[Any], name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from holdfast.errors import FormatError, UsageError
+from holdfast.format.container import spelled
 from holdfast.state.tree import type_name
 
 _KNOWN_MAX = 1000
@@ -18,15 +19,24 @@ _DEPTH_MAX = 16
 _INT_MAX = 1 << 64
 """Larger integers use another pickle opcode, which some versions of torch cannot read."""
 
+_BITS_MAX = 2039
+"""Most bits of an integer that `torch.load` reads: a sign and these fit into 255 bytes."""
+
 
 def encode_value(name: str, value: Any) -> bytes:
     """Return the container of a value, in the format of stock DCP."""
     container = _container(value)
     if container is None:
         inside, part = _culprit(value)
+        if _is_too_large(part):
+            raise UsageError(
+                f"`{name}{inside}` is an int of {part.bit_length():,} bits, expected at most "
+                f"{_BITS_MAX:,}: `torch.load` cannot read larger ones",
+                hint="save it as text, `hex(number)`, and convert the text by `int(text, 16)`",
+            )
         cls = type(part).__name__
         raise UsageError(
-            f"`{name}{inside}` is a {type_name(part)}, which a load could rebuild only by running "
+            f"`{name}{inside}` has the type {type_name(part)}, which a load could rebuild only by running "
             "code that the checkpoint names",
             hint="replace it by tensors and plain values (numbers, texts, bytes, lists, dicts, "
             "tuples), and create the object from them in `load_state_dict`; or trust the class in "
@@ -49,6 +59,10 @@ def _container(value: Any) -> bytes | None:
     return buffer.getvalue()
 
 
+def _is_too_large(value: Any) -> bool:
+    return type(value) is int and value.bit_length() > _BITS_MAX
+
+
 def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
     """Find the innermost part of a value that cannot be stored. Return its position, as text such
     as `[0]['a']`, and the part."""
@@ -56,12 +70,13 @@ def _culprit(value: Any, depth: int = 0) -> tuple[str, Any]:
     if type(value) in (list, tuple):
         members = [(f"[{number}]", member) for number, member in enumerate(value)]
     elif isinstance(value, dict):
-        members = [(f"[{key!r}]", member) for key, member in value.items()]
-        members += [("", key) for key in value]
+        members = [(" (a key)", key) for key in value]
+        members += [(f"[{spelled(key)}]", member) for key, member in value.items()]
     elif type(value) in (set, frozenset):
-        members = [("", member) for member in value]
+        members = [(" (a member)", member) for member in value]
     for where, member in members if depth < _DEPTH_MAX else ():
-        if type(member) not in _SCALARS and _container(member) is None:
+        is_scalar = type(member) in _SCALARS
+        if _is_too_large(member) or (not is_scalar and _container(member) is None):
             inside, part = _culprit(member, depth + 1)
             return where + inside, part
     return "", value
@@ -94,7 +109,11 @@ class Containers:
         if not _is_plain(value):
             return encode_value(name, value)
         # Compare texts: 0.0 and -0.0 are equal as numbers, but need different containers.
-        key = type(value), repr(value)
+        try:
+            key = type(value), repr(value)
+        except ValueError:
+            # Python does not format an int of more than 4,300 digits.
+            return encode_value(name, value)
         if key not in self._known:
             if len(self._known) >= _KNOWN_MAX:
                 self._known.clear()

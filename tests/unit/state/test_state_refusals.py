@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,44 @@ def test_a_parameter_called_by_a_number_differs_from_one_of_no_module(tmp_path: 
     fresh = torch.optim.Adam([model["1"], foreign, model["0"]])
     holdfast.load(tmp_path / "one", {"m": model, "o": fresh})
     assert same(fresh.state_dict(), optimizer.state_dict())
+
+
+HUGE = 10**5000
+"""Integer with more digits than Python formats."""
+
+
+@pytest.mark.parametrize(
+    ("key", "found"),
+    [
+        (HUGE, "a number of 16610 bits"),
+        ((1, HUGE), "(1, a number of 16610 bits)"),
+        (b"x" * 5000, "b'xxx"),
+    ],
+    ids=["int", "tuple", "bytes"],
+)
+def test_a_key_whose_text_is_too_long_is_named(key: Any, found: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as raised:
+        holdfast.save(tmp_path / "checkpoint", {"table": {key: 1}})
+    assert raised.value.what.startswith(f"a key of `table` is too long: {found}")
+    assert "expected at most 4,096 characters" in raised.value.what
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Counter, lambda d: defaultdict(int, d)])
+def test_a_dict_that_changes_during_a_save_is_named(kind: Any, tmp_path: Path) -> None:
+    """Method: `state_dict` of an object in the dict deletes a later key, as another thread could.
+    The save adds no key to a defaultdict."""
+
+    class Deletes:
+        def state_dict(self) -> dict[str, Any]:
+            del table["later"]
+            return {}
+
+        def load_state_dict(self, state: Any) -> None:
+            raise AssertionError(state)
+
+    table = kind({"first": Deletes(), "later": 1})
+    with pytest.raises(UsageError) as raised:
+        holdfast.save(tmp_path / "checkpoint", {"run": {"table": table}})
+    what = "the dict `run.table` changed during the save: its key 'later' is gone"
+    assert raised.value.what == what
+    assert "later" not in table

@@ -56,3 +56,37 @@ def test_random_state_need_not_be_tried_and_objects_must() -> None:
         assert not reads_back(other)
     with pytest.raises(UsageError, match=r"`value\[0\]\['a'\]\[1\]` is a object"):
         encode_value("value", [{"a": (1, object())}])
+
+
+HUGE = 10**5000
+LARGEST = 2**2039 - 1
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        (HUGE, "value"),
+        (-HUGE, "value"),
+        (LARGEST + 1, "value"),
+        ([1, [HUGE]], "value[1][0]"),
+        ((1, HUGE), "value[1]"),
+        ({"a": (HUGE,)}, "value['a'][0]"),
+        ([{HUGE}], "value[0] (a member)"),
+        (({HUGE: object()},), "value[0] (a key)"),
+    ],
+    ids=["int", "negative", "smallest", "list", "tuple", "dict", "set", "key"],
+)
+def test_an_integer_that_torch_cannot_read_is_named(value: Any, where: str) -> None:
+    """Method: integers beyond the 4,300 digits that Python formats, and the smallest that
+    `torch.load` refuses. The message does not ask the user to report a bug."""
+    with pytest.raises(UsageError) as raised:
+        Containers().of("value", value)
+    assert raised.value.what.startswith(f"`{where}` is an int of ")
+    assert "bits, expected at most 2,039" in raised.value.what
+    assert "hex(number)" in str(raised.value.hint)
+
+
+def test_the_largest_integer_reads_back() -> None:
+    for value in (LARGEST, -LARGEST, [LARGEST]):
+        container = Containers().of("value", value)
+        assert torch.load(io.BytesIO(container), weights_only=True) == value
