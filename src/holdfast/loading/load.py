@@ -15,8 +15,9 @@ from holdfast.catalog.open_any import open_in
 from holdfast.catalog.source import Source, read_value
 from holdfast.comm import Ranks, all_ranks, gather_deduplicated, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, MismatchError
-from holdfast.format.manifest import TensorEntry, ValueEntry
+from holdfast.format.manifest import Manifest, TensorEntry, ValueEntry
 from holdfast.loading.fit import fits, needs_check
+from holdfast.loading.hints import HINT, hint_of_call
 from holdfast.loading.items import Place
 from holdfast.loading.opening import read_on_all
 from holdfast.loading.read import Wanted, read_tensors
@@ -68,7 +69,9 @@ def load(path: str | os.PathLike[str], state: Any, *, strict: bool = True) -> Lo
             ranks,
             store,
             lambda: open_in(store, name),
-            lambda opened: load_tree(opened.source(store), tree, ranks=ranks, strict=strict),
+            lambda opened: load_tree(
+                opened.source(store), tree, ranks=ranks, strict=strict, hint_for=hint_of_call
+            ),
         )
         for line in loaded.notes if ranks.rank == 0 else ():
             logger.warning("%s", line)
@@ -113,6 +116,10 @@ Fetch = Callable[[Source, Sequence[Wanted], Iterable[ValueEntry]], object]
 """`fetch(source, wanted, values)`: is called before the reads, and makes available what this rank
 will read: the data of `wanted` and of `values`. Collective."""
 
+HintFor = Callable[[Manifest, Sequence[str], Sequence[str]], str]
+"""`hint_for(manifest, missing, extra)` returns the hint for a state that does not fit. `missing`:
+names of the state's entries that do not fit. `extra`: names that only the checkpoint has."""
+
 Replicas = Literal["auto", "read", "broadcast"]
 """How several ranks get the same data, or different columns of the same rows. `read`: each rank
 reads it. `broadcast`: one rank reads and checks it and sends each rank what it wants, so no byte is
@@ -131,6 +138,7 @@ def load_tree(
     fill: Fill | None = None,
     replicas: Replicas = "read",
     fetch: Fetch | None = None,
+    hint_for: HintFor = lambda *_: HINT,
 ) -> Loaded:
     """Load an open checkpoint into the state `tree`.
 
@@ -138,6 +146,7 @@ def load_tree(
         `Loaded.differences`.
     `fill`: replaces `read_tensors`; then every rank reads for itself.
     `fetch`: called before the first read.
+    `hint_for`: returns the hint for a state that does not fit. Called on rank 0.
 
     Collective: every rank calls this. An error of one rank is raised on all. Objects get their
     state only after every rank has read everything.
@@ -147,9 +156,9 @@ def load_tree(
     with torch.inference_mode(mode=False):
         with spans("plan"), gc_paused():
             match = run_on_all(ranks, lambda: tree.match(source.manifest, strict=strict))
-            differences, notes = _differences(match, ranks)
+            differences, notes, hint = _differences(match, ranks, hint_for)
             if differences and not partial:
-                raise _mismatch(source, differences)
+                raise _mismatch(source, differences, hint)
             reading = run_on_all(ranks, lambda: _Reading(source, match))
         with spans("read"):
             if fetch is not None:
@@ -171,19 +180,25 @@ def load_tree(
     )
 
 
-def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
+def _differences(match: Match, ranks: Ranks, hint_for: HintFor) -> tuple[list[str], list[str], str]:
     """Return two lists over all ranks: one line per difference between the checkpoint and the
-    state, and the notes of each `match`. An entry is unexpected only if no rank wants it, since
-    each pipeline stage wants only its own layers.
+    state, and the notes of each `match`. Return also the hint for the differences. An entry is
+    unexpected only if no rank wants it, since each pipeline stage wants only its own layers.
 
     Collective.
     """
-    own = {"lines": [*match.mismatches.values()], "notes": [*match.notes], "extra": [*match.extra]}
+    own = {
+        "lines": [*match.mismatches.values()],
+        "missing": [*match.mismatches],
+        "notes": [*match.notes],
+        "extra": [*match.extra],
+    }
     # These lists are nearly always equal on all ranks, or on all ranks of a pipeline stage. Equal
     # lists are sent once.
     reports = gather_deduplicated(ranks, own)
     lines: list[str] = []
     notes: list[str] = []
+    hint = HINT
     if reports:
         distinct = {name: [*{id(r[name]): r[name] for r in reports}.values()] for name in own}
         lines = [*dict.fromkeys(line for one in distinct["lines"] for line in one)]
@@ -191,15 +206,17 @@ def _differences(match: Match, ranks: Ranks) -> tuple[list[str], list[str]]:
         common = set.intersection(*map(set, distinct["extra"]))
         extra = [name for name in reports[0]["extra"] if name in common]
         lines += [f"`{name}` is in the checkpoint, but not wanted" for name in extra]
-    return ranks.broadcast((lines, notes))
+        missing = [*dict.fromkeys(name for one in distinct["missing"] for name in one)]
+        if lines:
+            hint = hint_for(match.stored.manifest, missing, extra)
+    return ranks.broadcast((lines, notes, hint))
 
 
-def _mismatch(source: Source, lines: Sequence[str]) -> MismatchError:
+def _mismatch(source: Source, lines: Sequence[str], hint: str = HINT) -> MismatchError:
     return MismatchError(
         f"`{source.url}` does not fit, {len(lines)} differences, nothing was changed:"
         + listed(lines, _LISTED_MAX),
-        hint="is it a checkpoint of another model? `holdfast show` lists its entries. To load only "
-        "the rest, leave the entries that differ out of the state",
+        hint=hint,
     )
 
 
