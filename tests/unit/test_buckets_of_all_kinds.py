@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Barrier, Thread
@@ -134,3 +136,23 @@ def test_of_two_saves_of_one_checkpoint_one_succeeds(url: str) -> None:
     found = state(0.0)
     holdfast.load(f"{url}/step-1", found)
     assert torch.equal(found["w"], state(won)["w"])
+
+
+PROGRAM = """
+import sys, torch
+from holdfast import CheckpointConfig, CheckpointManager
+config = CheckpointConfig(enable=True, interval=1, async_mode="async")
+manager = CheckpointManager(sys.argv[1], model=torch.nn.Linear(1000, 5000), config=config)
+manager.save(1)
+manager.save(2)
+"""
+
+
+def test_a_program_that_simply_ends_finishes_its_last_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G17. Method: a program that does not close its manager, and ends during a save in the
+    background, whose upload uses a pool of threads."""
+    url = f"{new_s3_url(monkeypatch)}/run"
+    command = [sys.executable, "-c", PROGRAM, url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert holdfast.check(f"{url}/step-2") == []

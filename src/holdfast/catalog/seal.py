@@ -18,8 +18,9 @@ from holdfast.arguments import checked_flag, checked_path
 from holdfast.catalog.catalog import Catalog, location, verify_hint
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.contents import Advance, RecordReader, run
-from holdfast.catalog.findings import Finding, summary_of
+from holdfast.catalog.findings import Finding, finding_of, summary_of, unreadable_among
 from holdfast.catalog.paths import open_for_saving
+from holdfast.catalog.replaceable import why_not_removable
 from holdfast.catalog.temporary import TemporaryFolder
 from holdfast.catalog.upload import make_folders, put_seal, upload
 from holdfast.errors import DamagedError, HoldfastError, NotFoundError, StorageError, UsageError
@@ -136,6 +137,8 @@ def begin(
     durable = durable or folder_among(store.list(), name) is not None
     if not durable:
         catalog = Catalog(UnsyncedStore(store.url))
+    if not checks_name:
+        catalog.why_kept = why_not_removable
     attempt = catalog.begin(name, replace=overwrite, chosen_id=chosen_id)
     return Unsealed(catalog, attempt, durable)
 
@@ -239,7 +242,13 @@ def sync_files(folder: Path) -> None:
         files += [Path(parent, name) for name in names]
         folders.append(Path(parent))
     with ThreadPoolExecutor(_THREADS_MAX, thread_name_prefix="holdfast-seal") as pool:
-        for _ in pool.map(sync_path, files):
+        try:
+            synced = pool.map(sync_path, files)
+        except RuntimeError:
+            # No thread can start: a limit of the system is reached, or the program ends, and Python
+            # is older than 3.12.3.
+            synced = map(sync_path, files)
+        for _ in synced:
             pass
     for inner in reversed(folders):
         sync_path(inner)
@@ -367,9 +376,13 @@ def open_sealed(store: ReadStore, name: str) -> Manifest:
 
     Raises:
         DamagedError: a file is missing or has another size.
+        StorageError: a file cannot be read now.
     """
     seal = read_seal(store, name)
-    if findings := check_seal(store, name, seal, quick=True):
+    findings = check_seal(store, name, seal, quick=True)
+    if unreadable := unreadable_among(findings):
+        raise StorageError(f"`{location(store, name)}`: {unreadable}", hint=unreadable.hint)
+    if findings:
         raise DamagedError(
             f"`{location(store, name)}` is damaged: {summary_of(findings)}",
             hint=verify_hint(location(store, name)),
@@ -400,8 +413,9 @@ def check_seal(
     findings = []
     whole = []
     for file, sealed_file in seal.files.items():
-        if problem := _size_problem(store, name, file, sealed_file):
-            findings.append(Finding("file", file, problem))
+        finding = _size_finding(store, name, file, sealed_file)
+        if finding is not None:
+            findings.append(finding)
         else:
             whole.append(file)
     if not quick:
@@ -411,17 +425,17 @@ def check_seal(
     return findings
 
 
-def _size_problem(store: ReadStore, name: str, file: str, sealed_file: SealedFile) -> str | None:
+def _size_finding(
+    store: ReadStore, name: str, file: str, sealed_file: SealedFile
+) -> Finding | None:
     try:
         if store.leads_out(name, file):
-            return "is a link to a place outside of its folder"
+            return Finding("file", file, "is a link to a place outside of its folder")
         nbytes = store.size(f"{name}/{file}")
-    except NotFoundError:
-        return "is missing"
     except HoldfastError as error:
-        return f"cannot be read: {error.what}"
+        return finding_of("file", file, error)
     if nbytes != sealed_file.nbytes:
-        return f"has {nbytes} bytes, {sealed_file.nbytes} were written"
+        return Finding("file", file, f"has {nbytes} bytes, {sealed_file.nbytes} were written")
     return None
 
 
@@ -434,7 +448,7 @@ def _check_file(
         for window in reader.windows(Span(0, sealed_file.nbytes)):
             found += block_checksums(window, seals.BLOCK_BYTES)
     except HoldfastError as error:
-        return [Finding("file", file, f"cannot be read: {error.what}")]
+        return [finding_of("file", file, error)]
     for block, (one, expected) in enumerate(zip(found, sealed_file.checksums, strict=False)):
         if one != expected:
             what = f"block {block} has checksum {one:016x}, the seal says {expected:016x}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,7 +111,11 @@ class BackgroundSync:
             self._process, self._jobs, self._errors = os.getpid(), [], []
             # The finalizer does not refer to this object or its pool, so both can be collected,
             # which ends the thread.
-            weakref.finalize(self, _log_unraised, self._process, self._jobs, self._errors)
+            wait = weakref.finalize(self, _log_unraised, self._process, self._jobs, self._errors)
+            # A job may use other pools. At the end of the program, `concurrent.futures` closes all
+            # pools by such a function, and the last one registered runs first. `atexit` and the end
+            # of a non-daemon thread come too late.
+            threading._register_atexit(wait)  # type: ignore[attr-defined]
         self._jobs.append((path, self._pool.submit(run)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -24,6 +25,7 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: HoldfastError | None = None
+        self._waits_at_exit = False
 
     @property
     def busy(self) -> bool:
@@ -38,6 +40,7 @@ class Background:
     def start(self, work: Callable[[], object]) -> None:
         """Wait for the previous work, then run `work` in a thread."""
         self._join()
+        self._wait_at_exit()
 
         def run() -> None:
             outcome = capture(work)
@@ -62,6 +65,22 @@ class Background:
             time.sleep(0.01)
             waited_s += 0.01
         return thread is not None and thread.ident is not None
+
+    def _wait_at_exit(self) -> None:
+        """Let the end of the program wait for the thread before `concurrent.futures` closes all
+        pools, which object stores use. The functions registered last run first."""
+        if self._waits_at_exit:
+            return
+        self._waits_at_exit = True
+        join = weakref.WeakMethod(self._join)
+
+        def wait() -> None:
+            if (alive := join()) is not None:
+                alive()
+
+        # While the program ends, nothing can be registered any more.
+        with suppress(RuntimeError):
+            threading._register_atexit(wait)  # type: ignore[attr-defined]
 
     def _join(self) -> None:
         if self._thread is not None:

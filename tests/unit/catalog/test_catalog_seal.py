@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,38 @@ def test_the_newest_good_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert holdfast.newest_good(tmp_path, "checkpoint-?") == tmp_path / "checkpoint-5"
     with pytest.raises(holdfast.NotFoundError):
         holdfast.newest_good(tmp_path / "none")
+    assert "pass another `pattern`" not in caplog.text
+
+
+@pytest.mark.parametrize("function", [holdfast.newest_good, holdfast.hosts.newest_good])
+def test_checkpoints_under_names_that_the_pattern_lacks_are_named_in_a_warning(
+    function: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G11. Method: the folder of a manager, and the default pattern; then the right one."""
+    assert function(tmp_path) is None
+    (tmp_path / "notes").mkdir()
+    assert function(tmp_path) is None
+    assert not caplog.text
+    holdfast.save(tmp_path / "step-20", {"a": 1})
+    assert function(tmp_path) is None
+    assert "no folder named `checkpoint-*`, but a checkpoint `step-20`" in caplog.text
+    assert function(tmp_path, "step-*") == tmp_path / "step-20"
+
+
+def test_files_are_synced_where_no_thread_can_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G2. Method: a process at a limit of its threads; count the syncs."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    synced: list[int] = []
+    seal(tmp_path / "a")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    sync_files(tmp_path / "a")
+    assert len(synced) == len(["inner", "inner/large.bin", "small.txt", "empty", SEAL, "."])
 
 
 def test_a_folder_that_a_killed_save_has_set_aside_is_found(tmp_path: Path) -> None:
