@@ -155,7 +155,8 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
         checkpoint.hf is not None and checkpoint.hf.adapter is not None
     )
     if renames:
-        renamed_to = new_names(stored_names, renames, "--rename")
+        key = None if checkpoint.hf is not None else _key_above(checkpoint, names)
+        renamed_to = new_names(stored_names, renames, "--rename", key=key)
         names = {original: renamed_to[name] for original, name in names.items()}
     elif not is_adapter and (rules := suggested(stored_names)):
         found = (*found, f"names have parts that a wrapper added: `{spelled(rules)}` drops them")
@@ -177,6 +178,14 @@ def open_source(path: str, renames: Sequence[str] = ()) -> ConvertSource:
         notes=(*found, *checkpoint.notes, *of_model),
         fingerprint=opened_as,
     )
+
+
+def _key_above(checkpoint: OpenCheckpoint, names: Mapping[str, str]) -> str | None:
+    """Return the key that the checkpoint has its model below, such as `model`; None if the model is
+    at the top. `names`: see `_names_in_model`."""
+    paths = {name: checkpoint.manifest.tensors[name].path for name in names}
+    keys = {str(path[0]) for name, path in paths.items() if names[name] != ".".join(map(str, path))}
+    return next(iter(keys), None)
 
 
 def _names_in_model(checkpoint: OpenCheckpoint) -> tuple[dict[str, str], tuple[str, ...]]:

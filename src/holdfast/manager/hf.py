@@ -25,6 +25,7 @@ from holdfast.hf.values import no_class, untrained_positions, value_differences
 from holdfast.loading.load import Loaded
 from holdfast.manager.components import differences
 from holdfast.manager.context import RunContext
+from holdfast.manager.initial import check_matched
 from holdfast.saving.planner import Planner
 from holdfast.saving.save import Pending
 from holdfast.spelling import rate
@@ -198,6 +199,13 @@ class HFFormat:
             partial_load=not self._config.initial_load_strict,
             check_config=self.check_values,
         )
+        if not self._config.initial_load_strict:
+            check_matched(
+                loaded,
+                self._ranks,
+                hint=f"`holdfast show {loaded.where}` lists the names there; `holdfast convert "
+                f"{loaded.where} RENAMED --to hf --rename 'THEIRS=OURS'` changes them",
+            )
         quantized = any("dequantized" in note for note in notes)
         if self._config.initial_load_in_hf_quantized and not quantized:
             notes = (*notes, "`initial_load_in_hf_quantized` is set, and no tensor is quantized")

@@ -30,7 +30,8 @@ from holdfast.manager.components import (
 )
 from holdfast.manager.context import RunContext
 from holdfast.manager.hf import HFFormat
-from holdfast.manager.renames import in_dialect_of, rename
+from holdfast.manager.initial import NOT_OF_MODEL, check_matched, find_nested
+from holdfast.manager.renames import in_dialect_of, rename, rename_hint
 from holdfast.manager.resume import mark_unless_store_failed, newest_resumable, open_requested
 from holdfast.manager.resumed import Resumed
 from holdfast.manager.saver import Saver
@@ -236,26 +237,48 @@ class Loader:
             return None
         store, name = open_for_reading(path)
         opened = run_on_rank_0(self._ranks, lambda: open_in(store, name))
-        manifest = in_dialect_of(opened.manifest, self._whole_model.state_dict())
-        manifest = rename(manifest, self._config.initial_load_renames)
-        source = replace(opened.source(store), manifest=manifest)
-        self._hf.check_values(manifest.model, source.url)
+        source = opened.source(store)
         if self._config.initial_load_model_only:
-            tree = self._model(ignored_names(manifest, [MODEL]))
-            self._load_tree(source, tree, 0, partial_load=not self._config.initial_load_strict)
-            self._run.info(f"loaded the model of {source.url}{then}")
+            where = self._load_initial_model(source)
+            self._run.info(f"loaded the model of {where}{then}")
             return Resumed(0, "initial", source.url)
-        step = manifest.step if manifest.step is not None else step_of(name) or 0
+        source = replace(source, manifest=self._renamed(source.manifest))
+        self._hf.check_values(source.manifest.model, source.url)
+        step = source.manifest.step if source.manifest.step is not None else step_of(name) or 0
         self._load_components(source, self._resumed_names, step)
         self._run.info(f"loaded {source.url}: going on from step {step}")
         return Resumed(step, "initial", source.url)
+
+    def _load_initial_model(self, source: Source) -> str:
+        """Load the model of a checkpoint as initial weights. Return the place of the model, for the
+        log."""
+        renames, where = self._config.initial_load_renames, source.url
+        nested = None if renames else find_nested(source.manifest, self._whole_model, self._ranks)
+        if nested is not None:
+            where = f"{where}, {nested}"
+            source = replace(source, manifest=nested.manifest)
+        source = replace(source, manifest=self._renamed(source.manifest))
+        self._hf.check_values(source.manifest.model, source.url)
+        tree = self._model(ignored_names(source.manifest, [MODEL]))
+        try:
+            self._load_tree(source, tree, 0, partial_load=not self._config.initial_load_strict)
+        except MismatchError as error:
+            names = self._whole_model.state_dict()
+            hint = None if renames else rename_hint(source.manifest.tensors, names)
+            error.hint = hint or error.hint
+            raise
+        return where
+
+    def _renamed(self, manifest: Manifest) -> Manifest:
+        manifest = in_dialect_of(manifest, self._whole_model.state_dict())
+        return rename(manifest, self._config.initial_load_renames)
 
     def _load_components(
         self, source: Source, names: Sequence[str], step: int, fetched: Fetching | None = None
     ) -> None:
         manifest, wanted = source.manifest, list(names)
-        if RNG in wanted and (why := why_no_generators(manifest, self._ranks.size)):
-            self._run.info(f"random number generators start afresh: {why}")
+        why_afresh = why_no_generators(manifest, self._ranks.size) if RNG in wanted else None
+        if why_afresh is not None:
             wanted.remove(RNG)
         if DATALOADER in wanted:
             check_dataloader(manifest, self._ranks.size)
@@ -263,6 +286,8 @@ class Loader:
         ignored = ignored_names(manifest, names, self._config.exclude_from_loading)
         tree = StateTree(components, flat=MODEL, others={*self._run.others, *ignored})
         self._load_tree(source, tree, step, fetched=fetched)
+        if why_afresh is not None:
+            self._run.info(f"random number generators start afresh: {why_afresh}")
 
     def _load_tree(
         self,
@@ -286,6 +311,8 @@ class Loader:
         except (FormatError, MismatchError) as error:
             error.hint = hint_for_mismatch(error, self._run.others) or error.hint
             raise
+        if partial_load:
+            check_matched(loaded, self._ranks, hint=NOT_OF_MODEL)
         self._goodput.note_load(loaded, step, self._ranks)
         self._run.warn(*differences(loaded), *conversions(loaded, source.manifest))
 

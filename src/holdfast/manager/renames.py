@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from holdfast.errors import UsageError
 from holdfast.format.manifest import Manifest
 from holdfast.hf.dialects import dialect_of, renamed
-from holdfast.tensors.renames import new_names
+from holdfast.tensors.renames import new_names, suggested
 
 KEY = "checkpoint.initial_load_renames"
+
+
+def rename_hint(stored: Collection[str], expected: Collection[str]) -> str | None:
+    """Return a hint with rules that give the tensors `stored` the names `expected`; None if no such
+    rules are known."""
+    rules = suggested(stored, expected)
+    try:
+        found = {*new_names(stored, rules, KEY).values()} & {*expected}
+    except UsageError:
+        return None  # Two tensors would get the same name.
+    if len(found) <= len({*stored} & {*expected}):
+        return None
+    setting = f"`initial_load_renames = {json.dumps(rules)}`"
+    return f"the tensors have other names there: {setting} changes them"
 
 
 def in_dialect_of(manifest: Manifest, names: Collection[str]) -> Manifest:

@@ -37,9 +37,13 @@ def parse(rule: str, option: str) -> tuple[re.Pattern[str], str]:
     return re.compile(rf"{pattern}(?=\.|$)"), ours
 
 
-def new_names(names: Collection[str], rules: Sequence[str], option: str) -> dict[str, str]:
+def new_names(
+    names: Collection[str], rules: Sequence[str], option: str, *, key: str | None = None
+) -> dict[str, str]:
     """Return the new name of every tensor, by its old name. The first rule that matches the
     beginning of the old name applies. `{}` matches one part of a name, without dots.
+
+    `key`: key of the checkpoint that the tensors are below, for messages; the names lack it.
 
     Raises:
         UsageError: a rule matches no tensor, or two tensors get the same name.
@@ -66,10 +70,10 @@ def new_names(names: Collection[str], rules: Sequence[str], option: str) -> dict
     unused = [rule for rule in rules if rule not in used]
     if unused:
         examples = ", ".join(list(names)[:3])
-        raise UsageError(
-            f"`{option}`: no tensor matches {unused}",
-            hint=f"names in the checkpoint: {examples}, ...",
-        )
+        hint = f"names in the checkpoint: {examples}, ..."
+        if key is not None:
+            hint = f"rules apply below the key `{key}`, which stays; names there: {examples}, ..."
+        raise UsageError(f"`{option}`: no tensor matches {unused}", hint=hint)
     return renamed
 
 

@@ -281,6 +281,9 @@ def test_rules_rename_the_tensors_of_the_model(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=words) as refused:
             plan(str(tmp_path / "module.pt"), ConvertOptions("dcp", renames=rules))
         assert "--rename" in refused.value.what
+    with pytest.raises(UsageError) as refused:
+        plan(str(tmp_path / "module.pt"), ConvertOptions("dcp", renames=("model=",)))
+    assert "below the key `model`, which stays; names there: module." in str(refused.value.hint)
 
 
 def test_rules_are_suggested_in_the_order_of_the_tensors(tmp_path: Path) -> None:

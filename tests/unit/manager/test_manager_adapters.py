@@ -74,11 +74,12 @@ class Run:
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
+@pytest.fixture(params=["at the top", "below a key"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint of the model before it had adapters."""
-    state = Run(0).model.state_dict()
-    save(tmp_path / "base", {n: t for n, t in state.items() if n not in TRAINED})
+    state = {n: t for n, t in Run(0).model.state_dict().items() if n not in TRAINED}
+    nested = {"model": state, "step": 7}
+    save(tmp_path / "base", state if request.param == "at the top" else nested)
     return tmp_path / "base"
 
 

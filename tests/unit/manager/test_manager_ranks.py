@@ -48,12 +48,12 @@ def manager(folder: Path, ranks: Ranks, loader: Loader, **settings: Any) -> Chec
     )
 
 
-def save(folder: Path, kind: type[Loader]) -> Any:
+def save(folder: Path, kind: type[Loader], step: int = 1) -> Any:
     def work(ranks: Ranks) -> None:
         loader = kind(ranks.rank)
         with manager(folder, ranks, loader) as held:
             loader.at += 7
-            held.save(1)
+            held.save(step)
 
     return work
 
@@ -66,6 +66,16 @@ def load(folder: Path, kind: type[Loader], **settings: Any) -> Any:
         return loader.at
 
     return work
+
+
+def flip(checkpoint: Path) -> None:
+    """Change one byte of the tensor `weight`."""
+    entry = open_manifest(LocalStore(checkpoint.parent), checkpoint.name).tensors["weight"]
+    with (checkpoint / entry.chunks[0].file).open("r+b") as data:
+        data.seek(entry.chunks[0].data_offset or 0)
+        first = data.read(1)
+        data.seek(-1, 1)
+        data.write(bytes([first[0] ^ 1]))
 
 
 def test_each_rank_gets_its_own_loader_state_back(tmp_path: Path) -> None:
@@ -105,12 +115,7 @@ def test_ranks_that_read_for_each_other_fall_back_together(tmp_path: Path) -> No
             held.save(2)
 
     run_ranks(3, save_two)
-    entry = open_manifest(LocalStore(tmp_path), "step-2").tensors["weight"]
-    with (tmp_path / "step-2" / entry.chunks[0].file).open("r+b") as data:
-        data.seek(entry.chunks[0].data_offset or 0)
-        first = data.read(1)
-        data.seek(-1, 1)
-        data.write(bytes([first[0] ^ 1]))
+    flip(tmp_path / "step-2")
 
     def load_one(ranks: Ranks) -> tuple[int | None, bytes]:
         with manager(tmp_path, ranks, GlobalLoader(0), load_replicas="broadcast") as held:
@@ -121,6 +126,24 @@ def test_ranks_that_read_for_each_other_fall_back_together(tmp_path: Path) -> No
     found = run_ranks(3, load_one)
     assert [step for step, _ in found] == [1, 1, 1]
     assert len({weight for _, weight in found}) == 1
+
+
+def test_generators_that_start_afresh_are_logged_for_the_checkpoint_that_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G4, G9. Method: step 1 saved by one rank, step 2 by two and damaged; resumes on one rank, and
+    on two."""
+    for ranks, step in ((1, 1), (2, 2)):
+        run_ranks(ranks, save(tmp_path, GlobalLoader, step))
+    flip(tmp_path / "step-2")
+    line = "random number generators start afresh: saved by 1 ranks, this run has 2"
+    for ranks, expected in ((1, []), (2, [line])):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "holdfast"):
+            run_ranks(ranks, load(tmp_path, GlobalLoader))
+        said = [record.getMessage() for record in caplog.records]
+        assert [text for text in said if "afresh" in text] == expected
+        assert any("passed over step 2" in text for text in said)
 
 
 def test_values_that_differ_between_ranks_are_logged(
