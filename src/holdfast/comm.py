@@ -20,7 +20,7 @@ import torch.distributed as dist
 from xxhash import xxh3_128_digest
 
 from holdfast.errors import HoldfastError, RankError
-from holdfast.failures import worded
+from holdfast.failures import tried
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -422,13 +422,10 @@ def _of_rank(rank: int, error: HoldfastError) -> HoldfastError:
 
 
 def capture(work: Callable[[], T]) -> T | HoldfastError:
-    """Return the result of `work`, or its error as a value that can be sent to other ranks."""
+    """Return the result of `work`, or its error as a value that can be sent to other ranks, also if
+    it is an interrupt. Use `tried` where no other rank waits."""
     try:
-        return work()
-    except HoldfastError as error:
-        return error
-    except Exception as error:  # noqa: BLE001 - the other ranks must not wait for this one
-        return worded(error)
+        return tried(work)
     except BaseException as interrupt:  # noqa: BLE001 - raised once the other ranks know
         interrupted = RankError(
             f"interrupted by {type(interrupt).__name__}",

@@ -7,12 +7,15 @@ import os
 import re
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from types import CodeType
+from typing import TypeVar
 
 from holdfast.errors import HoldfastError, StorageError, UsageError
+
+T = TypeVar("T")
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -47,6 +50,16 @@ def worded(error: Exception) -> HoldfastError:
     described.__cause__ = error
     logger.debug("%s", described.what, exc_info=error)
     return described
+
+
+def tried(work: Callable[[], T]) -> T | HoldfastError:
+    """Return the result of `work`, or its error. An interrupt is raised."""
+    try:
+        return work()
+    except HoldfastError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - the caller decides what to do with it
+        return worded(error)
 
 
 def _worded(error: Exception) -> HoldfastError:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import holdfast
+from holdfast import CheckpointConfig, CheckpointManager
 from holdfast.comm import Ranks, Solo, gather_and_run, run_on_all, run_on_rank_0
 from holdfast.errors import RankError
+from holdfast.manager.retention import Retainer
 from holdfast.testing.ranks import try_ranks
 
 INTERRUPTS = [KeyboardInterrupt, SystemExit]
@@ -68,3 +70,22 @@ def test_a_save_that_is_interrupted_raises_the_interrupt(
         with pytest.raises(interrupt):
             holdfast.save(tmp_path / "checkpoint", state)
     holdfast.save(tmp_path / "checkpoint", state)
+
+
+def test_an_interrupt_of_retention_is_not_logged_and_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Method: the interrupt comes when a save lists the folder for checkpoints to delete."""
+    config = CheckpointConfig(enable=True, interval=1, keep_latest_k=2)
+    with CheckpointManager(tmp_path, model=torch.nn.Linear(2, 2), config=config) as manager:
+        manager.save(1)
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Retainer, "_removable", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                manager.save(2)
+        manager.save(3)
+    assert holdfast.check(tmp_path / "step-3") == []

@@ -53,8 +53,8 @@ class CheckpointConfig:
 
     load_step: int = -1
     """Step to resume from. If its checkpoint cannot be loaded, the run ends with an error. -1 takes
-    the newest good checkpoint. From a seed, or a stock checkpoint at step 0, only the model is
-    loaded."""
+    the newest good checkpoint. If step 0 is a seed checkpoint or a stock checkpoint, the run loads
+    only its model."""
 
     initial_load_path: str | None = None
     """Path or URL of a checkpoint to start from while `folder` has no good checkpoint."""

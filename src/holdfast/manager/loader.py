@@ -12,8 +12,9 @@ from holdfast.catalog.open_any import Opened, open_in
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.source import Source
 from holdfast.catalog.steady import LOOKS_MAX, UNREADABLE
-from holdfast.comm import capture, run_on_rank_0
+from holdfast.comm import run_on_rank_0
 from holdfast.errors import FormatError, HoldfastError, MismatchError, NotFoundError
+from holdfast.failures import tried
 from holdfast.format.components import DATALOADER, MODEL, RNG
 from holdfast.format.manifest import Manifest
 from holdfast.format.names import step_name, step_of
@@ -218,7 +219,7 @@ class Loader:
     def _before(self, step: int) -> list[tuple[str, Manifest]]:
         """Return folder name and manifest of the newest resumable checkpoint before `step`, as a
         list of one pair. The list is empty if there is no such checkpoint."""
-        found = capture(lambda: newest_resumable(self._catalog, step)[0])
+        found = tried(lambda: newest_resumable(self._catalog, step)[0])
         # Without such a checkpoint, the next save links nothing and writes everything.
         if found is None or isinstance(found, HoldfastError) or found.step is None:
             return []

@@ -201,9 +201,9 @@ class CheckpointManager:
 
         `step` defaults to `load_step`. -1 takes the newest good checkpoint, and logs the newer ones
         that it passes over because they are damaged or hold only the model. Any other number takes
-        that step, or raises an error. From a seed, or a stock checkpoint at step 0, only the model
-        is loaded. If -1 finds no checkpoint to resume from, and `initial_load_path` is set, that
-        checkpoint is loaded.
+        that step, or raises an error. If step 0 is a seed checkpoint or a stock checkpoint, only
+        its model is loaded. If -1 finds no checkpoint to resume from, and `initial_load_path` is
+        set, that checkpoint is loaded.
 
         Collective: every rank calls this, and all load the same step.
 
@@ -246,7 +246,8 @@ class CheckpointManager:
         Blocks until the checkpoint is published and durable. With `async_mode = "async"`, blocks
         until the state is copied; a later call raises errors of the background save. With
         `async_with_pinned_mem`, parameters and optimizer state are copied after this returns, and
-        optimizers wait for the copy before they step: see `wait_for_staging`.
+        optimizers wait for the copy before they step: see `wait_for_staging`. Parameters that a
+        forward may change (without gradients, or of a module with `max_norm`) are copied before.
 
         In a `with` block of this manager, one of `stop_signals` to any rank makes the next call
         save, whatever the interval, and raise SystemExit with status 128 + signal on every rank:
@@ -279,7 +280,7 @@ class CheckpointManager:
         """Wait until the state of the last `save` is copied, and may be changed.
 
         Optimizers given as `optimizers` or in `states` call this before each step. Call it yourself
-        before you change parameters or optimizer state in another way.
+        before you change parameters or optimizer state in another way, or the save fails.
         """
         # A forked child has no thread that makes the copy, so it would wait forever.
         if self._lifetime.is_open:

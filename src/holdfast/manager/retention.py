@@ -7,8 +7,8 @@ from collections.abc import Collection
 from contextlib import suppress
 
 from holdfast.catalog.catalog import Catalog
-from holdfast.comm import capture
 from holdfast.errors import HoldfastError
+from holdfast.failures import tried
 from holdfast.format.names import step_name
 from holdfast.manager.complete import CompleteCheckpoints
 from holdfast.manager.policy import Retention, removable
@@ -40,7 +40,7 @@ class Retainer:
         """Apply the rules after the checkpoint of `step` was published. The files of deleted
         checkpoints are removed in the background: see `wait`."""
         self._left_behind.discard(step)
-        found = capture(lambda: self._removable(step))
+        found = tried(lambda: self._removable(step))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for checkpoints to delete: %s", found)
         for old in [] if isinstance(found, HoldfastError) else found:

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 
 from holdfast import accelerator
-from holdfast.comm import Solo, capture, is_restarted_on_failure, run_on_all, run_on_rank_0
+from holdfast.comm import Solo, is_restarted_on_failure, run_on_all, run_on_rank_0
 from holdfast.errors import ExistsError, HoldfastError
+from holdfast.failures import tried
 from holdfast.format.components import MODEL
 from holdfast.format.manifest import Kind
 from holdfast.manager import arguments
@@ -216,7 +217,7 @@ class StepSaver:
         if self.knows_folder or self._ranks.rank:
             return
         self.knows_folder = True
-        steps = capture(self._catalog.steps)
+        steps = tried(self._catalog.steps)
         # If the folder cannot be listed, the save itself raises the error.
         newer = [] if isinstance(steps, HoldfastError) else [n for n in steps if n > step]
         if newer:

@@ -16,8 +16,9 @@ from dataclasses import replace
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import put_in_order
 from holdfast.catalog.tier import TierRecord
-from holdfast.comm import Ranks, capture, host_of, hosts_of, run_on_all
+from holdfast.comm import Ranks, host_of, hosts_of, run_on_all
 from holdfast.errors import HoldfastError
+from holdfast.failures import tried
 from holdfast.format.names import LOCK, HiddenFolder, data_file
 from holdfast.saving.commit import run_if_alike
 from holdfast.saving.publish import index_files, write_index
@@ -146,7 +147,7 @@ class LocalTier:
         """
         if not self.leads:
             return
-        found = capture(self.catalog.steps)
+        found = tried(self.catalog.steps)
         if isinstance(found, HoldfastError):
             logger.warning("could not look for checkpoints to delete: %s", found)
             return
