@@ -42,6 +42,7 @@ _STAGES = {
     "manager.step_saver": "the start of `save`",
     "manager.saver": "a save",
     "manager.loader": "a load",
+    "saving.host_file": "the write of a host's file",
     "saving.save": "the plan of a save",
     "saving.planner": "the plan of a save",
     "saving.commit": "the commit of a save",
