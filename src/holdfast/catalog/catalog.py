@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
 
 from holdfast.catalog.cleanup import delete_hidden, execute, plan_cleanup
-from holdfast.catalog.replaceable import why_not_removable, why_not_replaceable
+from holdfast.catalog.findings import unreadable_among
+from holdfast.catalog.replaceable import why_not_replaceable
 from holdfast.catalog.steady import LOOKS_MAX, is_deleted
 from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure, items_of
 from holdfast.errors import (
@@ -66,6 +67,9 @@ _TRIES = 100
 """Most attempts that `begin` creates for one save, if cleanups delete one after the other."""
 
 
+WhyKept = Callable[[ReadStore, str], str | None]
+
+
 class Catalog:
     """The checkpoints directly below the root of a store."""
 
@@ -74,6 +78,10 @@ class Catalog:
         self._begun: dict[str, tuple[ExitStack, bool]] = {}
         """For each unfinished attempt, by the name of its folder: the context that ends its holds
         on folders when it is closed, and whether the attempt replaces a checkpoint."""
+
+        self.why_kept: WhyKept = why_not_replaceable
+        """Function that returns the reason why this catalog may neither replace nor delete a
+        folder; None if it may."""
 
         self.check_lock: Check = lambda: None
         """Function that is called before every change of the folder. It raises an error if the run
@@ -99,7 +107,7 @@ class Catalog:
         *,
         replace: bool,
         hint: str,
-        why_not: Callable[[ReadStore, str], str | None] = why_not_replaceable,
+        why_not: WhyKept = why_not_replaceable,
     ) -> None:
         """Check that a checkpoint may be saved as `name`. Raises an ExistsError if not.
 
@@ -173,7 +181,7 @@ class Catalog:
                 # A killed save has renamed the checkpoint: give it its name back, as a cleanup
                 # would.
                 self.store.publish(replaced, attempt.name)
-            if why := why_not_removable(self.store, attempt.name):
+            if why := self.why_kept(self.store, attempt.name):
                 raise self._kept(attempt.name, why)
         except HoldfastError:
             with suppress(HoldfastError):
@@ -214,7 +222,7 @@ class Catalog:
         # The attempt's present name must be durable before the old checkpoint loses its name.
         self.store.sync("")
         try:
-            why = why_not_removable(self.store, attempt.name)
+            why = self.why_kept(self.store, attempt.name)
         except NotFoundError:
             why = "it has just been deleted"
         if why is not None:
@@ -262,13 +270,13 @@ class Catalog:
     def set_aside_for_deletion(self, name: str) -> str:
         """Rename a checkpoint so that readers no longer find it. Returns the new name of its
         folder, which the next cleanup deletes. Raises an ExistsError if another process uses the
-        checkpoint, or if `why_not_removable` gives a reason."""
+        checkpoint, or if `why_kept` gives a reason."""
         self.check_lock()
         removing = HiddenFolder("removing", name, os.urandom(4).hex())
         with self.store.hold(name) as held:
             if held is False:
                 raise self._kept(name, "another process is replacing or deleting it", "deleted")
-            if why := why_not_removable(self.store, name):
+            if why := self.why_kept(self.store, name):
                 raise self._kept(name, why, "deleted")
             return self.store.unpublish(name, str(removing))
 
@@ -276,7 +284,7 @@ class Catalog:
         return ExistsError(
             f"`{self.where(name)}` is not {verb}: {why}",
             hint=f"only one checkpoint, or one export, that no other process uses is {verb}; "
-            "choose another path, or move it away",
+            "move it or the other files in it away, or choose another path",
         )
 
 
@@ -289,8 +297,9 @@ def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
     Raises:
         NotFoundError: there is no such checkpoint.
-        DamagedError: the index has changed, or a file is missing or has another size.
+        DamagedError: an index has changed, or a file is missing or has another size.
         FormatError: the index is malformed.
+        StorageError: a file cannot be read now.
     """
     manifest = read_manifest(store, name, entries=entries)
     check_whole(store, name, manifest)
@@ -298,9 +307,12 @@ def open_manifest(store: ReadStore, name: str, *, entries: bool = True) -> Manif
 
 
 def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
-    """Check the files of a checkpoint and their sizes, without reading data. Raises a DamagedError
-    if a file is missing or has another size."""
+    """Check the files of a checkpoint, their sizes and its indices, without reading data. Raises a
+    DamagedError if a file is missing or has another size, or an index has changed. Raises a
+    StorageError if a file cannot be read: then no other finding is certain."""
     problems = check_structure(store, name, manifest)
+    if unreadable := unreadable_among(problems):
+        raise StorageError(f"`{location(store, name)}`: {unreadable}", hint=unreadable.hint)
     if problems:
         raise DamagedError(
             f"`{location(store, name)}` is damaged:\n  " + "\n  ".join(map(str, problems)),

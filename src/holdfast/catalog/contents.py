@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 
-from holdfast.catalog.findings import Finding
-from holdfast.errors import HoldfastError
+from holdfast.catalog.findings import Finding, finding_of
+from holdfast.errors import HoldfastError, StorageError
 from holdfast.format.archive import RECORD, Record, read_records, windowed
 from holdfast.format.checksum import block_checksums, checksum, checksum_of_parts, num_blocks
 from holdfast.format.dtypes import dtype_of
@@ -201,7 +201,7 @@ def _check_group(reader: RecordReader, sections: Sequence[_Section]) -> list[Fin
             return _compare(reader.file, section, [digest])
         data = next(reader.windows(Span(start, stop - start)), memoryview(b""))
     except HoldfastError as error:
-        return [Finding("file", reader.file, error.what, sections[0].entry)]
+        return [finding_of("file", reader.file, error, sections[0].entry)]
     findings = []
     for section in sections:
         found = data[section.span.offset - start : section.span.stop - start]
@@ -258,6 +258,8 @@ def _check_tensor(
 ) -> list[Finding]:
     try:
         stored = locate(reader.fetch, chunk.item, where=reader.file)
+    except StorageError as error:
+        return [finding_of("file", reader.file, error, name)]
     except HoldfastError as error:
         return [Finding("data", reader.file, error.what, name)]
     if (stored.dtype, stored.shape) != (entry.dtype, chunk.region.shape):
@@ -281,7 +283,7 @@ def _check_value(reader: RecordReader, name: str, item: Span) -> list[Finding]:
         # Its records state 0 as CRC-32, so findings about their CRC-32s mean nothing.
         return findings if has_checksums(records) else []
     except HoldfastError as error:
-        return [Finding("file", reader.file, error.what, name)]
+        return [finding_of("file", reader.file, error, name)]
     except (ValueError, LookupError, struct.error) as error:
         return [Finding("data", reader.file, f"is no container of torch.save: {error}", name)]
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from holdfast.errors import HoldfastError, NotFoundError, StorageError
 from holdfast.format.components import COMPONENTS, MODEL, MODEL_KEYS, OPTIMIZER
-from holdfast.format.manifest import Kind, Manifest, kind_with
+from holdfast.format.manifest import Kind, Manifest, NewerVersionError, kind_with
 
 Format = Literal["holdfast", "dcp", "safetensors", "torch", "bin", "zero", "sealed"]
 
@@ -46,12 +47,40 @@ class Finding:
     block: int | None = None
     """Index of the damaged block of the tensor; None if the finding is not about one block."""
 
+    unreadable: bool = False
+    """Whether the file cannot be read now, so that it may be undamaged: rights are missing, the
+    disk or the mount fails, or only a newer Holdfast reads the format."""
+
+    hint: str | None = None
+    """Next step, if the file cannot be read."""
+
     def __str__(self) -> str:
         entry = f" `{self.entry}`" if self.entry else ""
         entry += f" block {self.block}" if self.block is not None else ""
         # "`FILE` is missing" has no colon, "`FILE` `ENTRY`: ..." and "`FILE`: `RECORD` ..." have.
         colon = ":" if entry or self.what.startswith("`") else ""
         return f"`{self.file}`{entry}{colon} {self.what}"
+
+
+def is_unreadable(error: HoldfastError) -> bool:
+    """Return whether an error says only that a file cannot be read now, and not that the file is
+    damaged."""
+    return isinstance(error, StorageError | NewerVersionError)
+
+
+def finding_of(concern: Concern, file: str, error: HoldfastError, entry: str = "") -> Finding:
+    """Return the finding for an `error` that was raised while `file` was read."""
+    if isinstance(error, NotFoundError):
+        return Finding(concern, file, "is missing", entry)
+    what = f"cannot be read: {error.what}"
+    if not is_unreadable(error):
+        return Finding(concern, file, what, entry)
+    return Finding(concern, file, what, entry, unreadable=True, hint=error.hint)
+
+
+def unreadable_among(findings: Sequence[Finding]) -> Finding | None:
+    """Return the first finding about a file that cannot be read now; None if there is none."""
+    return next((finding for finding in findings if finding.unreadable), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +112,12 @@ class VerifyReport:
     @property
     def good(self) -> bool:
         return not self.findings
+
+    @property
+    def damaged(self) -> bool:
+        """Whether bytes were read that are not those that were written, or files are missing or
+        have other sizes. False if files could only not be read."""
+        return not all(finding.unreadable for finding in self.findings)
 
     @property
     def loads(self) -> bool:
@@ -158,19 +193,25 @@ def usable(manifest: Manifest, findings: Sequence[Finding]) -> str:
         return "everything"
     if all(finding.concern == "frame" for finding in findings):
         return "everything, by Holdfast; stock torch may fail on what is named above"
-    damaged = _damaged_files(manifest, findings)
-    whole = {*components_of(manifest).values()} - damaged.keys()
+    damaged = _damaged_files(manifest, [f for f in findings if not f.unreadable])
+    unread = _damaged_files(manifest, [f for f in findings if f.unreadable])
+    without = sorted(damaged.keys() | unread.keys())
+    whole = {*components_of(manifest).values()} - {*without}
     lines = [f"{name} is whole" for name in sorted(whole, key=lambda name: (name != MODEL, name))]
     lines += [
-        f"{name} is damaged in {', '.join(sorted(damaged[name]))}" for name in sorted(damaged)
+        f"{name} {what} {', '.join(sorted(files[name]))}"
+        for name in without
+        for what, files in (("is damaged in", damaged), ("cannot be read in", unread))
+        if name in files
     ]
-    refused = {finding.file for finding in findings if finding.concern in ("index", "file")}
+    refused = [finding for finding in findings if finding.concern in ("index", "file")]
     if refused:
-        files = ", ".join(sorted(refused))
-        lines.append(f"a load refuses this checkpoint as long as {files} is not as it was written")
+        files = ", ".join(sorted({finding.file for finding in refused}))
+        unreadable = all(finding.unreadable for finding in refused)
+        then = "cannot be read" if unreadable else "is not as it was written"
+        lines.append(f"a load refuses this checkpoint as long as {files} {then}")
     elif MODEL in whole:
-        without = ", ".join(sorted(damaged))
-        lines.append(f"a run can resume from it without {without}")
+        lines.append(f"a run can resume from it without {', '.join(without)}")
     return "; ".join(lines)
 
 

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from holdfast.catalog.catalog import location, read_manifest, steps_in
-from holdfast.catalog.findings import kind_of, misnumbered, why_not_resumable
+from holdfast.catalog.findings import (
+    NAMED_MAX,
+    is_unreadable,
+    kind_of,
+    misnumbered,
+    why_not_resumable,
+)
 from holdfast.catalog.marks import damaged_steps, pinned_steps
 from holdfast.catalog.open_any import is_checkpoint, open_any, other_checkpoints
 from holdfast.catalog.seal import is_sealed, open_sealed
@@ -28,6 +34,8 @@ from holdfast.format.timings import Stage
 from holdfast.storage.listed import ListedStore
 from holdfast.storage.store import Linking, Links, ReadStore
 
+CheckpointState = Literal["good", "damaged", "unreadable", "attempt", "local"]
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRow:
@@ -35,9 +43,10 @@ class CheckpointRow:
 
     name: str
     step: int | None
-    state: Literal["good", "damaged", "attempt", "local"]
-    """State of the checkpoint. `attempt`: an unfinished save or deletion. `local`: a checkpoint
-    that only the fast tier on this host has."""
+    state: CheckpointState
+    """State of the checkpoint. `unreadable`: files cannot be read now, and may be undamaged.
+    `attempt`: an unfinished save or deletion. `local`: a checkpoint that only the fast tier on this
+    host has."""
 
     kind: Literal["full", "model", "hf"] | None = None
     """Kind of the checkpoint: `full` (a whole training state), `model` (the model alone) or `hf` (a
@@ -97,7 +106,8 @@ def row_of(store: ReadStore, key: str) -> CheckpointRow:
             # Not used at first, since its fingerprint takes as long as the read itself.
             manifest, is_hf = read_steadily(store, key, read)
     except HoldfastError as error:
-        return CheckpointRow(name, step, "damaged", problem=error.what, why_not=error.what)
+        state: CheckpointState = "unreadable" if is_unreadable(error) else "damaged"
+        return CheckpointRow(name, step, state, problem=error.what, why_not=error.what)
     return CheckpointRow(
         name=name,
         step=step,
@@ -167,7 +177,7 @@ def survey(
     rows = []
     for key in keys:
         row = look_at(listed, key)
-        if row.state == "damaged":
+        if row.state in ("damaged", "unreadable"):
             # Another process may have replaced or deleted the checkpoint since it was listed.
             if is_deleted(store, key):
                 continue
@@ -221,7 +231,7 @@ def _local_row(local: ReadStore, step: int, folder: str) -> CheckpointRow:
 def _marked(
     row: CheckpointRow, damaged: Mapping[int, str], pinned: Collection[int]
 ) -> CheckpointRow:
-    if row.state == "good" and row.step is not None and row.step in damaged:
+    if row.state in ("good", "unreadable") and row.step is not None and row.step in damaged:
         why = damaged[row.step]
         row = CheckpointRow(row.name, row.step, "damaged", problem=why, why_not=why)
     return replace(row, pinned=True) if row.step in pinned else row
@@ -232,11 +242,16 @@ def hint_without_steps(store: ReadStore, name: str, names: Sequence[str]) -> str
     and folders in it."""
     if is_checkpoint(store, name):
         return f"it is a checkpoint itself: holdfast verify {location(store, name)}"
-    folders = [folder.rstrip("/") for folder in names if folder.endswith("/")]
-    for folder in folders:
+    found: list[str] = []
+    for folder in (folder.rstrip("/") for folder in names if folder.endswith("/")):
         with suppress(HoldfastError):
             if steps_in(store, f"{name}/{folder}"):
-                return f"there are some in {location(store, name)}/{folder}"
+                found.append(f"{location(store, name)}/{folder}")
+        if len(found) > NAMED_MAX:
+            break  # Enough for the message; there may be thousands.
+    if found:
+        more = " and in more folders" if len(found) > NAMED_MAX else ""
+        return f"there are some in {', '.join(found[:NAMED_MAX])}{more}"
     others = other_checkpoints(store, name)
     if others:
         command = f"holdfast verify {location(store, name)}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from holdfast.arguments import checked_path
 from holdfast.catalog.catalog import location
 from holdfast.catalog.fetch import fetch, files_below
-from holdfast.catalog.findings import Finding, VerifyReport, summary_of
+from holdfast.catalog.findings import NAMED_MAX, Finding, VerifyReport, summary_of
 from holdfast.catalog.open_any import format_of
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.seal import decode_seal, has_seal, matching
@@ -96,25 +96,45 @@ def newest_good(
     `root` may be a URL. Then the checkpoint is copied to the local folder `fetch_to`, and the path
     of the copy is returned, such as `FETCH_TO/1f2e3d4c/checkpoint-6`. Sealed checkpoints are
     checked while they are copied. An existing copy of the same version is used again if it is good.
-    LocalCopies stay until you delete them.
+    Copies stay until you delete them.
 
-    `pattern`: shell pattern for the names of the folders, or a compiled regular expression.
+    `pattern`: shell pattern for the names of the folders, or a compiled regular expression. The
+    default is for transformers' Trainer; for the folder of a `CheckpointManager`, pass `step-*`. If
+    no name matches, but there are checkpoints under other names, a warning names one of them.
     `quick`: compare sizes and indices only; copies are always compared in full. `last_file`: name
     of the file that the program writes last. An unsealed folder without this file is incomplete.
 
     Raises:
         UsageError: `root` is not the path of a folder or a URL, or is a URL without `fetch_to`.
-        NotFoundError: `root` does not exist.
+        NotFoundError: `root` does not exist. (`holdfast.hosts.newest_good` returns None then.)
         StorageError: the copy cannot be written, for example because the disk is full.
     """
     names = compiled(pattern)
     store = open_store(checked_path(root, "root"))
+    if isinstance(pattern, str):
+        warn_of_other_names(store, pattern)
     if is_url(store.url):
         copies = LocalCopies(folder_to_fetch_to(store, fetch_to), hint=FETCH_TO)
         name = newest_name(store, names, copies.why_not, last_file=last_file)
         return None if name is None else copies.paths[name]
     found = newest_name(store, names, partial(why_not_good, quick=quick), last_file=last_file)
     return None if found is None else Path(location(store, found))
+
+
+def warn_of_other_names(store: ReadStore, pattern: str) -> None:
+    """If no folder at the root of a store has a name of `pattern`, but a checkpoint has another
+    name, log a warning: the pattern may be wrong. Look at a few folders only."""
+    if matching(store, compiled(pattern)):
+        return
+    for folder in matching(store, re.compile(".*"))[:NAMED_MAX]:
+        if _has_checksums(store, folder):
+            logger.warning(
+                "`%s` has no folder named `%s`, but a checkpoint `%s`: pass another `pattern`",
+                store.url,
+                pattern,
+                folder,
+            )
+            return
 
 
 def newest_name(
@@ -205,7 +225,7 @@ def folder_to_fetch_to(store: ReadStore, fetch_to: str | os.PathLike[str] | None
 
 
 class LocalCopies:
-    """LocalCopies of good checkpoints in a folder of this machine."""
+    """Copies of good checkpoints in a folder of this machine."""
 
     def __init__(self, into: Path, *, hint: str = ROOM) -> None:
         """`into`: folder for the copies. `hint`: next step if its disk is full."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from holdfast.catalog.catalog import connect_rows, location, open_manifest, read_manifest, steps_in
-from holdfast.catalog.findings import Format, named
+from holdfast.catalog.findings import NAMED_MAX, Format, named
 from holdfast.catalog.hf_folder import HFFolder, open_hf_folder
 from holdfast.catalog.nested import checkpoint_in
 from holdfast.catalog.paths import open_for_reading
@@ -25,6 +26,9 @@ from holdfast.storage.store import ReadStore
 
 _FILES = {"torch": "written by torch.save", "safetensors": "of safetensors"}
 """Format of a single file, in the words of messages."""
+
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", safetensors.SUFFIX)
+"""Usual ends of the names of checkpoints that are single files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +182,10 @@ def _hint_to_a_checkpoint(store: ReadStore, name: str) -> str:
             return f"its newest step: {location(store, steps[-1])}"
         if others := other_checkpoints(store, name):
             return f"checkpoints in it: {named(others)}; {location(store, name)}/{others[-1]}"
+        files = [file for file in store.list(name) if file.endswith(_SUFFIXES)]
+        if files := [file for file in files if is_checkpoint(store, f"{name}/{file}")]:
+            path = f"{location(store, name)}/{files[0]}"
+            return f"give the path of a file in it, such as {path}"
     return "`holdfast list FOLDER` shows the steps of a run's checkpoint folder"
 
 
@@ -195,6 +203,28 @@ def format_of(store: ReadStore, name: str) -> Format | None:
     if f"{last}/" not in names:
         raise NotFoundError(f"nothing at `{location(store, name)}`")
     return format_among(store.list(name))
+
+
+def check_exists(store: ReadStore, name: str) -> None:
+    """Raise a NotFoundError if there is nothing at `name`. The hint lists what is beside it."""
+    parent, _, last = name.rpartition("/")
+    where = location(store, name)
+    try:
+        names = [entry.rstrip("/") for entry in store.list(parent)]
+    except NotFoundError as error:
+        folder = where.rpartition("/")[0]
+        raise NotFoundError(
+            f"nothing at `{where}`", hint=f"the folder `{folder}` does not exist either"
+        ) from error
+    except StorageError:
+        return  # The folder above may be one that the user may enter, but not list.
+    if last not in names:
+        visible = [entry for entry in names if not entry.startswith(".")]
+        near = difflib.get_close_matches(last, visible, n=NAMED_MAX) or visible
+        raise NotFoundError(
+            f"nothing at `{where}`",
+            hint=f"beside it: {named(near)}" if near else "the folder above it is empty",
+        )
 
 
 def check_folder(store: ReadStore, name: str) -> None:

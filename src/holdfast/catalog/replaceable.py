@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from holdfast.catalog.findings import named
-from holdfast.errors import HoldfastError, NotFoundError
+from holdfast.errors import HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS, hidden_folder_of, step_of
 from holdfast.format.safetensors import INDEX, SUFFIX
 from holdfast.format.seal import SEAL, decode
@@ -32,35 +32,51 @@ _EXPORTED = re.compile(
 )
 """Names of all files of an export: weights, configurations, tokenizers, templates."""
 
-_TEMPLATES = "additional_chat_templates/"
+_EXPORTED_FOLDERS = ("additional_chat_templates/", "sharded/")
+"""Folders in an export. TorchTitan writes weights to `sharded/`, and consolidates them later."""
+
+_TOOLS = re.compile(
+    r"(.*/)?(\.nfs[0-9a-f]+|\.fuse_hidden[0-9a-f]+|\.DS_Store|\._.*|Thumbs\.db|desktop\.ini)",
+    re.DOTALL,
+)
+"""Names of files that file systems and file managers leave, which nobody misses."""
 
 
 def why_not_replaceable(store: ReadStore, name: str) -> str | None:
     """Return the reason why a folder may not replace the folder or file `name`; None if it may.
 
-    All files in `name` must belong to one checkpoint or one export. Otherwise files of the user
-    would be lost.
+    None also means that retention and `holdfast prune` may delete `name`, and that a run may save
+    this step again. All files in `name` must belong to one checkpoint or one export. Otherwise
+    files of the user would be lost.
+
+    Raises:
+        StorageError: the seal of the folder cannot be read now.
     """
     if why := why_not_removable(store, name):
         return why
     names = store.list(name)
     if SEAL in names:
-        others = list(not_sealed(store, name))
+        others = [path for path in not_sealed(store, name) if not _TOOLS.fullmatch(path)]
         return f"it holds files that its seal does not list: {named(others)}" if others else None
-    folders = [entry for entry in names if entry.endswith("/") and entry != _TEMPLATES]
-    if folders:
-        return f"it holds folders: {named(folders)}"
-    known = _NATIVE if _holds_native(store, name, names) else _EXPORTED
-    others = [entry for entry in names if not entry.endswith("/") and not known.fullmatch(entry)]
+    is_native = _holds_native(store, name, names)
+    known, known_folders = (_NATIVE, ()) if is_native else (_EXPORTED, _EXPORTED_FOLDERS)
+    folders = [entry for entry in names if entry.endswith("/")]
+    if others := [folder for folder in folders if folder not in known_folders]:
+        return f"it holds folders: {named(others)}"
+    files = [entry for entry in names if not entry.endswith("/")]
+    for folder in folders:
+        files += [f"{folder}{entry}" for entry in store.list(f"{name}/{folder}".rstrip("/"))]
+    others = [file for file in files if not known.fullmatch(file) and not _TOOLS.fullmatch(file)]
     return f"it holds files that are no part of a checkpoint: {named(others)}" if others else None
 
 
 def why_not_removable(store: ReadStore, name: str) -> str | None:
-    """Return the reason why retention, or a run that saves a step again, may not delete `name`;
-    None if `name` is one checkpoint or one export, good or damaged.
+    """Return the reason why the framework that wrote `name` may not delete it; None if `name` is
+    one checkpoint or one export, good or damaged.
 
-    A folder that contains another checkpoint or a run may not be deleted. Other files of the user
-    in the folder are deleted with it.
+    A folder that contains another checkpoint or a run may not be deleted. Other files in it are
+    deleted with it: callbacks of frameworks add files to a checkpoint, and a framework deletes the
+    whole folder.
     """
     if is_file(store, name):
         return special_file(store, name) or "it is a file"
@@ -91,11 +107,14 @@ def not_sealed(store: ReadStore, name: str) -> Iterator[str]:
     """Yield the files of a sealed folder that its seal does not list, and the folders that contain
     no listed file.
 
-    Yields nothing if the seal cannot be read: the folder then counts as a damaged checkpoint.
+    Yields nothing if the seal is damaged: the folder then counts as a damaged checkpoint. Raises a
+    StorageError if the seal cannot be read now.
     """
     try:
         key = f"{name}/{SEAL}"
         sealed = {*decode(store.read(key, 0, store.size(key)), where=key).files, SEAL}
+    except StorageError:
+        raise
     except HoldfastError:
         return
     folders = {"/".join(file.split("/")[:n]) for file in sealed for n in range(file.count("/") + 1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,7 +23,9 @@ from holdfast.catalog.findings import (
     Finding,
     Format,
     VerifyReport,
+    finding_of,
     has_wrong_size,
+    is_unreadable,
     kind_of,
     misnumbered,
     usable,
@@ -43,11 +46,19 @@ from holdfast.catalog.seal import check_seal, is_sealed, read_seal
 from holdfast.catalog.steady import read_steadily
 from holdfast.catalog.structure import check_coverage, check_structure
 from holdfast.catalog.zero_folder import open_zero_folder
-from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError
+from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError, StorageError
 from holdfast.format import safetensors, torchfile
 from holdfast.format.archive import read_records, windowed
 from holdfast.format.manifest import Manifest, Span
-from holdfast.format.names import LOCK, MANIFEST, METADATA, ROWS, number_of, step_of_folder
+from holdfast.format.names import (
+    INDEX_FILES,
+    LOCK,
+    MANIFEST,
+    METADATA,
+    ROWS,
+    number_of,
+    step_of_folder,
+)
 from holdfast.format.seal import SEAL
 from holdfast.format.zero import ZERO_MODEL, ZERO_OPTIMIZER
 from holdfast.storage.store import ReadStore
@@ -83,7 +94,7 @@ def verify(target: VerifyTarget) -> VerifyReport:
     Raises:
         NotFoundError: there is no such folder or file, or it is no checkpoint.
         FormatError: the checkpoint is malformed, or refers to code.
-        StorageError: the store failed before anything could be reported.
+        StorageError: an index cannot be read, so nothing can be reported.
     """
     sealed = is_folder(target.store, target.name) and is_sealed(target.store, target.name)
     if not sealed:
@@ -123,15 +134,25 @@ def _with_name(target: VerifyTarget, name: str) -> VerifyTarget:
 
 
 def failed(target: VerifyTarget, error: HoldfastError) -> VerifyReport:
-    """Return the report on a checkpoint whose index cannot be read."""
-    index = MANIFEST if isinstance(error, DamagedError) else METADATA
-    if isinstance(error, DamagedError) and error.file:
-        index = error.file.rpartition("/")[2]
-    finding = Finding("index", index, error.what)
+    """Return the report on a checkpoint whose verification raised `error`: an index cannot be read,
+    or is damaged."""
+    file = _index_in(target) if error.file is None else error.file.rpartition("/")[2]
+    finding = Finding("index", file, error.what)
+    if is_unreadable(error):
+        finding = finding_of("index", file, error)
     step = step_of_folder(target.name.rpartition("/")[2])
     return VerifyReport(
         target.where, None, (finding,), usable="nothing", step=step, why_not=error.what
     )
+
+
+def _index_in(target: VerifyTarget) -> str:
+    """Return the name of the index that a reader of the checkpoint opens first."""
+    with suppress(HoldfastError):
+        names = target.store.list(target.name)
+        if METADATA in names and MANIFEST not in names:
+            return METADATA
+    return MANIFEST
 
 
 # --------------------------------------------------------------------------------- sealed folders
@@ -165,15 +186,26 @@ def _verify_sealed(target: VerifyTarget) -> VerifyReport:
 
 
 def _verify_step(target: VerifyTarget) -> VerifyReport:
+    names = target.store.list(target.name)
     try:
         manifest = read_manifest(target.store, target.name)
-        if manifest.rows is not None:
-            manifest.rows.check()
-        coverage = list(check_coverage(manifest))
     except DamagedError as error:
         return failed(target, error)
-    names = target.store.list(target.name)
-    findings = [*check_structure(target.store, target.name, manifest), *coverage]
+    except FormatError as error:
+        if all(_is_plain(target.store, f"{target.name}/{f}") for f in INDEX_FILES if f in names):
+            raise
+        return failed(target, error)
+    findings = check_structure(target.store, target.name, manifest)
+    has_rows = not any(finding.file == ROWS for finding in findings)
+    try:
+        findings += check_coverage(manifest) if has_rows else ()
+    except FormatError as error:
+        findings.append(Finding("index", ROWS, error.what))
+        has_rows = False
+    if not has_rows:
+        # Only `index.bin` tells where the entries are, so their bytes cannot be checked.
+        report = _report(target, manifest, ())
+        return replace(report, findings=tuple(findings), usable="nothing")
     if not target.quick and MANIFEST in names:
         checksums = {}
         on_files = [f for f in findings if f.concern == "file" and not f.entry]
@@ -182,6 +214,8 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
         for file in files:
             try:
                 checksums[file] = read_checksums(target.store, target.name, manifest, file)
+            except StorageError as error:
+                findings.append(finding_of("file", file, error))
             except HoldfastError as error:
                 findings.append(Finding("file", file, error.what))
         findings += run(check_files(manifest, files, checksums, target.reader))
@@ -193,6 +227,17 @@ def _verify_step(target: VerifyTarget) -> VerifyReport:
         known.add(ROWS)
     notes = [f"`{name}` is not part of the checkpoint" for name in names if name not in known]
     return _report(target, manifest, findings, notes)
+
+
+def _is_plain(store: ReadStore, key: str) -> bool:
+    """Return whether a key is that of a file, and not of a pipe, socket or device."""
+    try:
+        store.size(key)
+    except FormatError:
+        return False
+    except HoldfastError:
+        return True
+    return True
 
 
 def _report(
@@ -237,6 +282,8 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
             manifests[file] = safetensors.read_file(
                 reader.fetch, target.store.size(reader.key), file=reader.file, where=where
             )
+        except StorageError as error:
+            findings.append(finding_of("file", file or target.name, error))
         except NotFoundError:
             findings.append(Finding("file", file, "is missing"))
         except HoldfastError as error:
@@ -245,6 +292,8 @@ def _verify_safetensors(target: VerifyTarget) -> VerifyReport:
         if file in names and (file == CONFIG or chosen.is_adapter):
             try:
                 read_config(target.store, target.name, file)
+            except StorageError as error:
+                findings.append(finding_of("file", file, error))
             except HoldfastError as error:
                 findings.append(Finding("file", file, error.what))
     manifest = Manifest({n: e for m in manifests.values() for n, e in m.tensors.items()}, {})

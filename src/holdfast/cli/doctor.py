@@ -13,14 +13,15 @@ from typing import Literal
 
 from holdfast.catalog.catalog import Catalog, location, read_manifest, steps_in
 from holdfast.catalog.cleanup import is_at_work, plan_cleanup
-from holdfast.catalog.findings import MODEL_IS_WHOLE, VerifyReport, summary_of
+from holdfast.catalog.findings import MODEL_IS_WHOLE, Finding, VerifyReport, misnumbered, summary_of
 from holdfast.catalog.listing import hint_without_steps, shared_files
 from holdfast.catalog.marks import damaged_steps
-from holdfast.catalog.open_any import check_folder
+from holdfast.catalog.open_any import check_exists, check_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.tier import read_tier
+from holdfast.cli.rights import missing_right
 from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, spelled_resume
-from holdfast.cli.verify import resumable, verified
+from holdfast.cli.verify import resumable, resumable_here, verified
 from holdfast.errors import DamagedError, FormatError, HoldfastError, NotFoundError, StorageError
 from holdfast.format.names import (
     LOCK,
@@ -41,10 +42,14 @@ from holdfast.storage.objects import ObjectStore
 from holdfast.storage.opening import folder_store, is_url
 from holdfast.storage.store import ReadStore, Store
 
-Concern = Literal["damaged", "marked", "space", "rights", "left over", "in use", "unknown"]
+Concern = Literal[
+    "damaged", "unreadable", "marked", "space", "rights", "left over", "in use", "unknown"
+]
 
 WITHOUT_MEND = {
-    "damaged": "no command repairs it: restore it from a copy, or start from other weights"
+    "damaged": "no command repairs it: restore it from a copy, or start from other weights",
+    "unreadable": "nothing shows that it is damaged: keep it, and make its files readable",
+    "rights": "look at the attributes and the ACL of the folder: lsattr -d, getfacl",
 }
 """Advice for problems that no command fixes, by kind of problem: see `Trouble.concern`."""
 
@@ -54,7 +59,7 @@ class DoctorArguments(JsonOptions):
     """Find problems in a run's checkpoint folder, and the command that fixes each: damaged
     checkpoints, leftovers of killed saves, local checkpoints that no restart needs, locks, space,
     permissions, checkpoints under names that no resume finds. Exits with 7 where a checkpoint is
-    damaged, with 9 where a save would fail.
+    damaged, with 9 where files cannot be read or a save would fail.
 
     Example: holdfast doctor outputs/checkpoint
     """
@@ -98,7 +103,12 @@ class ExaminedFolder:
 
     @property
     def resume(self) -> int | None:
-        """Step that a resume would load."""
+        """Step that a resume on this host would load, from this folder or from the fast tier."""
+        return resumable_here(self.store, self.name, self.reports, self.marked)
+
+    @property
+    def durable(self) -> int | None:
+        """Newest step in this folder that a resume could load."""
         return resumable(self.reports, self.marked)
 
     @property
@@ -139,6 +149,8 @@ def run(arguments: Sequence[str]) -> int:
     concerns = {trouble.concern for trouble in troubles}
     if "damaged" in concerns:
         raise DamagedError(f"`{folder.where}` holds damaged checkpoints")
+    if "unreadable" in concerns:
+        raise StorageError(f"`{folder.where}` holds checkpoints that cannot be read")
     if concerns & {"space", "rights"}:
         raise StorageError(f"a save into `{folder.where}` would fail")
     return 0
@@ -146,6 +158,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _examined(path: str, *, quick: bool) -> ExaminedFolder:
     store, name = open_for_reading(path)
+    check_exists(store, name)
     check_folder(store, name)
     names, checkpoints = store.list(name), steps_in(store, name)
     leftovers = [listed for listed in names if hidden_folder_of(listed.rstrip("/")) is not None]
@@ -207,20 +220,42 @@ def _damaged(folder: ExaminedFolder) -> Iterator[Trouble]:
             if report.step is not None and report.step in folder.marked:
                 yield _marked(folder, name, report.step)
             continue
-        what = summary_of(report.findings)
+        if unread := [finding for finding in report.findings if finding.unreadable]:
+            yield _unreadable(folder, report, name, unread)
+        if not report.damaged:
+            continue
+        what = summary_of([finding for finding in report.findings if not finding.unreadable])
         if report.usable not in ("nothing", "everything"):
             what += f"; usable: {report.usable}"
         if resume is not None:
             what += f"; a resume skips it, and takes step {resume}"
-        yield Trouble("damaged", name, what, _mend(folder, report, name))
+        # `prune` deletes no checkpoint with files that cannot be read.
+        yield Trouble("damaged", name, what, None if unread else _mend(folder, report, name))
+
+
+def _unreadable(
+    folder: ExaminedFolder, report: VerifyReport, name: str, findings: Sequence[Finding]
+) -> Trouble:
+    """Return the problem of a checkpoint with files that cannot be read: what prevents it, and the
+    command that ends it."""
+    what, mend = summary_of(findings), None
+    if isinstance(folder.store, LocalStore):
+        # The finding is about the folder itself if that cannot be listed.
+        file = "" if findings[0].file == name else findings[0].file
+        missing = missing_right(Path(report.where, file))
+        if missing is not None:
+            what, mend = f"{what}; {missing.what}", missing.mend
+    if mend is None and findings[0].hint is not None:
+        what += f"; {findings[0].hint}"
+    return Trouble("unreadable", name, what, mend)
 
 
 def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None:
     """Return the command that fixes a damaged checkpoint; None if no command does.
 
     If Holdfast can load the checkpoint, the command converts it to a new one. Else, if a resume can
-    load another checkpoint, the command removes this one. Else it copies only the model, if that is
-    undamaged.
+    load another checkpoint of the folder, the command removes this one. Else it copies only the
+    model, if that is undamaged.
     """
     if report.loads:
         # Holdfast can load it: only bytes that stock torch needs are damaged. A conversion to a new
@@ -230,9 +265,9 @@ def _mend(folder: ExaminedFolder, report: VerifyReport, name: str) -> str | None
     if report.format == "sealed":
         # A sealed folder cannot be used in part, so delete it: by `rm`, since `prune` reads no data
         # and may miss the damage.
-        return None if folder.resume is None else f"rm -r {shlex.quote(report.where)}"
+        return None if folder.durable is None else f"rm -r {shlex.quote(report.where)}"
     refused = any(finding.concern in ("index", "file") for finding in report.findings)
-    if folder.resume is None:
+    if folder.durable is None:
         if refused or not report.usable.startswith(MODEL_IS_WHOLE):
             return None
         rescued = shlex.quote(f"{folder.where}-rescued/{step_name(0)}")
@@ -250,6 +285,9 @@ def _marked(folder: ExaminedFolder, name: str, step: int) -> Trouble:
     # This command reads all data, and deletes the mark if nothing is damaged.
     mend = f"{folder.command('verify', f'/{name}')} --mark"
     if not folder.read:
+        # If data is damaged, the mark stays, and only the second command helps.
+        then, option = ("doctor", "verify") if folder.durable is None else ("prune", "damaged")
+        mend = f"{mend}; {folder.command(then)} --{option}"
         return Trouble("damaged", name, folder.marked[step], mend)
     what = f"{folder.marked[step]}, but now every byte matches its checksum"
     return Trouble("marked", name, what, mend)
@@ -283,10 +321,9 @@ def _own_bytes(store: LocalStore, report: VerifyReport) -> int:
 
 
 def _rights(folder: ExaminedFolder) -> Iterator[Trouble]:
-    path = Path(folder.where)
-    if not os.access(path, os.W_OK | os.X_OK):
-        mend = f"sudo chown -R {os.geteuid()} {shlex.quote(folder.where)}"
-        yield Trouble("rights", folder.where, f"owned by user {path.stat().st_uid}", mend)
+    missing = missing_right(Path(folder.where), writes=True)
+    if missing is not None:
+        yield Trouble("rights", folder.where, missing.what, missing.mend)
 
 
 def _left_over(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
@@ -335,8 +372,8 @@ def _local(folder: ExaminedFolder, store: Store) -> Iterator[Trouble]:
     for host, path in ({} if record is None else record.folders_here()).items():
         with suppress(HoldfastError):
             newest = max(Catalog(folder_store(path)).steps(), default=-1)
-            if newest <= (-1 if folder.resume is None else folder.resume):
-                what = f"checkpoints of host {host}, none of them newer than step {folder.resume}"
+            if newest <= (-1 if folder.durable is None else folder.durable):
+                what = f"checkpoints of host {host}, none of them newer than step {folder.durable}"
                 yield Trouble("left over", path, what, _deletion(path))
             elif host != os.uname().nodename:
                 what = f"step {newest} of host {host}: a restart finds it on a host of that name"
@@ -349,10 +386,15 @@ def _deletion(path: str) -> str | None:
 
 def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
     """Yield a problem for each folder that is ignored because of its name, by resumes and by
-    retention.
+    retention: copies of checkpoints under another step, and names other than `step-N`.
 
     Sealed folders, and other folders of checkpoints, are left out.
     """
+    for report in folder.reports:
+        name = report.where.rpartition("/")[2]
+        what = None if report.findings else _why_wrong_step(folder, name)
+        if what is not None:
+            yield Trouble("unknown", name, what, _renaming(folder, name))
     for name in folder.names:
         if not name.endswith("/") or step_of(name[:-1]) is not None or hidden_folder_of(name[:-1]):
             continue
@@ -373,6 +415,18 @@ def _unknown(folder: ExaminedFolder) -> Iterator[Trouble]:
             continue
         what = "a checkpoint under a name that no resume finds and no retention counts"
         yield Trouble("unknown", name, what, _renaming(folder, name[:-1]))
+
+
+def _why_wrong_step(folder: ExaminedFolder, name: str) -> str | None:
+    """Return the problem of a checkpoint whose own step is not the one in its name; None if both
+    agree."""
+    step = step_of(name)
+    try:
+        manifest = read_manifest(folder.store, f"{folder.name}/{name}", entries=False)
+    except HoldfastError:
+        return None  # It is no checkpoint of Holdfast, and so has no step of its own.
+    wrong = None if step is None else misnumbered(step, manifest)
+    return None if wrong is None else f"{wrong}; no resume finds it, and no retention counts it"
 
 
 def _renaming(folder: ExaminedFolder, name: str) -> str | None:

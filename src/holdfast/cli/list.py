@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Literal
 
 from holdfast.catalog.catalog import location
 from holdfast.catalog.findings import VerifyReport, named, summary_of
-from holdfast.catalog.listing import CheckpointRow, resumable, survey
-from holdfast.catalog.open_any import check_folder, other_checkpoints
+from holdfast.catalog.listing import CheckpointRow, CheckpointState, resumable, survey
+from holdfast.catalog.open_any import check_exists, check_folder, other_checkpoints
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, say_table
 from holdfast.dashboard.history import commit_time
@@ -24,8 +23,9 @@ HEAD = ("step", "size", "age", "kind", "layout", "state", "")
 @dataclass(frozen=True, slots=True)
 class ListArguments(JsonOptions):
     """List the checkpoints in a folder: size, age, kind, the ranks that wrote each, whether it is
-    complete, and which one a resume takes. Checks indexes and file sizes, so a changed byte stays
-    unnoticed; with --verify every byte, and exits with 7 where one is damaged, as verify does.
+    complete, and which one a resume takes. Checks indexes and file sizes, so a changed byte of the
+    data stays unnoticed; with --verify every byte, and exits with 7 where one is damaged, as verify
+    does.
 
     Example: holdfast list outputs/checkpoint
     """
@@ -41,17 +41,18 @@ def run(arguments: Sequence[str]) -> int:
     """Run `holdfast list`: print the list of checkpoints. Return the exit status."""
     options = parsed(ListArguments, "list", arguments)
     store, name = open_for_reading(options.folder)
+    check_exists(store, name)
     check_folder(store, name)
     rows = survey(store, name)
     num_damaged = 0
     if options.verify:
         # Imported here, since this import is slow and only `--verify` needs it.
-        from holdfast.cli.verify import verified
+        from holdfast.cli.verify import raise_if_unreadable, verified
 
         unverified = ("attempt", "local")
         paths = [f"{name}/{row.name}" for row in rows if row.state not in unverified]
         reports = verified(store, paths, quick=False)
-        num_damaged = sum(not report.good for report in reports.values())
+        num_damaged = sum(report.damaged for report in reports.values())
         rows = [
             _verified(row, reports.get(f"{name}/{row.name}"))
             for row in rows
@@ -78,6 +79,8 @@ def run(arguments: Sequence[str]) -> int:
             f"{num_damaged} of {len(reports)} checkpoints are damaged",
             hint=f"holdfast doctor {where} --verify",
         )
+    if options.verify:
+        raise_if_unreadable(reports.values())
     return 0
 
 
@@ -86,7 +89,8 @@ def _verified(row: CheckpointRow, report: VerifyReport | None) -> CheckpointRow:
     if row.state != "good" or report is None or report.good:
         return row
     problem = summary_of(report.findings)
-    state: Literal["good", "damaged"] = "good" if report.loads else "damaged"
+    state: CheckpointState = "damaged" if report.damaged else "unreadable"
+    state = "good" if report.loads else state
     why_not = row.why_not if report.loads else problem
     return replace(row, state=state, problem=problem, why_not=why_not)
 

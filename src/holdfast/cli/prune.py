@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from holdfast.catalog.catalog import Catalog, read_manifest, sealed_among
+from holdfast.catalog.catalog import Catalog, sealed_among
 from holdfast.catalog.cleanup import execute, is_at_work, plan_cleanup
-from holdfast.catalog.findings import misnumbered
+from holdfast.catalog.findings import is_unreadable, misnumbered
 from holdfast.catalog.listing import hint_without_steps, shared_files
-from holdfast.catalog.open_any import check_folder, format_of
+from holdfast.catalog.open_any import check_exists, check_folder, format_of
 from holdfast.catalog.paths import open_parent
-from holdfast.catalog.replaceable import why_not_removable
+from holdfast.catalog.replaceable import why_not_replaceable
 from holdfast.catalog.seal import is_sealed
 from holdfast.cli.terminal import POSITIONAL, JsonOptions, parsed, say, say_json, say_table
 from holdfast.cli.verify import stored_bytes
@@ -101,6 +101,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     options = parsed(PruneArguments, "prune", arguments)
     store, name = open_parent(options.folder)
+    check_exists(store, name)
     check_folder(store, name)
     catalog = Catalog(store_to_save(options.folder))
     listed = catalog.store.list()
@@ -156,10 +157,11 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
     decisions = []
     for step, folder in folders.items():
         stays, why = not options.damaged, "damaged"
-        if (reason := _why_not_decided_by_rules(listed, step, folder)) is not None:
-            stays, why = True, reason
+        more = _why_not_decided_by_rules(listed, step, folder, complete)
+        if kept := [*reasons.get(step, ()), *([] if more is None else [more])]:
+            stays, why = True, ", ".join(kept)
         elif step in good:
-            stays, why = bool(reasons[step]), ", ".join(reasons[step]) or "no rule keeps it"
+            stays, why = False, "no rule keeps it"
         decisions.append(Decision(folder, stored_bytes(store, folder), stays, why))
     for action in plan_cleanup(store.list()):
         stays, why = action.verb == "restore", action.why
@@ -171,31 +173,35 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
     return decisions
 
 
-def _why_not_decided_by_rules(store: ReadStore, step: int, folder: str) -> str | None:
+def _why_not_decided_by_rules(
+    store: ReadStore, step: int, folder: str, complete: CompleteCheckpoints
+) -> str | None:
     """Return the reason why a folder stays regardless of the rules; None if the rules decide.
 
-    A folder stays if it contains another checkpoint or a run, if its checkpoint has another step
-    than the folder's name, if it holds a Hugging Face model, or if it cannot be read now.
+    A folder stays if it contains another checkpoint, a run or files of the user, if its checkpoint
+    has another step than the folder's name, if it holds a Hugging Face model, or if it cannot be
+    read now.
     """
     try:
-        if why := why_not_removable(store, folder):
+        if why := why_not_replaceable(store, folder):
             return why
-        if is_sealed(store, folder):
-            return None
-        manifest = read_manifest(store, folder, entries=False)
-        for file in manifest.files:
-            with suppress(NotFoundError):
-                store.size(f"{folder}/{file}")
-    except StorageError as error:
-        # A failing disk or mount does not mean that the checkpoint is damaged.
-        return error.what
-    except HoldfastError:
-        # A run whose last save is an export leaves a folder of safetensors without a manifest.
-        with suppress(HoldfastError):
-            if format_of(store, folder) == "safetensors":
-                return "a Hugging Face folder"
-        return None
-    return misnumbered(step, manifest)
+        if folder in complete.errors:
+            # Do not read it again: it may be readable by now, and would be taken for damaged.
+            raise complete.errors[folder]
+        manifest = complete.manifest(folder)
+    except HoldfastError as error:
+        # A failing disk or mount, or a newer format, does not mean that the checkpoint is damaged.
+        return error.what if is_unreadable(error) else _export_in(store, folder)
+    return _export_in(store, folder) or misnumbered(step, manifest)
+
+
+def _export_in(store: ReadStore, folder: str) -> str | None:
+    """Return text that says so if a folder holds a Hugging Face model, as a run leaves it whose
+    last save is an export; else None."""
+    with suppress(HoldfastError):
+        if not is_sealed(store, folder) and format_of(store, folder) == "safetensors":
+            return "a Hugging Face folder"
+    return None
 
 
 def _say(store: Store, decisions: Sequence[Decision], options: PruneArguments) -> None:

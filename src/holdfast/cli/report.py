@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from holdfast.catalog.open_any import check_folder
+from holdfast.catalog.open_any import check_exists, check_folder
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli.terminal import POSITIONAL, Options, parsed, say
 from holdfast.dashboard.history import HistoryReader
@@ -56,7 +56,9 @@ def run(arguments: Sequence[str]) -> int:
     local_path(options.out)
     target = Path(options.out)
     check_replaceable(target)
-    check_folder(*open_for_reading(options.folder))
+    store, name = open_for_reading(options.folder)
+    check_exists(store, name)
+    check_folder(store, name)
     text = page(HistoryReader(options.folder).read(), datetime.now(UTC))
     part = target.with_name(f".{target.name}.part")
     try:

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from holdfast.catalog.findings import FORMATS, components_of, kind_of
-from holdfast.catalog.open_any import OpenCheckpoint, open_any
+from holdfast.catalog.open_any import OpenCheckpoint, check_exists, open_any
 from holdfast.catalog.paths import open_for_reading
 from holdfast.cli import values
 from holdfast.cli.described import config_of, description
@@ -57,7 +57,7 @@ class ShowArguments(JsonOptions):
     """Name of a tensor or value, or the beginning of several names."""
 
     each: bool = False
-    """List every block, even if several are equal."""
+    """List every layer, even if several are equal."""
 
     stats: bool = False
     """With NAME: read the tensor, and print minimum, maximum, mean, standard deviation, and the
@@ -70,7 +70,9 @@ class ShowArguments(JsonOptions):
 def run(arguments: Sequence[str]) -> int:
     """Run `holdfast show`: print the contents of a checkpoint. Return the exit status."""
     options = parsed(ShowArguments, "show", arguments)
-    checkpoint = open_any(*open_for_reading(options.path))
+    store, name = open_for_reading(options.path)
+    check_exists(store, name)
+    checkpoint = open_any(store, name)
     tensors = chosen(checkpoint, options.name)
     names = values.below(checkpoint, options.name)
     entry = tensors.get(options.name)

@@ -70,9 +70,16 @@ def with_tyro(kind: type) -> type:
 
     assert is_dataclass(kind)
     hints = get_type_hints(kind)
-    for name in (field.name for field in fields(kind) if field.metadata == POSITIONAL):
-        argument = tyro.conf.arg(metavar=name.upper())
-        kind.__annotations__[name] = Annotated[hints[name], tyro.conf.Positional, argument]
+    for found in (field for field in fields(kind) if field.metadata == POSITIONAL):
+        name, note = found.name.upper(), None
+        if str(found.type).startswith("tuple"):
+            note = "(one or more)"
+        elif found.default is not MISSING:
+            name, note = f"[{name}]", f"(default: {found.default})" if found.default else ""
+        argument = tyro.conf.arg(metavar=name, help_behavior_hint=note)
+        kind.__annotations__[found.name] = Annotated[
+            hints[found.name], tyro.conf.Positional, argument
+        ]
     return kind
 
 

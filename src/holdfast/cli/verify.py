@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from holdfast.catalog.catalog import location, steps_in
-from holdfast.catalog.findings import FORMATS, VerifyReport, by_cause
+from holdfast.catalog.findings import FORMATS, VerifyReport, by_cause, unreadable_among
+from holdfast.catalog.listing import local_rows
+from holdfast.catalog.listing import resumable as newest_resumable
 from holdfast.catalog.marks import clear_damaged, damaged_steps, mark_damaged
-from holdfast.catalog.open_any import format_of, is_folder, other_checkpoints
+from holdfast.catalog.open_any import check_exists, format_of, is_folder, other_checkpoints
 from holdfast.catalog.paths import open_for_reading
 from holdfast.catalog.pieces import note_on
 from holdfast.catalog.seal import is_sealed, read_seal
@@ -27,7 +29,7 @@ from holdfast.cli.terminal import (
     say_json,
     spelled_resume,
 )
-from holdfast.errors import DamagedError, HoldfastError, UsageError
+from holdfast.errors import DamagedError, HoldfastError, StorageError, UsageError
 from holdfast.format.names import step_of, step_of_folder
 from holdfast.spelling import counted, spelled_bytes
 from holdfast.storage.listed import ListedStore
@@ -42,7 +44,8 @@ CAUSES_MAX = 50
 class VerifyArguments(JsonOptions):
     """Check that a checkpoint holds the bytes that were written: a checkpoint of Holdfast or of
     stock torch.distributed.checkpoint, a Hugging Face folder, a .pt file; or every checkpoint in a
-    folder, whatever its name. Exits with 7 where one is damaged.
+    folder, whatever its name. Exits with 7 where one is damaged, with 9 where a file cannot be
+    read.
 
     Example: holdfast verify outputs/checkpoint/step-500
     """
@@ -62,7 +65,8 @@ class VerifyArguments(JsonOptions):
 
     mark: bool = False
     """Write a mark beside each damaged checkpoint, and delete it from each undamaged one: resumes,
-    retention and `holdfast list` skip marked checkpoints."""
+    retention and `holdfast list` skip marked checkpoints. Files that cannot be read change no
+    mark."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -73,6 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.against is not None and not options.as_export:
         raise UsageError("`--against` needs `--as-export`")
     store, name = open_for_reading(options.path)
+    check_exists(store, name)
     holds_many = format_of(store, name) is None and is_folder(store, name)
     steps = steps_in(store, name) if holds_many else []
     others = other_checkpoints(store, name) if holds_many else []
@@ -90,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
         # Only folders named `step-N` get a mark, since retention and resumes ignore all others.
         _mark([report for report in reports if _step_of(report.where) is not None])
     marked = damaged_steps(store, name) if checkpoints else {}
-    resume = resumable(reports, marked) if checkpoints else None
+    resume = resumable_here(store, name, reports, marked) if checkpoints else None
     export = None
     if options.as_export and all(report.good for report in reports):
         export = checked_export(options.path, options.against)
@@ -109,23 +114,44 @@ def run(arguments: Sequence[str]) -> int:
             say(spelled_resume(resume) if steps else "none is named step-N: a resume takes none")
         if export is not None:
             say_export(export, options.path)
-    _raise_if_damaged(reports, in_folder=bool(checkpoints), marked=options.mark)
+    _raise_if_damaged(reports, in_folder=bool(checkpoints), marks=options.mark)
     if export is not None:
         raise_if_wrong(export, options.path)
     return 0
 
 
-def _raise_if_damaged(reports: Sequence[VerifyReport], *, in_folder: bool, marked: bool) -> None:
-    damaged = [report for report in reports if not report.good]
+def _raise_if_damaged(reports: Sequence[VerifyReport], *, in_folder: bool, marks: bool) -> None:
+    """Raise a DamagedError if checkpoints are damaged. `marks`: whether `--mark` was given."""
+    damaged = [report for report in reports if report.damaged]
+    markable = [report for report in damaged if _step_of(report.where) is not None]
+    hint = "with `--mark` retention and `holdfast list` skip them too" if in_folder else None
+    if marks:
+        # Damage that only stock torch would notice gets no mark.
+        markable = [report for report in markable if not report.loads]
+        folder = reports[0].where.rpartition("/")[0]
+        hint = (
+            f"`holdfast prune {folder} --damaged` deletes what is marked, if there is another "
+            f"checkpoint to resume from; if not, `holdfast doctor {folder} --verify` says what "
+            "can be saved"
+        )
     if damaged and in_folder:
-        markable = any(_step_of(report.where) is not None for report in damaged)
-        hint = "with `--mark` retention and `holdfast list` skip them too"
         raise DamagedError(
             f"{len(damaged)} of {len(reports)} checkpoints are damaged",
-            hint=hint if markable and not marked else None,
+            hint=hint if markable else None,
         )
     if damaged:
-        raise DamagedError(f"`{damaged[0].where}` is damaged")
+        raise DamagedError(f"`{damaged[0].where}` is damaged", hint=hint if markable else None)
+    raise_if_unreadable(reports)
+
+
+def raise_if_unreadable(reports: Iterable[VerifyReport]) -> None:
+    """Raise a StorageError about the first checkpoint with a file that could not be read."""
+    for report in reports:
+        if (finding := unreadable_among(report.findings)) is not None:
+            raise StorageError(
+                f"`{report.where}` may be undamaged: {finding}",
+                hint=finding.hint or "make the file readable, then run this command again",
+            )
 
 
 def verified(store: ReadStore, names: Sequence[str], quick: bool) -> dict[str, VerifyReport]:
@@ -172,19 +198,21 @@ def _check_markable(where: str, checkpoints: Sequence[str]) -> None:
 
 
 def _mark(reports: Sequence[VerifyReport]) -> None:
-    """Mark as damaged each checkpoint with an entry that Holdfast cannot load.
+    """Mark as damaged each checkpoint with an entry that Holdfast cannot load, since bytes have
+    changed or files are missing.
 
-    Delete the marks of the other checkpoints.
+    Delete the marks of the other checkpoints, except of those with files that cannot be read.
     """
     for report in reports:
         folder, _, name = report.where.rpartition("/")
         step = step_of(name)
         assert step is not None, "checked by the caller"
         store = store_to_save(folder)
+        damage = [f for f in report.findings if f.concern != "frame" and not f.unreadable]
         if report.loads:
             clear_damaged(store, step)
-        elif not is_deleted(store, name):
-            mark_damaged(store, step, str(report.findings[0]))
+        elif damage and not is_deleted(store, name):
+            mark_damaged(store, step, str(damage[0]))
 
 
 def stored_bytes(store: ReadStore, name: str) -> int:
@@ -217,6 +245,17 @@ def resumable(reports: Sequence[VerifyReport], marked: Collection[int]) -> int |
     return max((step for step in steps if step is not None and step not in marked), default=None)
 
 
+def resumable_here(
+    store: ReadStore, name: str, reports: Sequence[VerifyReport], marked: Collection[int]
+) -> int | None:
+    """Return the step that a resume on this host would load: from the folder `name`, or a newer one
+    from the fast tier of the run. `reports`, `marked`: see `resumable`."""
+    good = {_step_of(report.where) for report in reports if report.loads} - {*marked}
+    local = local_rows(store, name, besides={step for step in good if step is not None})
+    steps = [resumable(reports, marked), newest_resumable(local)]
+    return max((step for step in steps if step is not None), default=None)
+
+
 def _say(report: VerifyReport, quick: bool, *, is_file: bool) -> None:
     # Print the format of single files only: the name of a folder mostly tells its format.
     form = f", {FORMATS[report.format]}" if is_file and report.format else ""
@@ -227,7 +266,8 @@ def _say(report: VerifyReport, quick: bool, *, is_file: bool) -> None:
         say(f"{report.where}: {verdict}{form}, {entries}, {spelled_bytes(report.nbytes)}")
     else:
         places = counted(len(report.findings), "place")
-        say(f"{report.where}: damaged in {places}{form}")
+        verdict = f"damaged in {places}" if report.damaged else "cannot be read"
+        say(f"{report.where}: {verdict}{form}")
     causes = by_cause(report.findings)
     for line in causes[:CAUSES_MAX]:
         say(f"  {line}")

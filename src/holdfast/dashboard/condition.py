@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, get_args
 
+from holdfast.catalog.listing import CheckpointRow
 from holdfast.catalog.tier import TierView
 from holdfast.dashboard.figures import Figures
 from holdfast.dashboard.watch import ReadResult, WatchedFolder
@@ -26,9 +27,9 @@ State = Literal[
 """State of a run.
 
 `damaged`: a checkpoint is damaged. `gone`: its checkpoints existed, but do not exist any more.
-`unreadable`: its folder cannot be read, or hangs. `never saved`: there is no checkpoint to resume
-from. `stale`: the newest good checkpoint is older than the limit. `saving`: a save is being
-written. `good`: no other state applies. `finished`: the run has ended as planned.
+`unreadable`: its folder or a checkpoint in it cannot be read, or hangs. `never saved`: there is no
+checkpoint to resume from. `stale`: the newest good checkpoint is older than the limit. `saving`: a
+save is being written. `good`: no other state applies. `finished`: the run has ended as planned.
 """
 
 STATES: tuple[State, ...] = get_args(State)
@@ -40,7 +41,7 @@ WRITING_S = 120.0
 HANG_S = 60.0
 """Seconds without a read after which a folder counts as hanging; more if its reads are rare."""
 
-_FOLDER = re.compile(r"^`[^`]*` is damaged:")
+_FOLDER = re.compile(r"^`[^`]*`( is damaged)?:")
 """Beginning of a message about damage. It only names the checkpoint, which the table shows."""
 
 STALE_MIN_S = 10.0
@@ -134,9 +135,9 @@ def _state(
     if latest.history is None:
         return ("gone" if latest.was_seen else "never saved"), latest.problem or ""
     if figures.damaged:
-        newest = figures.damaged[-1]
-        problem = " ".join(_FOLDER.sub("", newest.problem or "").split())
-        return "damaged", f"{newest.name}: {problem}"
+        return "damaged", _problem_of(figures.damaged[-1])
+    if figures.unreadable:
+        return "unreadable", _problem_of(figures.unreadable[-1])
     if figures.is_finished:
         return "finished", ""
     if figures.newest is None:
@@ -146,11 +147,15 @@ def _state(
     return ("saving" if is_writing else "good"), ""
 
 
+def _problem_of(row: CheckpointRow) -> str:
+    return f"{row.name}: {' '.join(_FOLDER.sub('', row.problem or '').split())}"
+
+
 def _facts(figures: Figures, time: float, *, state: State, is_writing: bool) -> list[str]:
     facts = []
-    if state == "damaged":
-        others = len(figures.damaged) - 1
-        facts += [f"{others} more damaged"] if others else []
+    bad = figures.damaged or figures.unreadable
+    if bad and state in ("damaged", "unreadable"):
+        facts += [f"{len(bad) - 1} more {state}"] if len(bad) > 1 else []
         if figures.newest is None:
             facts.append("no checkpoint to resume from")
         else:

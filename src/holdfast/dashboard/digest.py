@@ -192,6 +192,10 @@ def _reported(figures: Figures, step: int) -> Iterator[Sample]:
 
 
 def _counts(figures: Figures) -> dict[str, int]:
-    """Return the number of a run's folders in each state: good, damaged, or an attempt."""
-    num_damaged = len(figures.damaged)
-    return {"good": figures.num_good, "damaged": num_damaged, "attempt": figures.num_unfinished}
+    """Return the number of a run's folders in each state: see `CheckpointState`."""
+    return {
+        "good": figures.num_good,
+        "damaged": len(figures.damaged),
+        "unreadable": len(figures.unreadable),
+        "attempt": figures.num_unfinished,
+    }

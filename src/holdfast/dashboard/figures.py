@@ -73,6 +73,7 @@ class Figures:
 
     num_good: int = 0
     damaged: Sequence[CheckpointRow] = ()
+    unreadable: Sequence[CheckpointRow] = ()
     num_unfinished: int = 0
     """Number of folders of unfinished saves and deletions."""
 
@@ -125,6 +126,7 @@ def figures_of(history: History) -> Figures:
         save_bytes=timed[-1].nbytes if timed else None,
         num_good=len(good),
         damaged=[row for row in rows if row.state == "damaged"],
+        unreadable=[row for row in rows if row.state == "unreadable"],
         num_unfinished=sum(row.state == "attempt" for row in rows),
         written_at=history.written_at,
         nbytes=used_bytes(rows),

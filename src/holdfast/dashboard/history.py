@@ -215,12 +215,12 @@ class HistoryReader:
         """
         store, name = self._open()
         rows = self._survey(store, name)
-        damaged = {row.name for row in rows if row.state == "damaged"}
+        damaged = {row.name for row in rows if row.state in ("damaged", "unreadable")}
         if damaged - self._known_damaged and self._listed is not None:
             # Other processes may have replaced or deleted these checkpoints since the listing.
             self._listed[1]()
             rows = self._survey(store, name)
-            damaged = {row.name for row in rows if row.state == "damaged"}
+            damaged = {row.name for row in rows if row.state in ("damaged", "unreadable")}
         self._known_damaged = damaged
         reports = self._metrics.read(store, name)
         trainer = TrainerLog() if reports else self._trainer_log(store, name, rows)
@@ -253,7 +253,9 @@ class HistoryReader:
             stamp = _stamp(store, key)
             old_stamp, row = before.get(key, (None, None))
             # In a bucket, `damaged` may be due to a failed request, so read the checkpoint again.
-            is_sure = row is not None and (row.state != "damaged" or self._listed is None)
+            # A file that could not be read has the same stamp once it can.
+            unsure = ("unreadable",) if self._listed is None else ("damaged", "unreadable")
+            is_sure = row is not None and row.state not in unsure
             if row is None or old_stamp != stamp or not is_sure:
                 row = row_of(listed, key)
             self._rows[key] = stamp, row

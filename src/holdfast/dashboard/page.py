@@ -61,7 +61,7 @@ a { color: var(--blue) }
 td.note { white-space: normal; min-width: 14rem }
 .state-good { color: var(--green) }
 .state-damaged { color: var(--red); font-weight: 600 }
-.state-attempt, .state-local { color: var(--amber) }
+.state-attempt, .state-local, .state-unreadable { color: var(--amber) }
 """
 
 STALL_MIN_S = 0.01
@@ -107,9 +107,9 @@ def summary(history: History) -> str:
     """Return how many checkpoints a run has, and which step a resume would load, as text."""
     checkpoints = [row for row in history.rows if row.step is not None]
     words = [counted(len(checkpoints), "checkpoint")]
-    num_damaged = sum(row.state == "damaged" for row in checkpoints)
-    if num_damaged:
-        words.append(f"{num_damaged} damaged")
+    for state in ("damaged", "unreadable"):
+        if count := sum(row.state == state for row in checkpoints):
+            words.append(f"{count} {state}")
     resume = history.resume
     words.append(f"a resume takes step {resume}" if resume is not None else "none to resume from")
     return ", ".join(words)

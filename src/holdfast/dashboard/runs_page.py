@@ -257,7 +257,7 @@ def _blocked(figures: Figures) -> Cell:
 
 
 def _size(figures: Figures) -> Cell:
-    num = figures.num_good + len(figures.damaged)
+    num = figures.num_good + len(figures.damaged) + len(figures.unreadable)
     if not num:
         return Cell("")
     return Cell(spelled_bytes(figures.nbytes), counted(num, "checkpoint"), key=figures.nbytes)

@@ -27,7 +27,7 @@ NUM_PLACES = 5
 """A row begins with this many numbers. The start and stop of the chunk's region follow."""
 
 _NUMBER = struct.Struct("<Q")
-_CHECKED_BYTES = 4 << 20
+_CHECKED_BYTES = 16 << 20
 """Bytes that `RowFile.check` reads at a time, a multiple of `BLOCK_BYTES`."""
 
 _BATCH_ROWS = 256

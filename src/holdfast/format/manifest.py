@@ -314,6 +314,10 @@ def decode(
         raise FormatError(f"`{where}` is not a manifest: {type(error).__name__} {error}") from error
 
 
+class NewerVersionError(FormatError):
+    """A manifest is intact, but has a version that only a newer Holdfast can know."""
+
+
 _TENSORS, _VALUES = b',"tensors":{', b',"values":['
 
 _NEEDED = {
@@ -391,7 +395,8 @@ def _decode_body(body: dict[str, Any], where: str) -> Manifest:
     version = body["holdfast"]
     if type(version) is not int or version not in VERSIONS:
         older = isinstance(version, int) and version < min(VERSIONS)
-        raise FormatError(
+        newer = type(version) is int and version > max(VERSIONS)
+        raise (NewerVersionError if newer else FormatError)(
             f"`{where}` has format version {version}, this holdfast reads "
             + " and ".join(map(str, VERSIONS)),
             hint="no release wrote that version: load it with the code that did, and save it again"

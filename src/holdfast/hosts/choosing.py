@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from holdfast.catalog.findings import summary_of
+from holdfast.catalog.findings import summary_of, unreadable_among
 from holdfast.catalog.newest import check, newest_good
 from holdfast.comm import Ranks, gather_and_run, run_on_all
-from holdfast.errors import DamagedError
+from holdfast.errors import DamagedError, StorageError
 from holdfast.format.names import number_of_folder, visible_name
 from holdfast.format.seal import SEAL
 
@@ -83,11 +83,13 @@ def run_on_hosts(ranks: Ranks, work: Callable[[], object], *, decides: bool) -> 
 
 
 def check_sealed(path: Path, hint: str) -> None:
-    """Raise a DamagedError with this hint if the folder differs from its seal. Warn if it has no
-    seal."""
+    """Raise a DamagedError with this hint if the folder differs from its seal, or a StorageError if
+    a file cannot be read. Warn if the folder has no seal."""
     if not (path / SEAL).exists():
         warn_unsealed(path)
     elif findings := check(path):
+        if unreadable := unreadable_among(findings):
+            raise StorageError(f"`{path}`: {unreadable}", hint=unreadable.hint)
         raise DamagedError(f"`{path}` is damaged: {summary_of(findings)}", hint=hint)
 
 

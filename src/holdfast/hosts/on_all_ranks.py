@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from holdfast.arguments import checked_path
-from holdfast.catalog.newest import CHECKPOINTS, compiled, folder_to_fetch_to
+from holdfast.catalog.newest import (
+    CHECKPOINTS,
+    compiled,
+    folder_to_fetch_to,
+    warn_of_other_names,
+)
 from holdfast.catalog.paths import full_path
 from holdfast.comm import all_ranks
+from holdfast.errors import HoldfastError
 from holdfast.hosts.choosing import newest_good_on_all_hosts
 from holdfast.hosts.folders import fetch_newest_on_all_hosts
 from holdfast.hosts.sealing import sealed_by_all
@@ -57,7 +63,8 @@ def newest_good(
     """Return the newest good checkpoint in `root`, the same on every rank; None if there is none.
 
     As `holdfast.newest_good`: rank 0 compares all files with their checksums, and tells the others
-    the path. If `root` does not exist, the result is None, so that a first start needs no check.
+    the path. If `root` does not exist, the result is None, so that a first start needs no check;
+    `holdfast.newest_good` raises a NotFoundError then.
 
     If `root` is a URL, the checkpoint is copied to the folder `fetch_to` on each host, and the path
     of the copy on this host is returned.
@@ -76,6 +83,10 @@ def newest_good(
         if into is not None:
             return fetch_newest_on_all_hosts(place, names, into=into, ranks=ranks)
         decides = ranks.rank == 0
-        return newest_good_on_all_hosts(Path(place), names, ranks=ranks, decides=decides)
+        newest = newest_good_on_all_hosts(Path(place), names, ranks=ranks, decides=decides)
+        if newest is None and decides and isinstance(pattern, str):
+            with suppress(HoldfastError):
+                warn_of_other_names(open_store(place), pattern)
+        return newest
     finally:
         ranks.close()

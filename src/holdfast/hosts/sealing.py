@@ -14,7 +14,7 @@ from typing import Any
 from holdfast.catalog.catalog import location
 from holdfast.catalog.fetch import files_below
 from holdfast.catalog.paths import open_for_saving
-from holdfast.catalog.replaceable import not_sealed, why_not_replaceable
+from holdfast.catalog.replaceable import not_sealed, why_not_removable, why_not_replaceable
 from holdfast.catalog.seal import Unsealed, begin, is_sealed, sync_files, sync_path
 from holdfast.comm import Ranks, run_on_all, run_on_rank_0
 from holdfast.errors import HoldfastError, StorageError, UsageError
@@ -201,9 +201,13 @@ def warning_if_old_stay(saved: str) -> Iterator[None]:
 
 
 def delete(path: str | os.PathLike[str]) -> None:
-    """Delete a checkpoint: give it a hidden name, then delete its files. Warn if this fails."""
+    """Delete a checkpoint: give it a hidden name, then delete its files. Warn if this fails.
+
+    Files that were added after the seal are deleted too, as the framework itself does.
+    """
     try:
         catalog, name = open_for_saving(path)
+        catalog.why_kept = why_not_removable
         catalog.store.remove(catalog.set_aside_for_deletion(name))
     except HoldfastError as error:
         logger.warning("`%s` stays: %s", path, error.what)

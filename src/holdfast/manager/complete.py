@@ -10,6 +10,8 @@ from holdfast.catalog.seal import is_sealed, open_sealed
 from holdfast.errors import HoldfastError
 from holdfast.format.checksum import checksum
 from holdfast.format.manifest import Manifest
+from holdfast.format.names import INDEX_FILES
+from holdfast.format.seal import SEAL
 from holdfast.storage.store import ReadStore
 
 LOOKS_MAX = 256
@@ -47,11 +49,23 @@ class CompleteCheckpoints:
         self._known: dict[str, _Complete] = {}
         """Known checkpoints by folder. The one that was checked longest ago comes first."""
 
+        self.errors: dict[str, HoldfastError] = {}
+        """Error of the last call of `manifest` for each folder for which it failed."""
+
     def manifest(self, folder: str) -> Manifest:
-        """Return the manifest, without entries, of the checkpoint in a folder. Raise a
-        HoldfastError if the checkpoint is not complete."""
+        """Return the manifest, without entries, of the checkpoint in a folder.
+
+        Raises:
+            StorageError: a file of the checkpoint cannot be read now. It may be undamaged.
+            HoldfastError: the checkpoint is not complete, or an index of it is damaged.
+        """
         if folder not in self._known:
-            self._add(folder, read_any(self._store, folder, entries=False))
+            self.errors.pop(folder, None)
+            try:
+                self._add(folder, read_any(self._store, folder, entries=False))
+            except HoldfastError as error:
+                self.errors[folder] = error
+                raise
         return self._known[folder].manifest
 
     def published(self, folder: str) -> None:
@@ -66,6 +80,8 @@ class CompleteCheckpoints:
         changed file, or is not in `folders`."""
         for folder in self._known.keys() - folders:
             del self._known[folder]
+        for folder in self.errors.keys() - folders:
+            del self.errors[folder]
         left = LOOKS_MAX
         for folder, known in [*self._known.items()]:
             files = known.unseen or [*known.files]
@@ -78,12 +94,11 @@ class CompleteCheckpoints:
                 break
 
     def _add(self, folder: str, manifest: Manifest) -> None:
-        others = {
-            name
-            for name in self._store.list(folder)
-            if not name.endswith("/") and name not in manifest.files
-        }
-        files = {name: self._ending(folder, name) for name in others}
+        others = {name for name in self._store.list(folder) if not name.endswith("/")}
+        if indices := others & {*INDEX_FILES, SEAL}:
+            # Leave out files of the user: if they cannot be read, the checkpoint still can.
+            others = indices
+        files = {name: self._ending(folder, name) for name in others - manifest.files.keys()}
         self._known[folder] = _Complete(manifest, {**manifest.files, **files})
 
     def _is_unchanged(self, folder: str, file: str, expected: object) -> bool:

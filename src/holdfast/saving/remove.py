@@ -7,8 +7,8 @@ import threading
 
 from holdfast.catalog.catalog import Catalog
 from holdfast.catalog.cleanup import Action, execute, plan_cleanup
-from holdfast.comm import capture
 from holdfast.errors import HoldfastError
+from holdfast.failures import tried
 from holdfast.format.names import step_name
 
 logger: logging.Logger = logging.getLogger("holdfast")
@@ -20,24 +20,30 @@ class Remover:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._thread: threading.Thread | None = None
+        self._kept: dict[int, str] = {}
+        """Reason that was logged last for each step that could not be deleted."""
 
     def set_aside(self, step: int) -> bool:
         """Take the name of the checkpoint of a step away, so that readers no longer find it.
-        `start` deletes its files. Returns whether the name was taken away."""
+        `start` deletes its files. Returns whether the name was taken away. A reason against it is
+        logged once, since every save tries again."""
         try:
             self._catalog.set_aside_for_deletion(step_name(step))
         except HoldfastError as error:
-            logger.warning(
-                "could not delete step %d: %s; the next save tries again", step, error.what
-            )
+            if self._kept.get(step) != error.what:
+                logger.warning(
+                    "could not delete step %d: %s; the next save tries again", step, error.what
+                )
+            self._kept[step] = error.what
             return False
+        self._kept.pop(step, None)
         return True
 
     def start(self) -> None:
         """Start a thread that deletes the files of all checkpoints whose names were taken away,
         also the files that an earlier try could not delete."""
         self.wait()
-        found = capture(lambda: plan_cleanup(self._catalog.store.list()))
+        found = tried(lambda: plan_cleanup(self._catalog.store.list()))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for files to delete: %s", found.what)
         # Execute only deletions: the other actions need a folder that no process saves to.
@@ -55,6 +61,6 @@ class Remover:
             self._thread = None
 
     def _execute(self, actions: list[Action]) -> None:
-        failed = capture(lambda: execute(self._catalog.store, actions))
+        failed = tried(lambda: execute(self._catalog.store, actions))
         for problem in [failed.what] if isinstance(failed, HoldfastError) else failed:
             logger.warning("%s; the next save tries again", problem)

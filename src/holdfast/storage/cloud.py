@@ -284,10 +284,10 @@ class CloudBucket:
         except FileNotFoundError as error:
             if _NO_BUCKET.search(str(error)):
                 raise _failed(doing, where, error) from error
-            raise NotFoundError(f"nothing at `{where}`") from error
+            raise NotFoundError(f"nothing at `{where}`", file=where) from error
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
             raise StorageError(
-                f"cannot {doing} `{where}`: {_line(error)}", hint=_REFUSED_HINT
+                f"cannot {doing} `{where}`: {_line(error)}", hint=_REFUSED_HINT, file=where
             ) from error
         except exceptions.BaseError as error:
             raise _failed(doing, where, error) from error
@@ -304,8 +304,8 @@ def _failed(doing: str, where: str, error: Exception) -> StorageError:
     if status == 507 or "Quota" in text or "StorageFull" in text:
         return StorageError(what, hint="the bucket is full, or its quota is used up: free space")
     if status is not None and 400 <= status < 500 and status not in (408, 409, 429):
-        return StorageError(what, hint=_REFUSED_HINT)
-    return UnansweredError(what, hint="check the network and the endpoint of the store")
+        return StorageError(what, hint=_REFUSED_HINT, file=where)
+    return UnansweredError(what, hint="check the network and the endpoint of the store", file=where)
 
 
 def _described(meta: Mapping[str, Any]) -> StoredObject:

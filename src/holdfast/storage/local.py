@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from holdfast.errors import ExistsError, HoldfastError, NotFoundError, StorageError
-from holdfast.format.names import held_file
+from holdfast.format.names import held_file, hidden_folder_of
 from holdfast.storage import links, locks, renaming
 from holdfast.storage.direct import BufferedWriter, DirectWriter, open_direct
 from holdfast.storage.plain import check_plain, open_plain
@@ -165,7 +165,10 @@ class LocalStore:
             _sync_folder(self._path(folder))
 
     def rename(self, source: str, target: str) -> None:
-        with self._errors_of("publish", target):
+        hidden = hidden_folder_of(target.rpartition("/")[2])
+        is_deletion = hidden is not None and hidden.role == "removing"
+        doing, key = ("remove", source) if is_deletion else ("publish", target)
+        with self._errors_of(doing, key):
             try:
                 renaming.rename_exclusive(self._path(source), self._path(target))
             except FileExistsError as error:
@@ -339,19 +342,22 @@ class LocalStore:
         path = self._path(key)
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             if isinstance(error, FileNotFoundError) and doing in ("list", "look at", "read"):
-                return NotFoundError(f"nothing at `{path}`")
+                return NotFoundError(f"nothing at `{path}`", file=path)
             hint = f"create the folder first: mkdir -p {self._root}"
             return StorageError(
                 f"cannot {doing} `{path}`: {error.strerror}",
                 hint=_HINTS.get(error.errno or 0, hint),
+                file=path,
             )
         if isinstance(error, MemoryError):
             # This can happen on a small disk too: a sparse file may be larger than memory.
-            return StorageError(f"cannot {doing} `{path}`: it does not fit into memory")
+            what = f"cannot {doing} `{path}`: it does not fit into memory"
+            return StorageError(what, file=path)
         if isinstance(error, OSError):
             return StorageError(
                 f"cannot {doing} `{path}`: {error.strerror or error}",
                 hint=_HINTS.get(error.errno or 0),
+                file=path,
             )
         return None
 

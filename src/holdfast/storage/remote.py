@@ -70,12 +70,14 @@ class RemoteStore:
     @contextmanager
     def _errors_of(self, key: str) -> Iterator[None]:
         """Convert errors of the client to errors of Holdfast."""
+        where = f"{self._url}/{key}"
         try:
             yield
         except FileNotFoundError as error:
-            raise NotFoundError(f"nothing at `{self._url}/{key}`") from error
+            raise NotFoundError(f"nothing at `{where}`", file=where) from error
         except Exception as error:
             raise StorageError(
-                f"cannot read `{self._url}/{key}`: {type(error).__name__} {error}",
+                f"cannot read `{where}`: {type(error).__name__} {error}",
                 hint="check the network, the address and the credentials",
+                file=where,
             ) from error

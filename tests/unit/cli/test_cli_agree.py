@@ -19,6 +19,7 @@ from holdfast.catalog.marks import mark_damaged
 from holdfast.cli.main import main
 from holdfast.cli.prune import Decision
 from holdfast.manager.resume import good_steps, newest_resumable
+from holdfast.planning import index
 from holdfast.storage.local import LocalStore
 
 KINDS: dict[str, Callable[[Path], None]] = {}
@@ -75,6 +76,29 @@ def a_file_that_is_gone(path: Path) -> None:
 @kind
 def a_file_that_is_short(path: Path) -> None:
     os.truncate(path / "__0_0.distcp", 1000)
+
+
+def with_rows_instead(path: Path) -> None:
+    """Save the newest checkpoint again, with an `index.bin`."""
+    shutil.rmtree(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "LISTED_CHUNKS_MAX", 0)
+        save_step(path.parent, 90)
+
+
+@kind
+def a_flipped_bit_in_the_rows(path: Path) -> None:
+    with_rows_instead(path)
+    data = bytearray((path / "index.bin").read_bytes())
+    data[100] ^= 1
+    (path / "index.bin").write_bytes(data)
+
+
+@kind
+def a_pipe_for_the_rows(path: Path) -> None:
+    with_rows_instead(path)
+    (path / "index.bin").unlink()
+    os.mkfifo(path / "index.bin")
 
 
 @kind
@@ -218,6 +242,11 @@ def set_aside_by_a_save_that_died(path: Path) -> None:
 def of_stock_dcp(path: Path) -> None:
     shutil.rmtree(path)
     save_stock(path)
+
+
+@whole
+def with_rows(path: Path) -> None:
+    with_rows_instead(path)
 
 
 @whole

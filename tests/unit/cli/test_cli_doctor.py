@@ -121,13 +121,59 @@ def test_the_command_for_a_marked_checkpoint_deletes_the_mark_if_it_is_undamaged
     mark_damaged(LocalStore(steps), 3, "a block")
     status, said, _ = run(capsys, steps)
     assert (status, "a resume takes step 2" in said) == (7, True)
-    assert troubles(capsys, steps)["step-3"]["mend"] == f"holdfast verify {steps}/step-3 --mark"
+    verify, prune = f"holdfast verify {steps}/step-3 --mark", f"holdfast prune {steps} --damaged"
+    assert troubles(capsys, steps)["step-3"]["mend"] == f"{verify}; {prune}"
     found = json.loads(run(capsys, steps, "--verify", "--json")[1])
     (trouble,) = found["troubles"]
+    assert trouble["mend"] == verify
     assert "every byte matches its checksum" in trouble["what"]
     assert main(shlex.split(trouble["mend"])[1:]) == 0
     capsys.readouterr()
     assert "a resume takes step 3\n  no problems" in run(capsys, steps)[1]
+
+
+@pytest.mark.parametrize("with_older", [True, False])
+def test_the_command_for_a_marked_checkpoint_ends_the_problem_if_it_is_damaged(
+    with_older: bool, steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G4, G11. Method: flip a bit and mark the checkpoint, as a resume does. `verify --mark` names
+    the next command. The command of `doctor` removes the checkpoint, or leads to the one that
+    rescues its model if there is no other."""
+    for step in () if with_older else (1, 2):
+        shutil.rmtree(steps / f"step-{step}")
+    entry = holdfast.open(steps / "step-3").manifest.tensors["optimizer.moment"]
+    file = steps / "step-3" / entry.chunks[0].file
+    data = bytearray(file.read_bytes())
+    data[(entry.chunks[0].data_offset or 0) + 5] ^= 1
+    file.write_bytes(data)
+    mark_damaged(LocalStore(steps), 3, "a block")
+    assert main(["verify", str(steps / "step-3"), "--mark"]) == 7
+    assert f"hint: `holdfast prune {steps} --damaged` deletes" in capsys.readouterr().err
+    (trouble,) = troubles(capsys, steps).values()
+    if with_older:
+        mend(trouble)
+        assert troubles(capsys, steps) == {}
+        return
+    assert trouble["mend"].endswith(f"; holdfast doctor {steps} --verify")
+    (trouble,) = json.loads(run(capsys, steps, "--verify", "--json")[1])["troubles"]
+    assert "--model-only" in trouble["mend"]
+
+
+def test_a_copy_under_another_step_is_reported(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G4. Method: a copy beside its original, and a renamed checkpoint, which a command renames
+    back."""
+    shutil.copytree(steps / "step-3", steps / "step-99")
+    (steps / "step-2").rename(steps / "step-50")
+    found = troubles(capsys, steps)
+    assert found.keys() == {"step-99", "step-50"}
+    assert found["step-99"]["concern"] == "unknown"
+    assert "it holds step 3: it is a copy of that step" in found["step-99"]["what"]
+    assert found["step-99"]["mend"] is None
+    subprocess.run(found["step-50"]["mend"], shell=True, check=True)
+    assert troubles(capsys, steps).keys() == {"step-99"}
+    assert "a resume takes step 3\n  unknown: step-99" in run(capsys, steps, "--verify")[1]
 
 
 def test_the_command_for_leftovers_of_killed_saves_deletes_them(
@@ -192,10 +238,9 @@ def test_a_full_disk_and_missing_permissions_are_errors(
     (found,) = doctor.examine(folder)
     assert (found.concern, "1.0 kB are free" in found.what) == ("space", True)
     assert found.mend == f"holdfast prune --keep-latest-k 2 {steps}"
+    steps.chmod(0o500)
     if os.geteuid() == 0:
-        monkeypatch.setattr(os, "access", lambda *_: False)
-    else:
-        steps.chmod(0o500)
+        monkeypatch.setattr(os, "access", lambda _, right: right != os.W_OK)
     status, said, err = run(capsys, steps)
     steps.chmod(0o700)
     assert (status, "rights" in said, "would fail" in err) == (StorageError.exit_status, True, True)

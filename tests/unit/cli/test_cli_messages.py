@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,61 @@ def test_a_hint_has_the_full_path_of_a_checkpoint_or_of_the_folder_of_a_run(
     status, _, err = run(capsys, command, ".")
     assert status == 4
     assert f"hint: there are some in {home}/run\n" in err
+
+
+@pytest.mark.parametrize("command", ["show", "list", "verify", "doctor", "prune", "report"])
+def test_a_path_that_does_not_exist_has_a_hint(
+    command: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G11. Method: a name with a typing error, an unlike one, and one in a missing folder."""
+    for path, hint in (
+        ("runs", "beside it: `run`"),
+        ("xyz", "beside it: `hf`, `run`, `w.pt`"),
+        ("xyz/step-1", f"the folder `{home}/xyz` does not exist either"),
+    ):
+        status, _, err = run(capsys, command, path)
+        assert (status, err) == (4, f"error: nothing at `{home}/{path}`\nhint: {hint}\n")
+
+
+def test_a_folder_above_several_runs_names_them(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G11. Method: two runs, then five."""
+    shutil.copytree("run", "other")
+    err = run(capsys, "list", ".")[2]
+    assert f"hint: there are some in {home}/other, {home}/run\n" in err
+    for name in "abc":
+        shutil.copytree("run", name)
+    err = run(capsys, "list", ".")[2]
+    assert f"hint: there are some in {home}/a, {home}/b, {home}/c and in more folders\n" in err
+
+
+def test_show_of_a_sealed_folder_names_a_file_that_it_can_show(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G11. Method: run the command with the path of the hint."""
+    with holdfast.sealed("sealed") as folder:
+        (folder / "a.txt").write_text("notes")
+        (folder / "a.bin").write_text("no checkpoint")
+        torch.save({"a": torch.ones(2)}, folder / "state.pt")
+    status, _, err = run(capsys, "show", "sealed")
+    assert status == 4
+    assert err.endswith(f"hint: give the path of a file in it, such as {home}/sealed/state.pt\n")
+    assert run(capsys, "show", f"{home}/sealed/state.pt")[0] == 0
+
+
+def test_help_says_which_arguments_may_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, words in (
+        ("show", ("PATH [NAME]", "List every layer")),
+        ("serve", ("(one or more)",)),
+        ("skills show", ("NAME [FILE]", "(default: SKILL.md)")),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+        said = capsys.readouterr().out
+        assert all(word in said for word in words)
+        assert "(default: )" not in said
+        assert "(default: '')" not in said
 
 
 def test_an_export_names_the_file_that_it_cannot_map(

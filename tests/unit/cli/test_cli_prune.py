@@ -16,6 +16,7 @@ from checkpoints import copy_step, save_safetensors, save_step
 from holdfast.catalog.marks import mark_damaged
 from holdfast.cli.main import main
 from holdfast.format.names import LOCK
+from holdfast.planning import index
 from holdfast.storage.local import LocalStore
 from holdfast.testing.stores import put
 
@@ -181,6 +182,55 @@ def test_a_checkpoint_on_a_failing_disk_is_not_removed_as_damaged(
             patch.setattr(os, name, partial(failing, name))
         assert run(capsys, steps, "--damaged")[0] == 0
     assert there(steps) == before
+
+
+def test_a_checkpoint_with_files_of_the_user_stays_and_the_first_is_named(
+    steps: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """G16. Method: files, folders and a dot file in checkpoints that no rule keeps, one of them
+    damaged; beside them files that a file system and a file manager leave."""
+    (steps / "step-10/notes").write_text("mine")
+    (steps / "step-20/sub").mkdir()
+    (steps / "step-20/sub/data").write_text("mine")
+    (steps / "step-30/.notes").write_text("mine")
+    (steps / "step-30/manifest.json").write_bytes(b"")
+    for name in (".nfs0000000000c0ffee00000001", ".DS_Store"):
+        (steps / "step-40" / name).write_bytes(b"")
+    status, said, _ = run(capsys, steps, "--keep-latest-k", "2", "--damaged")
+    assert status == 0
+    rows = {line.split()[0]: line for line in said.splitlines()[1:-1]}
+    assert "keep    it holds files that are no part of a checkpoint: `notes`" in rows["step-10"]
+    assert "keep    it holds folders: `sub/`" in rows["step-20"]
+    assert "`.notes`" in rows["step-30"]
+    assert "remove  no rule keeps it" in rows["step-40"]
+    assert there(steps) == ["step-10", "step-20", "step-30", "step-50", "step-60"]
+    assert (steps / "step-20/sub/data").read_text() == "mine"
+
+
+def test_no_good_checkpoint_is_deleted_for_one_with_a_damaged_index(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G4, G5. Method: a flipped byte in `index.bin` of the newest two of four checkpoints. `list`
+    and `doctor` name them, the rules do not count them, and the command that `doctor` prints
+    deletes them."""
+    monkeypatch.setattr(index, "LISTED_CHUNKS_MAX", 0)
+    for step in (1, 2, 3, 4):
+        save_step(tmp_path, step)
+    for step in (3, 4):
+        data = bytearray((tmp_path / f"step-{step}/index.bin").read_bytes())
+        data[100] ^= 1
+        (tmp_path / f"step-{step}/index.bin").write_bytes(data)
+    assert main(["list", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["state"] for one in found["checkpoints"]] == ["good", "good", "damaged", "damaged"]
+    assert found["resume"] == 2
+    assert run(capsys, tmp_path, "--keep-latest-k", "2")[0] == 0
+    assert there(tmp_path) == ["step-1", "step-2", "step-3", "step-4"]
+    assert main(["doctor", str(tmp_path), "--json"]) == 7
+    mends = {one["mend"] for one in json.loads(capsys.readouterr().out)["troubles"]}
+    assert mends == {f"holdfast prune {tmp_path} --damaged"}
+    assert run(capsys, tmp_path, "--damaged")[0] == 0
+    assert there(tmp_path) == ["step-1", "step-2"]
 
 
 def test_an_attempt_that_another_process_holds_stays(

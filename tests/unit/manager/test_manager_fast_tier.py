@@ -291,8 +291,8 @@ def test_a_failed_copy_is_raised_by_a_later_step(
 def test_commands_show_what_only_this_host_has(
     tmp_path: Path, num_hosts: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Method: `list` and `report` of a run whose newest step is on its hosts alone. A resume takes
-    it; `list` knows only if this host has all files."""
+    """G4. Method: the commands on a run whose newest step is on its hosts alone. A resume takes it;
+    they know only if this host has all files."""
     run = Run(tmp_path, [os.uname().nodename, "elsewhere"][:num_hosts])
     run.train(10)
     folder = str(tmp_path / "run")
@@ -301,6 +301,9 @@ def test_commands_show_what_only_this_host_has(
     states = [(row["step"], row["state"]) for row in found["checkpoints"]]
     assert states == [(4, "good"), (8, "good"), (10, "local")]
     assert found["resume"] == (10 if num_hosts == 1 else 8)
+    for command in ("doctor", "doctor --verify", "verify", "verify --quick"):
+        assert main([*command.split(), folder, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["resume"] == found["resume"]
     assert main(["list", folder, "--verify"]) == 0
     assert "local" in capsys.readouterr().out
     assert main(["report", folder, "--out", str(tmp_path / "report.html")]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections import Counter
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from holdfast.manager.complete import CompleteCheckpoints
 from holdfast.manager.policy import Retention
 from holdfast.manager.resume import good_steps
 from holdfast.manager.retention import Retainer
+from holdfast.planning import index
 from holdfast.state.objects import StateTree
 from holdfast.storage.local import LocalStore
 from holdfast.storage.memory import MemoryStore
@@ -230,6 +232,64 @@ def test_a_failed_deletion_is_tried_again(
         left.append([name for name in beneath.list() if name.startswith(".removing-step-1-")])
     assert [len(names) for names in left] == [0, 0, 1, 1, 0]
     assert caplog.text.count("Input/output error; the next save tries again") == 2
+
+
+@pytest.mark.parametrize("path", ["notes", "sub/data"])
+def test_a_checkpoint_with_files_of_the_user_stays_and_the_log_says_so_once(
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G16. Method: a file in an old checkpoint of a run that keeps two. The run saves that step
+    again, which is refused; once the file is moved away, the next save deletes the checkpoint."""
+    with caplog.at_level(logging.WARNING, "holdfast"), manager(tmp_path) as held:
+        for step in range(1, 4):
+            held.save(step)
+        (tmp_path / "step-3" / path).parent.mkdir(exist_ok=True)
+        (tmp_path / "step-3" / path).write_text("mine")
+        for step in range(4, 8):
+            held.save(step)
+        assert steps(tmp_path) == [3, 6, 7]
+        assert (tmp_path / "step-3" / path).read_text() == "mine"
+        assert caplog.text.count("could not delete step 3: ") == 1
+        assert f"`{path.partition('/')[0]}{'/' * ('/' in path)}`" in caplog.text
+        with pytest.raises(holdfast.ExistsError, match="step-3` is not replaced: it holds"):
+            held.save(3, force=True)
+        (tmp_path / "step-3" / path).rename(tmp_path / "mine")
+        if "/" in path:
+            (tmp_path / "step-3" / path).parent.rmdir()
+        held.save(8)
+    assert steps(tmp_path) == [7, 8]
+
+
+def test_the_rows_of_a_kept_checkpoint_are_checked_once_and_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G4, G5. Method: a new run saves beside three checkpoints, the newest with a damaged
+    `index.bin`: it does not count. Later saves read no rows of earlier checkpoints."""
+    monkeypatch.setattr(index, "LISTED_CHUNKS_MAX", 0)
+    with manager(tmp_path, keep_latest_k=0) as held:
+        for step in (1, 2, 3):
+            held.save(step)
+    data = bytearray((tmp_path / "step-3/index.bin").read_bytes())
+    data[9] ^= 1
+    (tmp_path / "step-3/index.bin").write_bytes(data)
+    read: list[str] = []
+
+    def note(verb: str, key: str) -> None:
+        if verb == "read" and key.endswith("index.bin"):
+            read.append(key)
+
+    catalog = Catalog(FailingStore(LocalStore(tmp_path), note))
+    retainer = Retainer(catalog, Retention(latest_k=2))
+    for step in (4, 5, 6):
+        save(catalog, step)
+        read.clear()
+        retainer.saved(step)
+        retainer.wait()
+    assert steps(tmp_path) == [3, 5, 6]
+    # Of those that are known, only the end is read again.
+    counts = Counter(read)
+    assert (counts["step-4/index.bin"], counts["step-5/index.bin"]) == (1, 1)
+    assert counts["step-3/index.bin"] > 1, "it may have been replaced"
 
 
 def save(catalog: Catalog, step: int) -> None:
