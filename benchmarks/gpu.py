@@ -314,8 +314,21 @@ def device_name(device: torch.device) -> str:
     return str(torch.get_device_module(device).get_device_name(device))
 
 
+def chosen_device(options: argparse.Namespace, parser: argparse.ArgumentParser) -> torch.device:
+    """Return the device to measure. Exit with status 2 if there is none of the requested kind."""
+    if options.device == "cpu":
+        return torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or options.device not in ("", found.type):
+        kind = f" of kind `{options.device}`" if options.device else ""
+        there = "none" if found is None else f"`{found.type}`"
+        parser.error(f"no accelerator{kind}, found: {there}; --device cpu runs without one")
+    return torch.device(found.type, 0)
+
+
 def main(arguments: list[str]) -> int:
-    """Run the benchmark. Returns 0; 1 if a resume gave other bits; 2 without an accelerator."""
+    """Run the benchmark. Returns 0; 1 if a resume gave other bits. Exits with 2 if an argument is
+    wrong, or without an accelerator."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="", help="kind of device; default: the accelerator")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the training state")
@@ -323,13 +336,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=Path("outputs"), help="on the disk measured")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if options.device != "cpu" and (found is None or options.device not in ("", found.type)):
-        sys.stderr.write(f"error: no accelerator `{options.device}`; --device cpu tries the rest\n")
-        return 2
-    device = torch.device("cpu")
-    if options.device != "cpu" and found is not None:
-        device = torch.device(found.type, 0)
+    device = chosen_device(options, parser)
+    if not options.gigabytes > 0:
+        parser.error(f"--gigabytes must be greater than 0, found: {options.gigabytes}")
+    names = list(systems(device))
+    if not any(options.only in name for name in names):
+        parser.error(f"--only: no system has `{options.only}` in its name: {'; '.join(names)}")
+    if device.type != "cpu":
         torch.accelerator.set_device_index(0)
     silence_warnings()
     address = f"tcp://127.0.0.1:{free_port()}"

@@ -208,13 +208,27 @@ def local_plan_of(rank: int, local: SavePlan, size: int) -> SavePlan:
     return dataclasses.replace(local, items=items)
 
 
-def main() -> None:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line. Exit with status 2 if an argument is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of ranks")
     parser.add_argument("--stock-size-max", type=int, default=STOCK_SIZE_MAX)
     parser.add_argument("--load", action="store_true", help="plan loads instead of saves")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    # A load is planned by rank 0 and by another rank, and every rank has a row of each tensor.
+    least = 2 if options.load else 1
+    for size in options.sizes:
+        if not least <= size <= SHAPE[0]:
+            parser.error(f"--sizes: from {least} to {SHAPE[0]} ranks, found: {size}")
+    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
+        parser.error(f"--out: a file in an existing folder, found: {options.out}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark, and print its table. `arguments`: of the command line."""
+    options = parsed(arguments)
     console = Console()
     verb, plan = ("loads", planned_loads.table) if options.load else ("saves", saves)
 

@@ -58,11 +58,24 @@ def test_systems_without_time_left_are_named(
     assert "dcp.save: not measured, no time was left." in (tmp_path / "gpu.md").read_text()
 
 
-@pytest.mark.parametrize("kind", [(), ("--device", "npu")])
-def test_without_an_accelerator_one_line_says_so(
-    kind: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "no accelerator, found: none; --device cpu runs without one"),
+        (("--device", "npu"), "no accelerator of kind `npu`, found: none"),
+        (("--device", "cpu", "--only", "nosuch"), "no system has `nosuch` in its name: holdfast"),
+        (("--device", "cpu", "--gigabytes", "0"), "--gigabytes must be greater than 0"),
+    ],
+)
+def test_a_wrong_argument_and_a_missing_accelerator_are_one_line(
+    arguments: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Method: no device, or one of another kind."""
+    """Method: no device, or one of another kind; a name that no system has; no state."""
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    assert gpu.main([*kind]) == 2
-    assert capsys.readouterr().err.startswith("error: no accelerator `")
+    with pytest.raises(SystemExit) as raised:
+        gpu.main([*arguments])
+    assert raised.value.code == 2
+    assert f"error: {said}" in capsys.readouterr().err.replace("--only: ", "")
