@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,25 +17,19 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict_saver import save as stock_save
 
 import holdfast
-from pages import GUIDE, INTERPRETER, blocks, environment, follow, furnish, run_line
+from pages import GUIDE, INTERPRETER, STEPS, blocks, environment, follow, furnish, run_line
 from runs import ROOT, kill_all, wait_for_step
 from s3_server import s3_server
 
 AFTER_A_RUN = {"keeping", "practices", "resuming", "single-file", "structure", "torchtune"}
-"""Pages that start with the checkpoints of a run of 20 steps."""
+"""Pages that start with the checkpoints of `./run_train.sh`, which ends at step 100."""
 
+
+OWN_LENGTH = {"torchtitan"}
+"""Pages whose TOML file does not set the length of the run: it is the reader's own."""
 
 NEEDS = {"composer": "composer", "deepspeed": "deepspeed", "ray-train": "ray"}
 """Packages that the programs of a page need, and the tests can do without."""
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train 20 steps. Returns the outputs of the run."""
-    folder = tmp_path_factory.mktemp("trained")
-    furnish(folder)
-    run_line(folder, "./run_train.sh --training.steps 20")
-    return folder / "outputs"
 
 
 # Stock torch warns about its own code, which no page can change.
@@ -61,12 +56,25 @@ def test_a_page_of_the_guide_can_be_followed(
             (folder / "latest_checkpointed_iteration.txt").write_text("500")
     if name == "torchtitan":
         steps = request.getfixturevalue("trained") / "checkpoint"
-        as_torchtitan_saves(steps / "step-20", tmp_path / "outputs/checkpoint/step-20")
+        as_torchtitan_saves(steps / "step-100", tmp_path / "outputs/checkpoint/step-100")
     said = dict(follow(tmp_path, GUIDE[name].read_text()))
     if name in ("practices", "resuming", "torchtitan"):
-        assert "resumed from step 20" in "".join(said.values())
+        assert "resumed from step 100" in "".join(said.values())
     if name == "script":
         assert run_line(tmp_path, "python train.py").endswith("done\n"), "nothing left to do"
+
+
+@pytest.mark.parametrize("name", sorted(GUIDE.keys() - OWN_LENGTH))
+def test_a_run_of_a_page_is_short_without_hidden_options(name: str) -> None:
+    """Method: `furnish` adds `--training.steps` and shortens the sequences. Check that each run of
+    a page with a TOML file of its own sets both, in the file or in the command, and that the number
+    of steps is the one that `furnish` sets."""
+    page = GUIDE[name].read_text()
+    files = dict(re.findall(r"^```toml\n# (\w+\.toml)\n(.*?)^```", page, re.M | re.S))
+    for line in re.findall(r"^CONFIG_FILE=.*run_train.*$", page, re.M):
+        training = tomllib.loads(files[line.split()[0].partition("=")[2]]).get("training", {})
+        assert "--training.steps " in line or training.get("steps") == STEPS, line
+        assert training.get("seq_len", 2048) <= 256, f"takes minutes on a CPU: {line}"
 
 
 def as_torchtitan_saves(step: Path, folder: Path) -> None:
