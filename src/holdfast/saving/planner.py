@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ from holdfast.planning.write_plan import (
     plan,
 )
 from holdfast.saving.digests import Digests, Replicas, SharedNames, digests_of, shared_names
-from holdfast.state.layout import Layout, Layouts, dtype_name, local_of, same_memory
+from holdfast.saving.stage import ChangeCheck
+from holdfast.state.layout import Layout, Layouts, box_of, dtype_name, local_of, same_memory
 from holdfast.state.tree import FlatState, Leaf, Path, dotted
 from holdfast.state.values import Containers
 
@@ -52,12 +54,38 @@ class LocalState:
     local_plans: dict[str, LocalPlan]
     """Local plan of each component."""
 
-    stepped: Callable[[], frozenset[str]]
-    """Function that returns the names of the tensors that change only when an optimizer steps."""
+    dtensors: dict[str, torch.Tensor]
+    """Those tensors that are DTensors, not their local elements."""
+
+    addresses: Set[int]
+    """Addresses of the local elements."""
+
+    state: FlatState
+    """State that is described."""
+
+    def training_tensor(self, item: TensorItem) -> torch.Tensor:
+        """Return the elements of the item's region, as a view of this rank's training tensor."""
+        name, region = item.name, item.region
+        tensor, (layout, _) = self.tensors[name], self.known[name]
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        # Most tensors are written as a whole by the rank that holds them.
+        own = layout.pieces[0].region
+        if len(layout.pieces) == 1 and own.stop == region.stop and own.start == region.start:
+            return tensor
+        piece = next(p for p in layout.pieces if p.region & region == region)
+        return box_of(tensor, piece.local_of(region))
+
+    def change_check(self, names: Collection[str]) -> ChangeCheck:
+        """Return a check that these tensors do not change from now on."""
+        return ChangeCheck(names, self.tensors, self.dtensors, self.addresses)
 
 
 KnownTensor = tuple[Layout, LocalTensor]
 """Layout and description of a tensor, reused by later saves while its layout stays the same."""
+
+
+_REQUIRES_GRAD = attrgetter("value.requires_grad")
 
 
 class Planner:
@@ -92,7 +120,12 @@ class Planner:
         """Names of the values that this rank writes."""
 
         self.stepped: frozenset[str] = frozenset()
-        """Names of the tensors that change only when an optimizer steps. Set by `agree`."""
+        """Names of the tensors that change only when an optimizer steps. Set by `agree`, equal on
+        all ranks that hold a tensor."""
+
+        self._trainable: dict[str, bool] = {}
+        """Whether each tensor requires gradients, by name. Optimizer state, which does not, is left
+        out to save time."""
 
         self.index: Index | None = None
         """Index of the checkpoint, on rank 0. Set by `agree`."""
@@ -104,6 +137,7 @@ class Planner:
         previous, leaves = self._previous, state.leaves
         reusable = previous.known if previous.dtype is dtype else {}
         tensors: dict[str, torch.Tensor] = {}
+        dtensors: dict[str, torch.Tensor] = {}
         known: dict[str, KnownTensor] = {}
         values: list[tuple[Mapping[str, Path], Any]] = []
         aliases: dict[str, tuple[str, Path]] = {}
@@ -115,6 +149,8 @@ class Planner:
                 values.append((leaf.names or {name: path}, value))
                 continue
             local = tensors[name] = local_of(value)
+            if local is not value:
+                dtensors[name] = value
             found = reusable.get(name)
             if found is None or not found[0].is_of(value, local) or found[1].path != path:
                 found = self._describe(name, leaf, local, dtype)
@@ -138,7 +174,7 @@ class Planner:
             local_plans = _local_plans(known, aliases, names, state)
             current = current._replace(local_plans=local_plans)
         self._previous = current
-        return LocalState(tensors, known, values, local_plans, state.stepped)
+        return LocalState(tensors, known, values, local_plans, dtensors, first_at.keys(), state)
 
     def _describe(
         self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None
@@ -165,7 +201,7 @@ class Planner:
         """
         ranks = self.ranks
         error = held if isinstance(held, HoldfastError) else None
-        changed = isinstance(held, LocalState) and held.local_plans != self._agreed
+        changed = isinstance(held, LocalState) and not self._fits(held)
         anyone_failed, anyone_changed = ranks.all_reduce_max([error is not None, changed])
         if anyone_failed:
             gather_and_run(ranks, error, lambda _: None)
@@ -176,6 +212,14 @@ class Planner:
             self._plan(held)
             self._agreed = held.local_plans
         return held
+
+    def _fits(self, held: LocalState) -> bool:
+        """Return whether the current plan fits the state of this rank. It no longer does if a
+        parameter was frozen, because `stepped` must not contain it any more."""
+        if held.local_plans != self._agreed:
+            return False
+        leaves = map(held.state.leaves.__getitem__, self._trainable)
+        return [*map(_REQUIRES_GRAD, leaves)] == [*self._trainable.values()]
 
     def _plan(self, held: LocalState) -> None:
         """Make the plan. Rank 0 plans for all ranks; any other rank plans only the tensors and
@@ -196,13 +240,15 @@ class Planner:
         write_plan = run_on_all(ranks, lambda: global_plans[0] if global_plans else plan(neighbors))
         self._groups = groups_of(neighbors, held.local_plans, ranks.rank) if ranks.size > 1 else {}
         self._shared_of = None
-        self.stepped = held.stepped()
         self._values = frozenset(
             name for name, (rank, _) in write_plan.values.items() if rank == ranks.rank
         )
         regions = [*_regions_of(ranks.rank, write_plan)]
-        self._items = run_on_all(ranks, lambda: lay_out(regions))
-        layouts = gather_deduplicated(ranks, {"items": columns(self._items)})
+        self._items, stepped = run_on_all(ranks, lambda: (lay_out(regions), held.state.stepped()))
+        others = sorted(n for n in self._groups if n in held.tensors and n not in stepped)
+        sent: dict[str, Any] = {"items": columns(self._items), "others": others}
+        layouts = gather_deduplicated(ranks, sent)
+        self._set_stepped(held, stepped, [layout["others"] for layout in layouts])
         places = None
         if self._hosts is not None:
             sizes = ranks.gather(size_of(lay_out_file(ranks.rank, self._items, [])))
@@ -210,6 +256,18 @@ class Planner:
         if ranks.rank == 0:
             columns_of = [layout["items"] for layout in layouts]
             self.index = Index(global_plans[0], columns_of, places=places)
+
+    def _set_stepped(
+        self, held: LocalState, stepped: frozenset[str], others: Sequence[Sequence[str]]
+    ) -> None:
+        """Set `stepped` to those names in `stepped` that are in no list of `others`. All ranks must
+        agree, because they compare shared tensors before or after they write them, depending on
+        `stepped`. `others`: on rank 0, the shared tensors of each rank that are not in its
+        `stepped`. Collective."""
+        distinct = {id(names): names for names in others}
+        self.stepped = stepped.difference(*self.ranks.broadcast([*distinct.values()]))
+        trainable = {n: held.state.leaves[n].value.requires_grad for n in held.tensors}
+        self._trainable = {n: yes for n, yes in trainable.items() if yes or n not in self.stepped}
 
     def file_layout(self, held: LocalState) -> FileLayout:
         """Lay out the file that this rank writes."""

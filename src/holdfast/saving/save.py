@@ -139,6 +139,9 @@ class Pending:
     catalog: Catalog
     attempt: HiddenFolder
     file_layout: FileLayout
+    held: LocalState
+    """State of this rank."""
+
     tensor_of: TensorOf
     """Function that returns the elements of an item, from the training state or its snapshot."""
 
@@ -235,7 +238,8 @@ def begin_save(
         catalog,
         attempt,
         file_layout,
-        tensor_of=partial(_training_tensor, held),
+        held=held,
+        tensor_of=held.training_tensor,
         index=planner.index,
         facts=replace(facts or Manifest({}, {}), layout=layout, versions=software_versions()),
         spans=spans,
@@ -307,20 +311,6 @@ def check_space(catalog: Catalog, name: str, nbytes: int) -> None:
         )
 
 
-def _training_tensor(held: LocalState, item: TensorItem) -> torch.Tensor:
-    """Return the elements of the item's region, as a view of this rank's training tensor."""
-    name, region = item.name, item.region
-    tensor, (layout, _) = held.tensors[name], held.known[name]
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    # Most tensors are written as a whole by the rank that holds them.
-    own = layout.pieces[0].region
-    if len(layout.pieces) == 1 and own.stop == region.stop and own.start == region.start:
-        return tensor
-    piece = next(p for p in layout.pieces if p.region & region == region)
-    return box_of(tensor, piece.local_of(region))
-
-
 @cache
 def software_versions() -> dict[str, str]:
     """Return the versions of the software that saves, for the manifest."""
@@ -343,8 +333,9 @@ def take_snapshot(
     and the copy of the items of `later`, which the caller must run.
 
     After this returns, training may change the tensors of `now`. It may change those of `later`
-    after `Staging.wait`. `now` and `later` together must be all items of the file. The snapshot
-    must have room for them.
+    after `Staging.wait`; if one of them has changed by then, the copy fails. `now` and `later`
+    together must be all items of the file, and `later` may contain only tensors of
+    `Pending.stepped`. The snapshot must have room for them.
 
     Collective.
     """
@@ -354,7 +345,16 @@ def take_snapshot(
         except HoldfastError:
             abort(pending)
             raise
-    copy = partial(_copy, pending, snapshot, later, is_last=bool(later))
+    check = pending.held.change_check(pending.stepped) if later else None
+
+    def copy() -> None:
+        try:
+            _copy(pending, snapshot, later, is_last=bool(later))
+        finally:
+            # Also after an error, since a change of a tensor may have caused it.
+            if check is not None:
+                check.run()
+
     staging = Staging(copy, pending.devices)
     memory = snapshot.memory(pending.file_layout.nbytes)
     return replace(pending, tensor_of=snapshot.tensor_of, memory=memory), staging

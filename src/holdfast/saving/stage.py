@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
+from itertools import chain
+from operator import attrgetter, methodcaller
 
 import torch
 
 from holdfast import accelerator
 from holdfast.comm import capture
+from holdfast.errors import UsageError
 from holdfast.format.region import boxes_of_run
 from holdfast.format.torchzip import PHASE_BYTES
 from holdfast.planning.file_layout import TensorItem
 from holdfast.saving.background import lower_priority
 from holdfast.saving.memory import HostMemory, check_own_memory
 from holdfast.saving.write import WINDOW_BYTES
+from holdfast.spelling import counted, listed
 from holdfast.state.layout import bytes_of
 from holdfast.storage.direct import huge_memory
 
@@ -149,6 +153,73 @@ class Snapshot:
     def memory(self, nbytes: int) -> memoryview:
         """Return the memory of the whole file. `nbytes`: size of the file."""
         return bytes_of(self._memory.bytes[:nbytes])
+
+
+_LISTED_MAX = 20
+_VERSION, _ADDRESS = attrgetter("_version"), methodcaller("data_ptr")
+
+
+class ChangeCheck:
+    """Check that training does not change tensors before their copy is complete.
+
+    It notices operations that change a tensor in place, since torch counts them, and a tensor that
+    gets other memory by `tensor.data = ...`. Torch does not count a write through `tensor.data`, a
+    NumPy array or `torch.from_dlpack`.
+    """
+
+    def __init__(
+        self,
+        names: Collection[str],
+        tensors: Mapping[str, torch.Tensor],
+        dtensors: Mapping[str, torch.Tensor],
+        addresses: Set[int],
+    ) -> None:
+        """Call this before training may change the tensors.
+
+        `names`: tensors to check. `tensors`: local tensors by name, with all in `names`.
+        `dtensors`: DTensors among `tensors`; torch counts the operations on a DTensor and those on
+        its local tensor apart. `addresses`: addresses of `tensors`.
+        """
+        self._names, self._addresses = names, addresses
+        self._tensors, self._dtensors = tensors, dtensors
+        self._counts = self._count()
+
+    def run(self) -> None:
+        """Check the tensors.
+
+        Raises:
+            UsageError: tensors have changed. The message has their names.
+        """
+        changes: dict[str, int] = {}
+        counts, addresses = self._count(), [*map(_ADDRESS, self._tensors.values())]
+        # Compare all at once first, since the loops over thousands of tensors take milliseconds.
+        if counts != self._counts:
+            names = chain(self._tensors, self._dtensors)
+            for name, before, now in zip(names, self._counts, counts, strict=True):
+                if now != before and name in self._names:
+                    changes[name] = changes.get(name, 0) + now - before
+        lines = [f"`{name}`: {counted(n, 'operation')} in place" for name, n in changes.items()]
+        if not self._addresses >= {*addresses}:
+            for name, address in zip(self._tensors, addresses, strict=True):
+                if address not in self._addresses and name in self._names:
+                    lines.append(f"`{name}`: other memory")
+        if lines:
+            raise UsageError(
+                "tensors changed after `save` was called and before they were copied; expected: no "
+                f"change until an optimizer steps, found:{listed(lines, _LISTED_MAX)}",
+                hint="call `manager.wait_for_staging()` before your own code changes parameters or "
+                'optimizer state, or use async_mode "async"',
+            )
+
+    def _count(self) -> list[int]:
+        """Count the operations that have changed each tensor in place."""
+        # Training waits for this. With names, or only for those to check, it takes twice as long.
+        tensors = [*self._tensors.values(), *self._dtensors.values()]
+        try:
+            return [*map(_VERSION, tensors)]
+        except RuntimeError:
+            # Torch does not count for inference tensors.
+            return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class Staging:

@@ -125,11 +125,22 @@ class OptimizerState:
 
     def stepped(self, path: Path, leaves: Mapping[str, Leaf]) -> Iterator[str]:
         """Yield the names of those tensors in `leaves` that change only when these optimizers step.
-        `path`: path of this component."""
-        parameters = {id(p) for optimizer in self.named for p in parameters_of(optimizer)}
+        `path`: path of this component.
+
+        Leave out parameters that a forward may change: those that require no gradients, such as
+        codebooks that follow a moving average, and weights of modules with `max_norm`. Leave out
+        inference tensors, since torch does not count their changes.
+        """
+        if not self.named:
+            return
+        normalized = {id(weight) for weight in _normalized_weights(self._parts)}
+        all_parameters = (p for optimizer in self.named for p in parameters_of(optimizer))
+        parameters = {id(p) for p in all_parameters if p.requires_grad} - normalized
         slots = f"{dotted(path)}.{STATE}."
-        for name, leaf in leaves.items() if self.named else ():
-            if id(leaf.value) in parameters or name.startswith(slots):
+        for name, leaf in leaves.items():
+            value = leaf.value
+            is_stepped = id(value) in parameters or name.startswith(slots)
+            if is_stepped and isinstance(value, torch.Tensor) and not value.is_inference():
                 yield name
 
     def flatten(self, flattener: Flattener, path: Path) -> Node:
@@ -311,6 +322,17 @@ def _zero_state(optimizer: Any) -> dict[str, Any]:
 def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
     """Return all parameters in the order of their numbers."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _normalized_weights(parts: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    """Yield the weights whose rows a forward scales down to `max_norm`, such as those of
+    `nn.Embedding` and `nn.EmbeddingBag`."""
+    for module in (module for part in parts for module in part.modules()):
+        if getattr(module, "max_norm", None) is not None:
+            # Not `module.weight`: a parametrized module would compute it.
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                yield weight
 
 
 def is_placed_like(value: Any, parameter: torch.Tensor) -> bool:

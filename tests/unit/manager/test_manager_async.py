@@ -183,6 +183,7 @@ def pending_of(catalog: Catalog) -> Pending:
         catalog,
         begun,
         huge_image(),
+        held=nothing,
         tensor_of=nothing,
         index=None,
         facts=Manifest({}, {}, step=1, kind="full"),
