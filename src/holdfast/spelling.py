@@ -83,3 +83,12 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(member) for member in value]
     return value
+
+
+def with_article(noun: str) -> str:
+    """Return a noun with its indefinite article.
+
+    >>> with_article("object"), with_article("function")
+    ('an object', 'a function')
+    """
+    return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"

@@ -9,6 +9,7 @@ import torch
 
 from holdfast.errors import FormatError, UsageError
 from holdfast.format.container import spelled
+from holdfast.spelling import with_article
 from holdfast.state.tree import type_name
 
 _KNOWN_MAX = 1000
@@ -36,8 +37,8 @@ def encode_value(name: str, value: Any) -> bytes:
             )
         cls = type(part).__name__
         raise UsageError(
-            f"`{name}{inside}` has the type {type_name(part)}, which a load could rebuild only by "
-            "running code that the checkpoint names",
+            f"`{name}{inside}` is {with_article(type_name(part))}, which a load could rebuild only "
+            "by running code that the checkpoint names",
             hint="replace it by tensors and plain values (numbers, texts, bytes, lists, dicts, "
             "tuples), and create the object from them in `load_state_dict`; or trust the class in "
             f"every process that loads: torch.serialization.add_safe_globals([{cls}])",

@@ -152,7 +152,7 @@ def test_overwriting_is_atomic_and_can_be_refused(tmp_path: Path) -> None:
     class Unknown:
         pass
 
-    with pytest.raises(CheckpointException, match=r"`deep\[1\]` has the type .*Unknown"):
+    with pytest.raises(CheckpointException, match=r"`deep\[1\]` is a .*Unknown"):
         dcp_save(trained(2) | {"deep": [1, Unknown()]}, storage_writer=Writer(tmp_path / "a"))
     assert same(loaded(trained(), Reader(tmp_path / "a")), trained(1))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
