@@ -204,7 +204,7 @@ def test_a_failed_rank_leaves_the_old_checkpoint_and_nothing_else(
     """G1. Method: every rank gets the error of the failed one; the next save succeeds."""
     for half_written, refused in run_processes(2, fail_and_save_again, str(tmp_path), failing):
         assert "no more data" in half_written
-        assert f"`bad{failing}` is a object" in refused
+        assert f"`bad{failing}` is an object" in refused
     assert os.listdir(tmp_path) == ["a"]  # noqa: PTH208
 
 
@@ -245,7 +245,7 @@ def test_shards_are_saved_to_a_bucket(tmp_path: Path) -> None:
     run = f"s3://{server.new_bucket()}/run"
     for half_written, refused in run_processes(2, save_to_bucket, run, server.environment):
         assert "no more data" in half_written
-        assert "`bad` is a object" in refused
+        assert "`bad` is an object" in refused
     with pytest.MonkeyPatch.context() as patched:
         for name, value in server.environment.items():
             patched.setenv(name, value)

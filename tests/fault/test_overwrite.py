@@ -227,6 +227,9 @@ def overwrite_by_a_run(path: Path) -> int:
     return 0
 
 
+RENAMED = {"a_checkpoint_with_a_thesis_in_it", "a_checkpoint_with_folders_in_it"}
+"""Folders that a run renames when it saves the step again."""
+
 WAYS = [overwrite_by_save, overwrite_by_convert, overwrite_by_a_run]
 
 
@@ -241,6 +244,12 @@ def test_only_a_checkpoint_is_overwritten(
     path.parent.mkdir()
     REFUSED[name](path)
     before = path.read_bytes() if path.is_file() else tree_at(path)
+    if way is overwrite_by_a_run and name in RENAMED:
+        assert way(path) == 0
+        assert holdfast.check(path) == []
+        (aside,) = path.parent.glob("step-5.kept-*")
+        assert tree_at(aside) == before
+        return
     assert way(path) == holdfast.ExistsError.exit_status
     assert (path.read_bytes() if path.is_file() else tree_at(path)) == before
     left = {one.name for one in path.parent.iterdir()} - {LOCK}

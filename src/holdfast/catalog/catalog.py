@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 
 from holdfast.catalog.cleanup import delete_hidden, execute, plan_cleanup
 from holdfast.catalog.findings import unreadable_among
-from holdfast.catalog.replaceable import why_not_replaceable
+from holdfast.catalog.replaceable import is_checkpoint_with_others, why_not_replaceable
 from holdfast.catalog.steady import LOOKS_MAX, is_deleted
 from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure, items_of
 from holdfast.errors import (
@@ -82,6 +82,10 @@ class Catalog:
         self.why_kept: WhyKept = why_not_replaceable
         """Function that returns the reason why this catalog may neither replace nor delete a
         folder; None if it may."""
+
+        self.renames_kept: bool = False
+        """Whether a save renames a checkpoint with files of the user in it, and takes its name. If
+        not, the save is refused."""
 
         self.check_lock: Check = lambda: None
         """Function that is called before every change of the folder. It raises an error if the run
@@ -181,7 +185,8 @@ class Catalog:
                 # A killed save has renamed the checkpoint: give it its name back, as a cleanup
                 # would.
                 self.store.publish(replaced, attempt.name)
-            if why := self.why_kept(self.store, attempt.name):
+            why = self.why_kept(self.store, attempt.name)
+            if why and not self._may_rename(attempt.name):
                 raise self._kept(attempt.name, why)
         except HoldfastError:
             with suppress(HoldfastError):
@@ -226,11 +231,30 @@ class Catalog:
         except NotFoundError:
             why = "it has just been deleted"
         if why is not None:
-            raise self._kept(attempt.name, why)
+            if not self._may_rename(attempt.name):
+                raise self._kept(attempt.name, why)
+            self._rename_kept(attempt, why)
         try:
-            self.store.publish(str(attempt), attempt.name, replace=True)
+            self.store.publish(str(attempt), attempt.name, replace=why is None)
         except ExistsError as error:
             raise self._kept(attempt.name, "another save has just taken its place") from error
+
+    def _may_rename(self, name: str) -> bool:
+        """Return whether a save may rename `name`: a checkpoint with files of the user."""
+        return self.renames_kept and is_checkpoint_with_others(self.store, name)
+
+    def _rename_kept(self, attempt: HiddenFolder, why: str) -> None:
+        """Give a checkpoint with files of the user another name, so that neither they nor the run
+        is lost: the attempt takes the present name."""
+        aside = f"{attempt.name}.kept-{attempt.id}"
+        self.store.publish(attempt.name, aside)
+        logger.warning(
+            "`%s` was renamed to `%s`, since %s; a new checkpoint takes its place. Move the files, "
+            "and delete the folder",
+            self.where(attempt.name),
+            aside,
+            why,
+        )
 
     def _delete_damage_mark(self, name: str, names: Collection[str]) -> None:
         """Delete the mark `damaged` of the old checkpoint `name`. Call this before the new

@@ -14,10 +14,10 @@ from holdfast.storage.store import ReadStore, Refusing
 
 _DATA = re.compile(r"__[0-9]+_[0-9]+\.distcp", re.ASCII)
 
-_NATIVE = re.compile(
-    "|".join([_DATA.pattern, *map(re.escape, (MANIFEST, ROWS, METADATA, "meta.pt"))]), re.ASCII
-)
-"""Names of all files of Holdfast's and stock DCP's checkpoints. Lightning adds `meta.pt`."""
+_SINGLE = (MANIFEST, ROWS, METADATA, f"{METADATA}.tmp", "meta.pt")
+_NATIVE = re.compile("|".join([_DATA.pattern, *map(re.escape, _SINGLE)]), re.ASCII)
+"""Names of all files of Holdfast's and stock DCP's checkpoints. A stock save that was killed leaves
+`.metadata.tmp`. Lightning adds `meta.pt`."""
 
 _OURS = b'{"holdfast":'
 """First bytes of Holdfast's manifest. Other programs write a `manifest.json` too."""
@@ -101,6 +101,12 @@ def why_not_removable(store: ReadStore, name: str) -> str | None:
     if any(file.endswith(SUFFIX) for file in files) and {*_CONFIGS} & {*files}:
         return None
     return f"it is no checkpoint: it holds {named(names)}"
+
+
+def is_checkpoint_with_others(store: ReadStore, name: str) -> bool:
+    """Return whether a folder holds a checkpoint of Holdfast or stock DCP, beside any other files,
+    and neither another checkpoint nor a run."""
+    return why_not_removable(store, name) is None and _holds_native(store, name, store.list(name))
 
 
 def not_sealed(store: ReadStore, name: str) -> Iterator[str]:

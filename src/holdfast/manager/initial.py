@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,9 +44,12 @@ class NestedModel:
         return f"below its key `{self.key}`{ignored}"
 
 
-def find_nested(manifest: Manifest, model: ModelState, ranks: Ranks) -> NestedModel | None:
-    """Return the model of a checkpoint that has all tensors of `model` below one of `MODEL_KEYS`.
-    Return None if it has not, or if the model's own names are at its top.
+def find_nested(
+    manifest: Manifest, model: ModelState, ranks: Ranks, *, partial: bool
+) -> NestedModel | None:
+    """Return the model of a checkpoint that has all tensors of `model` below one of `MODEL_KEYS`;
+    with `partial`, any of them. Return None if it has not, or if the model's own names are at its
+    top.
 
     Collective. All ranks get the same key.
     """
@@ -62,12 +65,14 @@ def find_nested(manifest: Manifest, model: ModelState, ranks: Ranks) -> NestedMo
     found = [in_dialect_of(_below(manifest, key), state) for key in keys]
     # A stage of a pipeline wants a part of the tensors, or none.
     at_top = any(name in manifest.tensors for name in wanted)
-    wants, has_top, *lack = ranks.all_reduce_max(
-        [bool(wanted), at_top, *(not _has_all(below, wanted) for below in found)]
-    )
-    if not wants or has_top or all(lack):
+    has = [[*_holds(below, wanted)] for below in found]
+    wants, has_top, *has_some = ranks.all_reduce_max([bool(wanted), at_top, *map(any, has)])
+    lack = ranks.all_reduce_max([not all(one) for one in has])
+    whole = [number for number, lacks in enumerate(lack) if not lacks]
+    in_part = [number for number, some in enumerate(has_some) if some and partial]
+    if not wants or has_top or not (whole or in_part):
         return None
-    first = lack.index(0)
+    first = [*whole, *in_part][0]
     others = dict.fromkeys(name.partition(".")[0] for name in manifest.names())
     others.pop(keys[first])
     return NestedModel(keys[first], found[first], tuple(others))
@@ -104,9 +109,10 @@ def _below(manifest: Manifest, key: str) -> Manifest:
     return replace(manifest, tensors=tensors, values=values, structure=structure)
 
 
-def _has_all(manifest: Manifest, names: Collection[str]) -> bool:
+def _holds(manifest: Manifest, names: Collection[str]) -> Iterator[bool]:
+    """Yield for each tensor of a model whether the checkpoint has it."""
     stored = StoredState(manifest)
-    return all(stored.holds(name, (name,)) for name in names)
+    return (stored.holds(name, (name,)) for name in names)
 
 
 def check_matched(loaded: Loaded, ranks: Ranks, hint: str) -> None:

@@ -253,8 +253,15 @@ class Loader:
     def _load_initial_model(self, source: Source) -> str:
         """Load the model of a checkpoint as initial weights. Return the place of the model, for the
         log."""
-        renames, where = self._config.initial_load_renames, source.url
-        nested = None if renames else find_nested(source.manifest, self._whole_model, self._ranks)
+        config, where = self._config, source.url
+        nested = None
+        if not config.initial_load_renames:
+            nested = find_nested(
+                source.manifest,
+                self._whole_model,
+                self._ranks,
+                partial=not config.initial_load_strict,
+            )
         if nested is not None:
             where = f"{where}, {nested}"
             source = replace(source, manifest=nested.manifest)
@@ -262,11 +269,11 @@ class Loader:
         self._hf.check_values(source.manifest.model, source.url)
         tree = self._model(ignored_names(source.manifest, [MODEL]))
         try:
-            self._load_tree(source, tree, 0, partial_load=not self._config.initial_load_strict)
+            self._load_tree(source, tree, 0, partial_load=not config.initial_load_strict)
         except MismatchError as error:
-            names = self._whole_model.state_dict()
-            hint = None if renames else rename_hint(source.manifest.tensors, names)
-            error.hint = hint or error.hint
+            if not config.initial_load_renames:
+                names = self._whole_model.state_dict()
+                error.hint = rename_hint(source.manifest.tensors, names) or error.hint
             raise
         return where
 

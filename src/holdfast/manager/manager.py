@@ -150,6 +150,7 @@ class CheckpointManager:
         check_excluded(self.config.exclude_from_loading, components)
         names = [name for name in components if name != MODEL]
         catalog = Catalog(store_to_save(folder or "") if store is None else store)
+        catalog.renames_kept = True
         self._run = RunContext(catalog, self.config, ranks, names, on_saved=on_saved)
         hf = HFFormat(self._run, hub, models)
         self._calls = threading.RLock()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
@@ -57,9 +57,6 @@ class LocalState:
     dtensors: dict[str, torch.Tensor]
     """Those tensors that are DTensors, not their local elements."""
 
-    addresses: Set[int]
-    """Addresses of the local elements."""
-
     state: FlatState
     """State that is described."""
 
@@ -78,7 +75,7 @@ class LocalState:
 
     def change_check(self, names: Collection[str]) -> ChangeCheck:
         """Return a check that these tensors do not change from now on."""
-        return ChangeCheck(names, self.tensors, self.dtensors, self.addresses)
+        return ChangeCheck(names, self.tensors, self.dtensors)
 
 
 KnownTensor = tuple[Layout, LocalTensor]
@@ -174,7 +171,7 @@ class Planner:
             local_plans = _local_plans(known, aliases, names, state)
             current = current._replace(local_plans=local_plans)
         self._previous = current
-        return LocalState(tensors, known, values, local_plans, dtensors, first_at.keys(), state)
+        return LocalState(tensors, known, values, local_plans, dtensors, state)
 
     def _describe(
         self, name: str, leaf: Leaf, local: torch.Tensor, dtype: torch.dtype | None

@@ -23,10 +23,16 @@ class Remover:
         self._kept: dict[int, str] = {}
         """Reason that was logged last for each step that could not be deleted."""
 
+        self._due: int | None = None
+        """Step among these that is tried again: one after each save, in turn, since looking into
+        all of them would take longer from save to save."""
+
     def set_aside(self, step: int) -> bool:
         """Take the name of the checkpoint of a step away, so that readers no longer find it.
         `start` deletes its files. Returns whether the name was taken away. A reason against it is
-        logged once, since every save tries again."""
+        logged once, and the step is tried again after later saves."""
+        if step in self._kept and step != self._due:
+            return False
         try:
             self._catalog.set_aside_for_deletion(step_name(step))
         except HoldfastError as error:
@@ -43,6 +49,8 @@ class Remover:
         """Start a thread that deletes the files of all checkpoints whose names were taken away,
         also the files that an earlier try could not delete."""
         self.wait()
+        steps = sorted(self._kept)
+        self._due = next((n for n in steps if n > (self._due or 0)), steps[0] if steps else None)
         found = tried(lambda: plan_cleanup(self._catalog.store.list()))
         if isinstance(found, HoldfastError):
             logger.warning("could not look for files to delete: %s", found.what)

@@ -346,14 +346,14 @@ def take_snapshot(
             abort(pending)
             raise
     check = pending.held.change_check(pending.stepped) if later else None
+    # A tensor may get other memory before it is copied: an RNN moves its weights in its forward.
+    views = {item.offset: pending.tensor_of(item) for item in later}
+    viewed = replace(pending, tensor_of=lambda item: views[item.offset])
 
     def copy() -> None:
-        try:
-            _copy(pending, snapshot, later, is_last=bool(later))
-        finally:
-            # Also after an error, since a change of a tensor may have caused it.
-            if check is not None:
-                check.run()
+        _copy(viewed, snapshot, later, is_last=bool(later))
+        if check is not None:
+            check.run()
 
     staging = Staging(copy, pending.devices)
     memory = snapshot.memory(pending.file_layout.nbytes)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 
 import torch
 
@@ -156,15 +156,14 @@ class Snapshot:
 
 
 _LISTED_MAX = 20
-_VERSION, _ADDRESS = attrgetter("_version"), methodcaller("data_ptr")
+_VERSION = attrgetter("_version")
 
 
 class ChangeCheck:
     """Check that training does not change tensors before their copy is complete.
 
-    It notices operations that change a tensor in place, since torch counts them, and a tensor that
-    gets other memory by `tensor.data = ...`. Torch does not count a write through `tensor.data`, a
-    NumPy array or `torch.from_dlpack`.
+    It notices operations that change a tensor in place, since torch counts them. Torch does not
+    count a write through `tensor.data`, a NumPy array or `torch.from_dlpack`.
     """
 
     def __init__(
@@ -172,16 +171,14 @@ class ChangeCheck:
         names: Collection[str],
         tensors: Mapping[str, torch.Tensor],
         dtensors: Mapping[str, torch.Tensor],
-        addresses: Set[int],
     ) -> None:
         """Call this before training may change the tensors.
 
         `names`: tensors to check. `tensors`: local tensors by name, with all in `names`.
         `dtensors`: DTensors among `tensors`; torch counts the operations on a DTensor and those on
-        its local tensor apart. `addresses`: addresses of `tensors`.
+        its local tensor apart.
         """
-        self._names, self._addresses = names, addresses
-        self._tensors, self._dtensors = tensors, dtensors
+        self._names, self._tensors, self._dtensors = names, tensors, dtensors
         self._counts = self._count()
 
     def run(self) -> None:
@@ -191,18 +188,14 @@ class ChangeCheck:
             UsageError: tensors have changed. The message has their names.
         """
         changes: dict[str, int] = {}
-        counts, addresses = self._count(), [*map(_ADDRESS, self._tensors.values())]
-        # Compare all at once first, since the loops over thousands of tensors take milliseconds.
+        counts = self._count()
+        # Compare all at once first, since the loop over thousands of tensors takes milliseconds.
         if counts != self._counts:
             names = chain(self._tensors, self._dtensors)
             for name, before, now in zip(names, self._counts, counts, strict=True):
                 if now != before and name in self._names:
                     changes[name] = changes.get(name, 0) + now - before
         lines = [f"`{name}`: {counted(n, 'operation')} in place" for name, n in changes.items()]
-        if not self._addresses >= {*addresses}:
-            for name, address in zip(self._tensors, addresses, strict=True):
-                if address not in self._addresses and name in self._names:
-                    lines.append(f"`{name}`: other memory")
         if lines:
             raise UsageError(
                 "tensors changed after `save` was called and before they were copied; expected: no "

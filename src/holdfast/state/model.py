@@ -194,7 +194,7 @@ class ModelState:
             flattener.state.unions[path] = "model"
         for name, value in self.state_dict().items():
             if type(value) in (torch.Tensor, nn.Parameter):
-                if not value.is_contiguous() and overlaps_itself(value):
+                if overlaps_itself(value):
                     raise UsageError(
                         f"`{above}{name}` {SHARES_MEMORY}; a resume could not fill it",
                         hint="register a copy with memory of its own: `tensor.clone()`",

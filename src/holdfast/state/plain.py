@@ -82,10 +82,10 @@ class PlainMatch:
             match.mismatch(dotted(path), what, branch)
         else:
             make = match.request(branch, node, match.like_parameter)
-            if type(live) in (list, tuple) and any(isinstance(m, torch.Tensor) for m in live):
+            if type(live) is list and any(isinstance(m, torch.Tensor) for m in live):
                 match.notes[
-                    f"`{dotted(path)}`: its tensors were replaced by new ones, since the saved "
-                    "ones differ from them in number, shape or dtype"
+                    f"`{dotted(path)}`: its tensors were replaced by new ones: a list is filled in "
+                    "place only by a list of as many tensors of the same shapes and dtypes"
                 ] = None
             match.then(lambda values: _replace(live, make(values), put))
 

@@ -160,8 +160,9 @@ class Flattener:
         if isinstance(value, torch.Tensor):
             if is_plain_tensor(value):
                 self.add(path, value)
-                is_usual = not rebuilt and value.is_contiguous()
-                return None if is_usual else self._where(path, value, rebuilt=rebuilt)
+                if not rebuilt and (value.layout is not torch.strided or value.is_contiguous()):
+                    return None
+                return self._where(path, value, rebuilt=rebuilt)
             return self._subclass(path, value, rebuilt=rebuilt)
         component = self._component_of(path, value)
         if component is not None:

@@ -129,20 +129,10 @@ def in_the_state(weight: nn.Parameter, optimizer: torch.optim.Optimizer) -> None
     optimizer.state[weight]["exp_avg"].zero_()
 
 
-def in_other_memory(weight: nn.Parameter, _: torch.optim.Optimizer) -> None:
-    weight.data = weight.data.clone()
-
-
-def in_memory_of_another_shape(weight: nn.Parameter, _: torch.optim.Optimizer) -> None:
-    weight.data = torch.ones(5)
-
-
 WAYS: dict[Callable[..., None], str] = {
     in_place: "`weight`: 1 operation in place",
     in_a_view: "`weight`: 1 operation in place",
     in_the_state: "`optimizer.state.weight.exp_avg`: 1 operation in place",
-    in_other_memory: "`weight`: other memory",
-    in_memory_of_another_shape: "`weight`: other memory",
 }
 
 
@@ -332,3 +322,29 @@ def test_inference_tensors_are_copied_before_save_returns(
             found = holdfast.open(folder / f"step-{step}")
             moment = found.read("optimizer.state.weight.momentum_buffer")
             assert torch.equal(moment, torch.full((3, 3), 1.0 if later else float(step)))
+
+
+def in_other_memory(weight: nn.Parameter, _: torch.optim.Optimizer) -> None:
+    weight.data = weight.data.clone()
+
+
+def in_memory_of_another_shape(weight: nn.Parameter, _: torch.optim.Optimizer) -> None:
+    weight.data = torch.ones(5)
+
+
+@pytest.mark.parametrize("way", [in_other_memory, in_memory_of_another_shape])
+def test_a_tensor_that_gets_other_memory_is_saved_as_it_was(
+    way: Callable[..., None], tmp_path: Path, copies: threading.Event
+) -> None:
+    """G2. Method: a parameter gets other memory after `save` and before the copy, as the forward of
+    an RNN moves its weights on a GPU."""
+    model = nn.Linear(3, 3)
+    optimizer = trained(model)
+    expected = model.weight.detach().clone()
+    with CheckpointManager(tmp_path, model=model, optimizers=optimizer, config=config()) as manager:
+        manager.save(1)
+        way(model.weight, optimizer)
+        model.weight.data.fill_(9)
+        copies.set()
+        manager.wait()
+    assert torch.equal(holdfast.open(tmp_path / "step-1").read("weight"), expected)

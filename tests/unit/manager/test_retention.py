@@ -239,7 +239,7 @@ def test_a_checkpoint_with_files_of_the_user_stays_and_the_log_says_so_once(
     path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """G16. Method: a file in an old checkpoint of a run that keeps two. The run saves that step
-    again, which is refused; once the file is moved away, the next save deletes the checkpoint."""
+    again: the old checkpoint gets another name, and the new one is deleted like any other."""
     with caplog.at_level(logging.WARNING, "holdfast"), manager(tmp_path) as held:
         for step in range(1, 4):
             held.save(step)
@@ -251,13 +251,14 @@ def test_a_checkpoint_with_files_of_the_user_stays_and_the_log_says_so_once(
         assert (tmp_path / "step-3" / path).read_text() == "mine"
         assert caplog.text.count("could not delete step 3: ") == 1
         assert f"`{path.partition('/')[0]}{'/' * ('/' in path)}`" in caplog.text
-        with pytest.raises(holdfast.ExistsError, match="step-3` is not replaced: it holds"):
-            held.save(3, force=True)
-        (tmp_path / "step-3" / path).rename(tmp_path / "mine")
-        if "/" in path:
-            (tmp_path / "step-3" / path).parent.rmdir()
+        held.save(3, force=True)
+        (aside,) = tmp_path.glob("step-3.kept-*")
+        assert f"step-3` was renamed to `{aside.name}`, since it holds" in caplog.text
+        assert holdfast.check(aside) == []
         held.save(8)
-    assert steps(tmp_path) == [7, 8]
+        held.save(9)
+    assert (aside / path).read_text() == "mine"
+    assert steps(tmp_path) == [8, 9]
 
 
 def test_the_rows_of_a_kept_checkpoint_are_checked_once_and_count(

@@ -123,3 +123,21 @@ def test_a_module_that_a_resume_could_not_fill_is_not_saved(tmp_path: Path) -> N
     module.scale = torch.ones(1).expand(4).clone()
     holdfast.save(tmp_path / "one", {"m": module})
     holdfast.load(tmp_path / "one", {"m": module})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", ["csr", "csc", "bsr", "coo"])
+def test_sparse_tensors_are_refused_by_name(layout: str, tmp_path: Path) -> None:
+    """G15. Method: a sparse tensor in a dict, and as a buffer."""
+    dense: Any = torch.eye(4)
+    sparse = {
+        "csr": dense.to_sparse_csr,
+        "csc": dense.to_sparse_csc,
+        "bsr": lambda: dense.to_sparse_bsr((2, 2)),
+        "coo": dense.to_sparse_coo,
+    }[layout]()
+    module = nn.Linear(2, 2)
+    module.register_buffer("s", sparse)
+    for state in ({"x": {"s": sparse}}, {"x": module}):
+        with pytest.raises(UsageError, match=r"`x\.s` is a torch\.sparse_\w+ tensor"):
+            holdfast.save(tmp_path / "one", state)

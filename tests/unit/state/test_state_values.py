@@ -54,7 +54,7 @@ def test_random_state_need_not_be_tried_and_objects_must() -> None:
     endless.append(endless)
     for other in (PurePosixPath("a"), [{"a": (1, PurePosixPath("b"))}], {1: 2}, 1 << 64, endless):
         assert not reads_back(other)
-    with pytest.raises(UsageError, match=r"`value\[0\]\['a'\]\[1\]` is a object"):
+    with pytest.raises(UsageError, match=r"`value\[0\]\['a'\]\[1\]` is an object"):
         encode_value("value", [{"a": (1, object())}])
 
 
