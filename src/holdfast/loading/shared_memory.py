@@ -7,6 +7,8 @@ from itertools import combinations
 
 import torch
 
+from holdfast.state.strides import extent_of
+
 Staged = tuple[torch.Tensor, torch.Tensor]
 """A new tensor, into which an entry is read to be checked, and the tensor of the state to which
 it is copied then."""
@@ -101,11 +103,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the address of the first element of a tensor and the one after its last element; two
     equal numbers if it has no elements."""
     start = tensor.data_ptr()
-    if tensor.is_contiguous() or not start or not tensor.numel():
-        return start, start + tensor.nbytes if start else 0
-    dims = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * step for size, step in dims)
-    return start, start + (last + 1) * tensor.itemsize
+    return start, start + extent_of(tensor) * tensor.itemsize if start else 0
 
 
 def _view_of(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from holdfast.errors import UsageError
 from holdfast.format.dtypes import BY_NAME
 from holdfast.format.region import Region
 from holdfast.state.shard import Mesh, MeshPlacement, Piece, ShardSpec, pieces_of
+from holdfast.state.strides import extent_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,11 +160,8 @@ def _odd_kind(tensor: torch.Tensor) -> str:
 def _storage_bytes(tensor: torch.Tensor) -> int:
     """Return how many bytes of storage the elements of a tensor need, from the start of the
     storage on."""
-    if not tensor.numel():
-        return 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * step for size, step in steps)
-    return int(tensor.storage_offset() + last + 1) * tensor.itemsize
+    extent = extent_of(tensor)
+    return int(tensor.storage_offset() + extent) * tensor.itemsize if extent else 0
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,19 @@ def order_in(stored: Mapping[str, str], num_dims: int) -> tuple[int, ...]:
     return order if sorted(order) == list(row_major) else row_major
 
 
+def extent_of(tensor: torch.Tensor) -> int:
+    """Return the number of places from the first element of a strided tensor to its last, gaps
+    included; 0 without elements.
+
+    >>> extent_of(torch.zeros(9)[::4]), extent_of(torch.zeros(2, 0)), extent_of(torch.zeros(()))
+    (9, 0, 1)
+    """
+    if tensor.is_contiguous() or not tensor.numel():
+        return tensor.numel()
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((size - 1) * step for size, step in dims) + 1
+
+
 def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Return whether several elements of a tensor share memory.
 
@@ -68,7 +81,6 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 def _has_repeats(tensor: torch.Tensor) -> bool:
     """Like `overlaps_itself`, by marking each element's place. Strides such as 2 and 3 need this:
     whether elements meet depends on the sizes too."""
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    marks = torch.zeros(sum((size - 1) * step for size, step in sizes) + 1, dtype=torch.bool)
+    marks = torch.zeros(extent_of(tensor), dtype=torch.bool)
     marks.as_strided(tensor.shape, tensor.stride()).fill_(True)
     return int(marks.sum()) < tensor.numel()
