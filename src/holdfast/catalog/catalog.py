@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
 
 from holdfast.catalog.cleanup import delete_hidden, execute, plan_cleanup
-from holdfast.catalog.findings import unreadable_among
+from holdfast.catalog.findings import raise_unreadable
 from holdfast.catalog.replaceable import is_checkpoint_with_others, why_not_replaceable
 from holdfast.catalog.steady import LOOKS_MAX, is_deleted
 from holdfast.catalog.structure import INDEX_BYTES_MAX, check_structure, items_of
@@ -335,8 +335,7 @@ def check_whole(store: ReadStore, name: str, manifest: Manifest) -> None:
     DamagedError if a file is missing or has another size, or an index has changed. Raises a
     StorageError if a file cannot be read: then no other finding is certain."""
     problems = check_structure(store, name, manifest)
-    if unreadable := unreadable_among(problems):
-        raise StorageError(f"`{location(store, name)}`: {unreadable}", hint=unreadable.hint)
+    raise_unreadable(location(store, name), problems)
     if problems:
         raise DamagedError(
             f"`{location(store, name)}` is damaged:\n  " + "\n  ".join(map(str, problems)),

@@ -83,6 +83,13 @@ def unreadable_among(findings: Sequence[Finding]) -> Finding | None:
     return next((finding for finding in findings if finding.unreadable), None)
 
 
+def raise_unreadable(where: str, findings: Sequence[Finding]) -> None:
+    """Raise a StorageError if a file of the checkpoint `where` cannot be read now: then no other
+    finding is certain."""
+    if unreadable := unreadable_among(findings):
+        raise StorageError(f"`{where}`: {unreadable}", hint=unreadable.hint)
+
+
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """Result of verifying one checkpoint."""

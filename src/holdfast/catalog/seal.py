@@ -18,7 +18,7 @@ from holdfast.arguments import checked_flag, checked_path
 from holdfast.catalog.catalog import Catalog, location, verify_hint
 from holdfast.catalog.cleanup import execute, plan_cleanup
 from holdfast.catalog.contents import Advance, RecordReader, run
-from holdfast.catalog.findings import Finding, finding_of, summary_of, unreadable_among
+from holdfast.catalog.findings import Finding, finding_of, raise_unreadable, summary_of
 from holdfast.catalog.paths import open_for_saving
 from holdfast.catalog.replaceable import why_not_removable
 from holdfast.catalog.temporary import TemporaryFolder
@@ -380,8 +380,7 @@ def open_sealed(store: ReadStore, name: str) -> Manifest:
     """
     seal = read_seal(store, name)
     findings = check_seal(store, name, seal, quick=True)
-    if unreadable := unreadable_among(findings):
-        raise StorageError(f"`{location(store, name)}`: {unreadable}", hint=unreadable.hint)
+    raise_unreadable(location(store, name), findings)
     if findings:
         raise DamagedError(
             f"`{location(store, name)}` is damaged: {summary_of(findings)}",

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from holdfast.catalog.findings import summary_of, unreadable_among
+from holdfast.catalog.findings import raise_unreadable, summary_of
 from holdfast.catalog.newest import check, newest_good
 from holdfast.comm import Ranks, gather_and_run, run_on_all
-from holdfast.errors import DamagedError, StorageError
+from holdfast.errors import DamagedError
 from holdfast.format.names import number_of_folder, visible_name
 from holdfast.format.seal import SEAL
 
@@ -88,8 +88,7 @@ def check_sealed(path: Path, hint: str) -> None:
     if not (path / SEAL).exists():
         warn_unsealed(path)
     elif findings := check(path):
-        if unreadable := unreadable_among(findings):
-            raise StorageError(f"`{path}`: {unreadable}", hint=unreadable.hint)
+        raise_unreadable(str(path), findings)
         raise DamagedError(f"`{path}` is damaged: {summary_of(findings)}", hint=hint)
 
 
