@@ -30,7 +30,7 @@ from holdfast.dcp.values import for_planner
 from holdfast.errors import HoldfastError, MismatchError, NotFoundError, UsageError
 from holdfast.format.manifest import Manifest, TensorEntry
 from holdfast.format.region import Region
-from holdfast.loading.fit import fits, needs_check
+from holdfast.loading.fit import fits, needs_check, unfit_line
 from holdfast.loading.read import Wanted, read_tensors
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.spelling import counted, listed
@@ -231,9 +231,7 @@ def _read_checked(
         read_tensors(source, reads, threads, num_local=_num_local())
         for item, made, wanted in staged:
             if not fits(made, wanted):
-                name = item.storage_index.fqn
-                line = f"`{name}` holds numbers in the checkpoint that {wanted} cannot represent"
-                lines[line] = None
+                lines[unfit_line(item.storage_index.fqn, wanted)] = None
     if lines:
         raise MismatchError(
             f"`{source.url}` does not fit, {counted(len(lines), 'difference')}, this rank changed "

@@ -37,6 +37,11 @@ def needs_check(stored: torch.dtype, wanted: torch.dtype) -> bool:
     return high > 2 / torch.finfo(wanted).eps
 
 
+def unfit_line(name: str, wanted: torch.dtype) -> str:
+    """Return the line about tensor `name` for an error, if `fits` is false."""
+    return f"`{name}` holds numbers in the checkpoint that {wanted} cannot represent"
+
+
 def fits(numbers: torch.Tensor, wanted: torch.dtype) -> bool:
     """Whether `wanted` represents each of these numbers exactly."""
     converted = _comparable(numbers.to(wanted))

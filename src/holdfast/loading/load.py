@@ -16,7 +16,7 @@ from holdfast.catalog.source import Source, read_value
 from holdfast.comm import Ranks, all_ranks, gather_deduplicated, hosts_of, run_on_all
 from holdfast.errors import HoldfastError, MismatchError
 from holdfast.format.manifest import Manifest, TensorEntry, ValueEntry
-from holdfast.loading.fit import fits, needs_check
+from holdfast.loading.fit import fits, needs_check, unfit_line
 from holdfast.loading.hints import HINT, hint_of_call
 from holdfast.loading.items import Place
 from holdfast.loading.opening import read_on_all
@@ -306,7 +306,7 @@ class _Reading:
         """
         nbytes = read([want for name, want in self.wanted.items() if name in self._read_first])
         wrong = [
-            f"`{name}` holds numbers in the checkpoint that {local.dtype} cannot represent"
+            unfit_line(name, local.dtype)
             for name, (staged, local) in self._staged.items()
             if name in self._narrowed and not fits(staged, local.dtype)
         ]
