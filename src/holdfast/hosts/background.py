@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from holdfast.errors import StorageError
 from holdfast.failures import worded
+from holdfast.saving.background import before_pools_close
 
 logger: logging.Logger = logging.getLogger("holdfast")
 
@@ -112,10 +112,7 @@ class BackgroundSync:
             # The finalizer does not refer to this object or its pool, so both can be collected,
             # which ends the thread.
             wait = weakref.finalize(self, _log_unraised, self._process, self._jobs, self._errors)
-            # A job may use other pools. At the end of the program, `concurrent.futures` closes all
-            # pools by such a function, and the last one registered runs first. `atexit` and the end
-            # of a non-daemon thread come too late.
-            threading._register_atexit(wait)  # type: ignore[attr-defined]
+            before_pools_close(wait)  # A job may use other pools.
         self._jobs.append((path, self._pool.submit(run)))
 
 

@@ -67,8 +67,7 @@ class Background:
         return thread is not None and thread.ident is not None
 
     def _wait_at_exit(self) -> None:
-        """Let the end of the program wait for the thread before `concurrent.futures` closes all
-        pools, which object stores use. The functions registered last run first."""
+        """Let the end of the program wait for the thread, whose store may use pools."""
         if self._waits_at_exit:
             return
         self._waits_at_exit = True
@@ -80,13 +79,22 @@ class Background:
 
         # While the program ends, nothing can be registered any more.
         with suppress(RuntimeError):
-            threading._register_atexit(wait)  # type: ignore[attr-defined]
+            before_pools_close(wait)
 
     def _join(self) -> None:
         if self._thread is not None:
             if self.is_started():
                 self._thread.join()
             self._thread = None
+
+
+def before_pools_close(work: Callable[[], object]) -> None:
+    """Call `work` at the end of the program, while pools of threads still take work.
+
+    `concurrent.futures` closes all pools by such a function, and the last one registered runs
+    first. `atexit` and the end of a non-daemon thread come too late.
+    """
+    threading._register_atexit(work)  # type: ignore[attr-defined]
 
 
 def lower_priority() -> None:
