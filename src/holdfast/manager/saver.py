@@ -22,7 +22,6 @@ from holdfast.manager.hf import Export, HFFormat
 from holdfast.manager.lifetime import Lifetime, note_of_process
 from holdfast.manager.policy import Retention
 from holdfast.manager.retention import Retainer
-from holdfast.planning.file_layout import TensorItem
 from holdfast.planning.gc_pause import gc_paused
 from holdfast.saving.background import Background
 from holdfast.saving.deduplicate import Deduplicator
@@ -69,10 +68,6 @@ class Saver:
         self.background: Background = Background()
         self._snapshot = Snapshot()
         self._staging: Staging | None = None
-        self._items: Sequence[TensorItem] = ()
-        self._stepped: frozenset[str] = frozenset()
-        self._now: Sequence[TensorItem] = ()
-        self._later: Sequence[TensorItem] = ()
         self.deduplicator: Deduplicator | None = None
         """Deduplicator of the run; None if the settings do not ask for one."""
         if run.config.deduplicate and run.saves:
@@ -340,7 +335,11 @@ class Saver:
 
     def _finish_in_background(self, pending: Pending, step: int, export: Export | None) -> None:
         """Take a snapshot, and finish the save from it in the background."""
-        now, later = self._divided(pending)
+        # Training waits for copies of the tensors in `now`. Only optimizers change the tensors in
+        # `later`, so only optimizers wait for those copies.
+        items, stepped = pending.file_layout.tensors, pending.stepped
+        later = [item for item in items if self._overlapping and item.name in stepped]
+        now = [item for item in items if not self._overlapping or item.name not in stepped]
         staged, staging = take_snapshot(pending, self._snapshot, self._ranks, now=now, later=later)
         self._staging = staging
 
@@ -355,19 +354,6 @@ class Saver:
         self.background.start(finish)
         if not later:
             staging.wait()
-
-    def _divided(self, pending: Pending) -> tuple[Sequence[TensorItem], Sequence[TensorItem]]:
-        """Return the items that are copied while training waits, and those that only optimizers
-        change, so that only optimizers wait for their copies."""
-        items, stepped = pending.file_layout.tensors, pending.stepped
-        if not self._overlapping:
-            return items, ()
-        # Saves with the same plan have the same items.
-        if self._items is not items or self._stepped is not stepped:
-            self._items, self._stepped = items, stepped
-            self._now = [item for item in items if item.name not in stepped]
-            self._later = [item for item in items if item.name in stepped]
-        return self._now, self._later
 
     def _finish(
         self, pending: Pending, step: int, export: Export | None, staging: Staging | None = None

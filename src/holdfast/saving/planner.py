@@ -55,7 +55,7 @@ class LocalState:
     """Local plan of each component."""
 
     dtensors: dict[str, torch.Tensor]
-    """Those tensors that are DTensors, not their local elements."""
+    """DTensors whose local elements are among `tensors`, by name."""
 
     state: FlatState
     """State that is described."""

@@ -339,35 +339,32 @@ def take_snapshot(
 
     Collective.
     """
+
+    def copy(items: Sequence[TensorItem], tensor_of: TensorOf, *, is_last: bool) -> None:
+        snapshot.copy(items, tensor_of)
+        if is_last:
+            # Take the digests now: training may change the tensors next, and then the digests would
+            # not match the copy.
+            pending.replicas.take()
+
     with pending.spans("stage"):
         try:
-            run_on_all(ranks, lambda: _copy(pending, snapshot, now, is_last=not later))
+            run_on_all(ranks, lambda: copy(now, pending.tensor_of, is_last=not later))
         except HoldfastError:
             abort(pending)
             raise
     check = pending.held.change_check(pending.stepped) if later else None
     # A tensor may get other memory before it is copied: an RNN moves its weights in its forward.
     views = {item.offset: pending.tensor_of(item) for item in later}
-    viewed = replace(pending, tensor_of=lambda item: views[item.offset])
 
-    def copy() -> None:
-        _copy(viewed, snapshot, later, is_last=bool(later))
+    def copy_later() -> None:
+        copy(later, lambda item: views[item.offset], is_last=bool(later))
         if check is not None:
             check.run()
 
-    staging = Staging(copy, pending.devices)
+    staging = Staging(copy_later, pending.devices)
     memory = snapshot.memory(pending.file_layout.nbytes)
     return replace(pending, tensor_of=snapshot.tensor_of, memory=memory), staging
-
-
-def _copy(
-    pending: Pending, snapshot: Snapshot, items: Sequence[TensorItem], *, is_last: bool
-) -> None:
-    snapshot.copy(items, pending.tensor_of)
-    if is_last:
-        # Take the digests now: training may change the tensors next, and then the digests would not
-        # match the copy.
-        pending.replicas.take()
 
 
 def abort(pending: Pending) -> None:
