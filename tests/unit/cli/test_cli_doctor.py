@@ -31,9 +31,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "steps"
 
 
-@pytest.fixture
-def steps(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "steps"))
+def damage_optimizer(path: Path) -> None:
+    """Flip a bit of the optimizer's only tensor."""
+    (chunk,) = holdfast.open(path).manifest.tensors["optimizer.moment"].chunks
+    data = bytearray((path / chunk.file).read_bytes())
+    data[(chunk.data_offset or 0) + 5] ^= 1
+    (path / chunk.file).write_bytes(data)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -97,11 +100,7 @@ def test_without_a_good_checkpoint_the_command_saves_the_model(
     elsewhere; then its index is deleted, which no command repairs."""
     for step in (1, 2):
         shutil.rmtree(steps / f"step-{step}")
-    entry = holdfast.open(steps / "step-3").manifest.tensors["optimizer.moment"]
-    file = steps / "step-3" / entry.chunks[0].file
-    data = bytearray(file.read_bytes())
-    data[(entry.chunks[0].data_offset or 0) + 5] ^= 1
-    file.write_bytes(data)
+    damage_optimizer(steps / "step-3")
     assert run(capsys, steps, "--verify")[0] == 7
     found = json.loads(run(capsys, steps, "--verify", "--json")[1])
     assert found["resume"] is None
@@ -141,11 +140,7 @@ def test_the_command_for_a_marked_checkpoint_ends_the_problem_if_it_is_damaged(
     rescues its model if there is no other."""
     for step in () if with_older else (1, 2):
         shutil.rmtree(steps / f"step-{step}")
-    entry = holdfast.open(steps / "step-3").manifest.tensors["optimizer.moment"]
-    file = steps / "step-3" / entry.chunks[0].file
-    data = bytearray(file.read_bytes())
-    data[(entry.chunks[0].data_offset or 0) + 5] ^= 1
-    file.write_bytes(data)
+    damage_optimizer(steps / "step-3")
     mark_damaged(LocalStore(steps), 3, "a block")
     assert main(["verify", str(steps / "step-3"), "--mark"]) == 7
     assert f"hint: `holdfast prune {steps} --damaged` deletes" in capsys.readouterr().err

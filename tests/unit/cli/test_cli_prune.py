@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (20, 30, 40, 50, 60):
         copy_step(home / "steps/step-10", step)
     return home / "steps"
-
-
-@pytest.fixture
-def steps(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "steps"))
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,11 +45,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in (1, 2, 3):
             save_step(home / "steps", step)
     return home / "steps"
-
-
-@pytest.fixture
-def steps(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "steps"))
 
 
 @contextmanager

@@ -61,6 +61,15 @@ def test_tensors_that_only_optimizers_change_follow_the_parameters() -> None:
         assert stepped() == trained - (set() if trains else {"model.a.bias"})
 
 
+def manager_of(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> holdfast.CheckpointManager:
+    config = holdfast.CheckpointConfig(enable=True, interval=1, stop_signals=())
+    return holdfast.CheckpointManager(
+        folder, model=model, optimizers=optimizer, config=config, ranks=ranks
+    )
+
+
 def test_ranks_agree_on_the_tensors_that_only_optimizers_change(tmp_path: Path) -> None:
     """G7, G15. Method: three ranks hold the same model. The optimizer of one lacks a parameter,
     which another one has frozen. Each rank expects the others to compare the same tensors."""
@@ -73,13 +82,7 @@ def test_ranks_agree_on_the_tensors_that_only_optimizers_change(tmp_path: Path) 
         model.bias.requires_grad_(ranks.rank != 2)
         names = ["weight"] if ranks.rank == 1 else ["weight", "bias"]
         optimizer = torch.optim.SGD([model.get_parameter(name) for name in names], lr=0.1)
-        with holdfast.CheckpointManager(
-            tmp_path,
-            model=model,
-            optimizers=optimizer,
-            config=holdfast.CheckpointConfig(enable=True, interval=1, stop_signals=()),
-            ranks=ranks,
-        ) as manager:
+        with manager_of(tmp_path, model, optimizer, ranks) as manager:
             assert manager.save(1)
             return manager._saver._planner.stepped
 
@@ -101,13 +104,7 @@ def test_ranks_save_optimizers_with_state_that_is_not_a_tensor(tmp_path: Path) -
             return loss
 
         optimizer.step(closure)
-        with holdfast.CheckpointManager(
-            tmp_path,
-            model=model,
-            optimizers=optimizer,
-            config=holdfast.CheckpointConfig(enable=True, interval=1, stop_signals=()),
-            ranks=ranks,
-        ) as manager:
+        with manager_of(tmp_path, model, optimizer, ranks) as manager:
             assert manager.save(1)
 
     run_ranks(2, work, timeout_s=20.0)
