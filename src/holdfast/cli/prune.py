@@ -157,8 +157,10 @@ def decide(catalog: Catalog, options: PruneArguments) -> list[Decision]:
     decisions = []
     for step, folder in folders.items():
         stays, why = not options.damaged, "damaged"
-        more = _why_not_decided_by_rules(listed, step, folder, complete)
-        if kept := [*reasons.get(step, ()), *([] if more is None else [more])]:
+        kept = list(reasons.get(step, ()))
+        if reason := _why_not_decided_by_rules(listed, step, folder, complete):
+            kept.append(reason)
+        if kept:
             stays, why = True, ", ".join(kept)
         elif step in good:
             stays, why = False, "no rule keeps it"

@@ -66,13 +66,15 @@ def find_nested(
     # A stage of a pipeline wants a part of the tensors, or none.
     at_top = any(name in manifest.tensors for name in wanted)
     has = [[*_holds(below, wanted)] for below in found]
-    wants, has_top, *has_some = ranks.all_reduce_max([bool(wanted), at_top, *map(any, has)])
-    lack = ranks.all_reduce_max([not all(one) for one in has])
-    whole = [number for number, lacks in enumerate(lack) if not lacks]
-    in_part = [number for number, some in enumerate(has_some) if some and partial]
-    if not wants or has_top or not (whole or in_part):
+    some, lack = map(any, has), [not all(one) for one in has]
+    wants, has_top, *rest = ranks.all_reduce_max([bool(wanted), at_top, *some, *lack])
+    some_on_any, lack_on_any = rest[: len(keys)], rest[len(keys) :]
+    fitting = [number for number, lacks in enumerate(lack_on_any) if not lacks]
+    if partial:
+        fitting += [number for number, has_any in enumerate(some_on_any) if has_any]
+    if not wants or has_top or not fitting:
         return None
-    first = [*whole, *in_part][0]
+    first = fitting[0]
     others = dict.fromkeys(name.partition(".")[0] for name in manifest.names())
     others.pop(keys[first])
     return NestedModel(keys[first], found[first], tuple(others))

@@ -154,13 +154,16 @@ class Match:
         saved = node["tensor"] if isinstance(node, dict) and kind_of_node(node) == "tensor" else {}
         shape = entry.shape
         template = like(entry, saved.get("like"))
-        if isinstance(template, torch.Tensor) and tuple(template.shape) == shape:
-            is_placed = isinstance(template, DTensor)
-            if is_placed or (is_plain_tensor(template) and template.layout is torch.strided):
-                # With the strides of the template: a fused optimizer requires that its parameter
-                # and all slots lie in memory in the same order.
-                placed = template.detach()
-                return lambda: torch.empty_like(placed, dtype=dtype)
+        if (
+            isinstance(template, torch.Tensor)
+            and tuple(template.shape) == shape
+            and is_plain_tensor(template)
+            and template.layout is torch.strided
+        ):
+            # With the strides of the template: a fused optimizer requires that its parameter and
+            # all slots lie in memory in the same order.
+            placed = template.detach()
+            return lambda: torch.empty_like(placed, dtype=dtype)
         if "like" in saved:
             what = "was a DTensor, and no parameter or tensor of this run gives it a placement"
             self.mismatch(name, what)

@@ -337,15 +337,18 @@ class OptimizerMatch:
                     cast[STATE][parameter] = _exact(given[STATE][number], cast[STATE][parameter])
             set_state(cast)
 
+        def keep(_: Optimizer, state: dict[str, Any]) -> None:
+            given.update(state)
+
         hooks = optimizer._optimizer_load_state_dict_pre_hooks
-        known = {*hooks}
         try:
             # Register it last, so that it sees the changes by all other hooks.
-            optimizer.register_load_state_dict_pre_hook(lambda _, state: given.update(state))
+            optimizer.register_load_state_dict_pre_hook(keep)
             optimizer.__dict__["__setstate__"] = set_exact_state
             yield
         finally:
-            for key in {*hooks} - known:
+            # By the hook itself: an interrupt may come before its handle is known.
+            for key in [key for key, hook in hooks.items() if hook is keep]:
                 del hooks[key]
             optimizer.__dict__.pop("__setstate__", None)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from holdfast.errors import UsageError
 from holdfast.format.structure import MAPPINGS, SEQUENCES, Node, children_of, kind_of_node
+from holdfast.spelling import with_article
 from holdfast.state.match import Match, check_number, is_one_number
 from holdfast.state.same import same
 from holdfast.state.stored import Branch, Values, object_node
@@ -220,7 +221,7 @@ def _kind_of(member: Any) -> str:
     """Describe a member of a tuple: the shape of a tensor, else the type."""
     if isinstance(member, torch.Tensor):
         return f"a tensor of shape {[*member.shape]}"
-    return f"a {type_name(member)}"
+    return with_article(type_name(member))
 
 
 def _length(branch: Branch, node: Node) -> int | None:
